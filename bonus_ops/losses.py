@@ -1,0 +1,436 @@
+"""Losses of the gap: frozen dataclasses with their torch formulas.
+
+For logits ``z`` with label ``y`` let the *rest* be every other class and
+
+    gap = z_y - logsumexp(z_k, k != y)        p = p_y = sigmoid(gap)        1 - p = sigmoid(-gap)
+
+A hard-label loss is a scalar function of the gap, given by two formulas:
+
+    value(gap) = L                            slope(gap) = A = -dL/dgap
+
+and its row gradient is ``dL/dz_y = -A``, ``dL/dz_k = A exp(z_k - logsumexp(rest))``.
+
+To add a loss, subclass `GapLoss`: fields are numbers (or None), `value` and `slope` are torch formulas, and for
+the GPU `kernel` is a pair of ``@triton.jit`` functions ``(gap, params) -> tensor`` fed by `parameters`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+__all__ = [
+    "CosineBonus",
+    "CrossEntropy",
+    "Focal",
+    "GapLoss",
+    "GeneralizedCrossEntropy",
+    "LogBonus",
+    "Poly1",
+    "PowerBonus",
+    "SubDataBonus",
+]
+
+_CLASSES: dict[str, type[GapLoss]] = {}
+
+
+class GapLoss:
+    """A loss that is a scalar function of the gap.
+
+    Subclasses are frozen dataclasses whose fields are numbers or None.
+    """
+
+    #: Two ``@triton.jit`` functions (value, slope), the stem of a pair in ``kernels/gap_losses.py``, or None.
+    kernel: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASSES[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+    def value(self, gap: Tensor) -> Tensor:
+        """Return the loss in nats, shaped like ``gap``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define value(gap)")
+
+    def slope(self, gap: Tensor) -> Tensor:
+        """Return ``A = -d value / d gap``, shaped like ``gap``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define slope(gap)")
+
+    def parameters(self) -> tuple[float, ...]:
+        """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
+        return tuple(float("nan") if x is None else float(x) for x in _field_values(self)) or (0.0,)
+
+
+def _field_names(cls: type[GapLoss]) -> list[str]:
+    return [field.name for field in fields(cls)] if is_dataclass(cls) else []
+
+
+def _field_values(loss: GapLoss) -> list[Any]:
+    return [getattr(loss, name) for name in _field_names(type(loss))]
+
+
+def encode(loss: GapLoss) -> tuple[str, list[float]]:
+    """Return the class name and fields of ``loss``: what an operator schema can carry (None travels as NaN)."""
+    cls = type(loss)
+    return f"{cls.__module__}.{cls.__qualname__}", [math.nan if x is None else float(x) for x in _field_values(loss)]
+
+
+def decode(name: str, values: list[float]) -> GapLoss:
+    """Rebuild the loss that `encode` described."""
+    cls = _CLASSES[name]
+    return cls(**{n: None if math.isnan(x) else x for n, x in zip(_field_names(cls), values, strict=True)})
+
+
+def _check(loss: GapLoss, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{type(loss).__name__}: {name} must be {expected}, got {getattr(loss, name)!r}")
+
+
+def _check_numbers(loss: GapLoss, *optional: str) -> None:
+    for field in fields(loss):  # type: ignore[arg-type]
+        x = getattr(loss, field.name)
+        if x is None and field.name in optional:
+            continue
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(f"{type(loss).__name__}: {field.name} must be a number, got {type(x).__name__}")
+
+
+def logit(p: float) -> float:
+    """Return the gap at which the target probability is ``p``."""
+    return math.inf if p >= 1 else -math.inf if p <= 0 else math.log(p) - math.log1p(-p)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(GapLoss):
+    """Plain cross-entropy, what ``bonus=None`` means.
+
+    ``L = -log p = softplus(-gap)``, ``A = 1 - p``. Range [0, inf) nats.
+    """
+
+    kernel: ClassVar[Any] = "cross_entropy"
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -logsigmoid(gap)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-gap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bonus(GapLoss):
+    """Cross-entropy plus ``strength`` times a bonus ``b(p) <= 0``, with the paper's window on p.
+
+    ``L = -log p + strength (b(p) - b(start)) [start <= p <= abrupt]``. Subclasses give ``b`` and ``-db/dgap``.
+    """
+
+    strength: float = 1.0
+    start: float = 0.0
+    abrupt: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "clamp")
+        _check(self, "strength", math.isfinite(self.strength), "finite")
+        _check(self, "start", 0 <= self.start < 1, "in [0, 1)")
+        _check(self, "abrupt", 0 < self.abrupt <= 1, "in (0, 1]")
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        """Return b as a function of the gap."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bonus(gap)")
+
+    def bonus_slope(self, gap: Tensor) -> Tensor:
+        """Return ``-db/dgap >= 0``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bonus_slope(gap)")
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        """Return what the kernel pair needs beyond strength and window."""
+        return ()
+
+    def parameters(self) -> tuple[float, ...]:
+        return self.strength, logit(self.start), self._bonus_at_start(), logit(self.abrupt), *self.bonus_parameters()
+
+    def _bonus_at_start(self) -> float:
+        return 0.0 if self.start == 0 else float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64)))
+
+    def _in_window(self, gap: Tensor, x: Tensor) -> Tensor:
+        if self.start > 0:
+            x = torch.where(gap >= logit(self.start), x, 0.0)
+        if self.abrupt < 1:
+            x = torch.where(gap <= logit(self.abrupt), x, 0.0)
+        return x
+
+    def value(self, gap: Tensor) -> Tensor:
+        bonus = self.bonus(gap) - self._bonus_at_start()
+        return -logsigmoid(gap) + self.strength * self._in_window(gap, bonus)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-gap) + self.strength * self._in_window(gap, self.bonus_slope(gap))
+
+
+@dataclass(frozen=True)
+class LogBonus(_Bonus):
+    """The encouraging loss: cross-entropy plus the (conservative) logarithmic bonus.
+
+    With ``LE = log_end`` the bonus is ``log(1 - p)`` up to ``p = LE`` and its tangent beyond:
+
+        b(p) = log(1 - min(p, LE)) - max(p - LE, 0) / (1 - LE)
+        A    = (1 - p) + strength * p * min(1, (1 - p) / (1 - LE))
+
+    ``log_end=1`` never turns linear: ``b(p) = log(max(1 - p, clamp))``, whose gradient stops where ``1 - p < clamp``.
+    That clamp bounds the loss from below and keeps training stable; ``clamp=None`` is the exact, unbounded
+    ``L = -gap`` at strength 1. ``clamp`` has no effect for ``log_end < 1``.
+
+    Args:
+        log_end: in [0, 1]; the paper uses .75 (images) and .5 (graphs, translation). Default .75.
+        clamp: lower bound of 1 - p inside the logarithm at ``log_end=1``, or None. Default 1e-5, the paper's.
+        strength: factor on the bonus, the paper's bonus_rho. Default 1. Keyword only, like the next two.
+        start: no bonus below this p; the bonus is shifted to start at 0 there. Default 0, off.
+        abrupt: no bonus above this p (the paper's ablation). Default 1, off.
+
+    Raises:
+        ValueError: a parameter is outside its range.
+        TypeError: a parameter is not a number.
+
+    References:
+        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
+        AAAI 2022, https://arxiv.org/abs/2110.06537, the conservative encouraging loss.
+    """
+
+    kernel: ClassVar[Any] = "log_bonus"
+    log_end: float = 0.75
+    clamp: float | None = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "log_end", 0 <= self.log_end <= 1, "in [0, 1]")
+        if self.clamp is not None:
+            _check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+
+    def _floor(self) -> float:
+        """Return the lowest log(1 - p) that is rewarded: only log_end=1 needs one."""
+        return math.log(self.clamp) if self.log_end == 1 and self.clamp is not None else -math.inf
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        log_rest = logsigmoid(-gap)  # log(1 - p)
+        if self.log_end == 1:
+            return log_rest if self.clamp is None else log_rest.clamp(min=self._floor())
+        rest_end = 1 - self.log_end
+        tangent = math.log(rest_end) - 1 + torch.sigmoid(-gap) / rest_end
+        return torch.where(gap <= logit(self.log_end), log_rest, tangent)
+
+    def bonus_slope(self, gap: Tensor) -> Tensor:
+        p = torch.sigmoid(gap)
+        if self.log_end == 1:
+            return p if self.clamp is None else torch.where(logsigmoid(-gap) >= self._floor(), p, 0.0)
+        return p * (torch.sigmoid(-gap) / (1 - self.log_end)).clamp(max=1.0)
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        rest_end = 1 - self.log_end
+        inverse, log_end = (1 / rest_end, math.log(rest_end)) if rest_end > 0 else (math.inf, -math.inf)
+        return logit(self.log_end), log_end, inverse, self._floor()
+
+
+@dataclass(frozen=True)
+class PowerBonus(_Bonus):
+    """Cross-entropy plus the power bonus ``b(p) = -p^gamma``.
+
+    ``A = (1 - p) (1 + strength gamma p^gamma)``. ``gamma=1`` is Poly-1 up to a constant.
+
+    Args:
+        gamma: exponent > 0, the paper's bonus_gamma. Default 1.
+        strength, start, abrupt: as in `LogBonus`.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, the power form of the encouraging loss.
+    """
+
+    kernel: ClassVar[Any] = "power_bonus"
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        return -torch.exp(self.gamma * logsigmoid(gap))
+
+    def bonus_slope(self, gap: Tensor) -> Tensor:
+        return self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * torch.sigmoid(-gap)
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        return (self.gamma,)
+
+
+@dataclass(frozen=True)
+class CosineBonus(_Bonus):
+    """Cross-entropy plus the cosine bonus ``b(p) = cos(pi p) - 1``.
+
+    ``A = (1 - p) (1 + strength pi p sin(pi p))``.
+
+    Args:
+        strength, start, abrupt: as in `LogBonus`.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537; the form is bonus_gamma=-2 of the paper's code.
+    """
+
+    kernel: ClassVar[Any] = "cosine_bonus"
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        return -2 * torch.sin(math.pi / 2 * torch.sigmoid(gap)) ** 2
+
+    def bonus_slope(self, gap: Tensor) -> Tensor:
+        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+        return math.pi * torch.sin(math.pi * torch.minimum(p, rest)) * p * rest  # sin(pi p) = sin(pi (1 - p))
+
+
+@dataclass(frozen=True)
+class SubDataBonus(_Bonus):
+    """Cross-entropy plus the logarithmic bonus of a share ``k`` of the data.
+
+    ``b(p) = log max(1 - k p, clamp)``, ``A = (1 - p) (1 + strength k p / (1 - k p))``; ``k=1`` is `LogBonus` at
+    ``log_end=1``.
+
+    Args:
+        k: in (0, 1], the paper's sub-data factor. Default 1.
+        clamp: lower bound inside the logarithm, or None. Default 1e-5.
+        strength, start, abrupt: as in `LogBonus`.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537; the form is an option of the paper's code.
+    """
+
+    kernel: ClassVar[Any] = "sub_data_bonus"
+    k: float = 1.0
+    clamp: float | None = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "k", 0 < self.k <= 1, "in (0, 1]")
+        if self.clamp is not None:
+            _check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+
+    def _log_share(self, gap: Tensor) -> Tensor:
+        """Return log(1 - k p), stable where p -> 1."""
+        if self.k == 1:
+            return logsigmoid(-gap)
+        return torch.where(
+            gap < 0, torch.log1p(-self.k * torch.sigmoid(gap)), torch.log((1 - self.k) + self.k * torch.sigmoid(-gap))
+        )
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        log_share = self._log_share(gap)
+        return log_share if self.clamp is None else log_share.clamp(min=math.log(self.clamp))
+
+    def bonus_slope(self, gap: Tensor) -> Tensor:
+        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+        # at k = 1 the quotient rest / (1 - k p) is 0 / 0 for a huge gap
+        slope = p if self.k == 1 else self.k * p * rest / ((1 - self.k) + self.k * rest)
+        return slope if self.clamp is None else torch.where(self._log_share(gap) >= math.log(self.clamp), slope, 0.0)
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        return self.k, 1 - self.k, -math.inf if self.clamp is None else math.log(self.clamp)
+
+
+@dataclass(frozen=True)
+class Focal(GapLoss):
+    """The focal loss on softmax: ``L = -(1 - p)^gamma log p``.
+
+    ``A = (1 - p)^gamma ((1 - p) - gamma p log p)``; ``gamma=0`` is cross-entropy.
+
+    Args:
+        gamma: exponent >= 0. Default 2, the paper's.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, https://arxiv.org/abs/1708.02002, eq. 4.
+    """
+
+    kernel: ClassVar[Any] = "focal"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return torch.exp(self.gamma * logsigmoid(-gap)) * -logsigmoid(gap)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        damping = torch.exp(self.gamma * logsigmoid(-gap))
+        return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * logsigmoid(gap))
+
+
+@dataclass(frozen=True)
+class Poly1(GapLoss):
+    """Poly-1: ``L = -log p + epsilon (1 - p)``.
+
+    ``A = (1 - p) (1 + epsilon p)``; ``epsilon=0`` is cross-entropy.
+
+    Args:
+        epsilon: first polynomial coefficient, >= -1. Default 1.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Leng et al., PolyLoss, ICLR 2022, https://arxiv.org/abs/2204.12511, the Poly-1 form.
+    """
+
+    kernel: ClassVar[Any] = "poly1"
+    epsilon: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "epsilon", -1 <= self.epsilon < math.inf, "a finite number >= -1")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -logsigmoid(gap) + self.epsilon * torch.sigmoid(-gap)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-gap) * (1 + self.epsilon * torch.sigmoid(gap))
+
+
+@dataclass(frozen=True)
+class GeneralizedCrossEntropy(GapLoss):
+    """Generalized cross-entropy (GCE): ``L = (1 - p^q) / q``, robust to label noise.
+
+    ``A = (1 - p) p^q``; ``q -> 0`` is cross-entropy, ``q=1`` is half the absolute error.
+
+    Args:
+        q: exponent in (0, 1]. Default .7, the paper's.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhang and Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels,
+        NeurIPS 2018, https://arxiv.org/abs/1805.07836, eq. 6.
+    """
+
+    kernel: ClassVar[Any] = "generalized_cross_entropy"
+    q: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "q", 0 < self.q <= 1, "in (0, 1]")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -torch.expm1(self.q * logsigmoid(gap)) / self.q
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-gap) * torch.exp(self.q * logsigmoid(gap))

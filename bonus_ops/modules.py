@@ -1,0 +1,68 @@
+"""Thin `torch.nn.Module` twins of the functions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
+
+from .functional import _DEFAULT_BONUS, bonus_cross_entropy
+from .losses import GapLoss
+
+__all__ = ["BonusCrossEntropyLoss"]
+
+
+class BonusCrossEntropyLoss(_WeightedLoss):
+    """Cross-entropy with a bonus for well-classified examples; a drop-in for `torch.nn.CrossEntropyLoss`.
+
+    Args: as in `bonus_cross_entropy`, without input and target. ``weight`` is a buffer, so ``.to()`` moves it.
+
+    Shape:
+        input [C], [N, C] or [N, C, d1, ...]; target as in `bonus_cross_entropy`; output a scalar, or the shape of the
+        target for ``reduction="none"``.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import BonusCrossEntropyLoss
+        >>> BonusCrossEntropyLoss()(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor(-1.7826)
+    """
+
+    __constants__ = ["ignore_index", "reduction", "label_smoothing"]
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        bonus: GapLoss | None = _DEFAULT_BONUS,
+        implementation: str | None = None,
+        validate: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.bonus = bonus
+        self.implementation = implementation
+        self.validate = validate
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return bonus_cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            bonus=self.bonus,
+            implementation=self.implementation,
+            validate=self.validate,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that differ between instances."""
+        return f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"

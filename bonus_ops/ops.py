@@ -1,0 +1,320 @@
+"""The two operators, their autograd rule, and the choice between kernels and torch path.
+
+`forward` and `backward` are registered with torch.library, so that torch.compile sees them whole. This module is the
+only importer of ``kernels``, and only when a kernel runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import struct
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import fallback, reference
+from .losses import GapLoss, decode, encode
+
+__all__ = ["RowResult", "implementations", "reduced_rows", "rows", "why_not_triton"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class RowResult(NamedTuple):
+    """Per-row tensors; ``scores``, ``runner_up`` and ``softmax`` are empty where they were not asked for."""
+
+    loss: Tensor  # [N]; in `reduced_rows` the weighted sum
+    scores: Tensor  # [5, N] float32
+    runner_up: Tensor  # [N] int32
+    saved: Tensor  # [3, N] gap, max and sum_exp of the rest
+    softmax: Tensor  # as the logits
+
+
+# --- which implementation ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels() -> dict[str, ModuleType]:
+    from .kernels import backward, forward, gap_losses, launch
+
+    return {"forward": forward, "backward": backward, "gap_losses": gap_losses, "launch": launch}
+
+
+@functools.cache
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return type(_kernels()["forward"].forward_kernel).__name__ == "InterpretedFunction"
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why kernels cannot run on ``device``, or None if they can."""
+    if not _triton_found():
+        return "triton is not installed"
+    if device.type in ("cuda", "xpu"):
+        return None
+    if device.type == "cpu":
+        return None if _interpreted() else "tensors are on the CPU and TRITON_INTERPRET is not set"
+    return f"there are no kernels for device type {device.type}"
+
+
+def implementations(device: torch.device) -> list[str]:
+    """Return the implementations that run on ``device``, the one chosen by default first."""
+    names = ["torch", "reference"]
+    if why_not_triton(device) is None:
+        # interpreted kernels are for tests: they run when asked for, never by default
+        names.insert(1 if device.type == "cpu" else 0, "triton")
+    return names
+
+
+def kernel_pair(loss: GapLoss) -> tuple[Any, Any]:
+    """Return the (value, slope) jit functions of a loss."""
+    kernel = loss.kernel
+    if isinstance(kernel, str):
+        module = _kernels()["gap_losses"]
+        return getattr(module, f"{kernel}_value"), getattr(module, f"{kernel}_slope")
+    if kernel is None:
+        raise NotImplementedError(
+            f"{type(loss).__name__} has no kernel.\nExpected a class attribute kernel = (value, slope) of two "
+            "@triton.jit functions for implementation='triton'; implementation='torch' runs its formulas."
+        )
+    return kernel[0], kernel[1]
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _halves(x: float) -> tuple[float, float]:
+    """Split a float64 into two float32, which is what a kernel takes."""
+    if not math.isfinite(x) or abs(x) > 3e38:
+        return x, 0.0
+    high = struct.unpack("f", struct.pack("f", x))[0]
+    return high, x - high
+
+
+def _params(loss: GapLoss) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    halves = [_halves(x) for x in loss.parameters()]
+    return tuple(h for h, _ in halves), tuple(low for _, low in halves)
+
+
+def _vector(*tensors: Tensor) -> int:
+    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
+    first = tensors[0]
+    size = first.element_size()
+    starts = {t.data_ptr() % 16 for t in tensors}
+    if any(t.stride(2) != 1 for t in tensors) or len(starts) > 1 or first.data_ptr() % size:
+        return 1
+    # rows must leave a 16-byte boundary alike
+    if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in (0, 1)):
+        return 1
+    return 16 // size
+
+
+def _device_guard(tensor: Tensor) -> Any:
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
+def _launch_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
+) -> RowResult:
+    kernels, launch = _kernels()["forward"], _kernels()["launch"]
+    n_outer, n_inner, n_classes = logits.shape
+    n_rows = n_outer * n_inner
+    out = _empty_result(logits, scores, softmax)
+    if n_rows == 0:
+        return out
+    value, _ = kernel_pair(loss)
+    how = launch.forward(n_rows, n_classes)
+    target = target.reshape(-1)
+    outputs = (out.loss, out.scores if scores else None, out.runner_up if scores else None, out.saved)
+    shape, strides = (n_rows, n_classes, n_inner), logits.stride()
+    with _device_guard(logits):
+        if softmax:
+            kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
+                logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
+                strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index, params=_params(loss),
+                VALUE=value, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, out.softmax),
+                num_warps=how.num_warps,
+            )  # fmt: skip
+        elif how.parts == 1:
+            kernels.forward_kernel[(-(-n_rows // how.rows),)](
+                logits_ptr=logits, target_ptr=target, outputs=outputs, shape=shape, strides=strides,
+                ignore_index=ignore_index, params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                VECTOR=_vector(logits), num_warps=how.num_warps,
+            )  # fmt: skip
+        else:
+            sums = out.saved.new_empty(4, n_rows, how.parts)
+            argmax = out.runner_up.new_empty(n_rows, how.parts)
+            kernels.partial_kernel[(n_rows, how.parts)](
+                logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, shape=shape, strides=strides,
+                ignore_index=ignore_index, LANES=how.lanes, VECTOR=_vector(logits), num_warps=how.num_warps,
+            )  # fmt: skip
+            kernels.merge_kernel[(n_rows,)](
+                logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
+                strides=strides, ignore_index=ignore_index, params=_params(loss), VALUE=value, PARTS=how.parts,
+                num_warps=1,
+            )  # fmt: skip
+    return out
+
+
+def _launch_backward(
+    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss
+) -> Tensor:
+    grad = torch.empty_like(logits)
+    n_outer, n_inner, n_classes = logits.shape
+    n_rows = n_outer * n_inner
+    if n_rows == 0:
+        return grad
+    _, slope = kernel_pair(loss)
+    how = _kernels()["launch"].backward(n_rows, n_classes)
+    with _device_guard(logits):
+        _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
+            logits_ptr=logits, target_ptr=target.reshape(-1), saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
+            shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, params=_params(loss), SLOPE=slope,
+            ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
+        )  # fmt: skip
+    return grad
+
+
+def _empty_result(logits: Tensor, scores: bool, softmax: bool) -> RowResult:
+    n_rows = logits.shape[0] * logits.shape[1]
+    dtype = reference.accumulation_dtype(logits.dtype)
+    return RowResult(
+        logits.new_empty(n_rows, dtype=dtype),
+        logits.new_empty((5, n_rows) if scores else (0,), dtype=torch.float32),
+        logits.new_empty(n_rows if scores else 0, dtype=torch.int32),
+        logits.new_empty((3, n_rows), dtype=dtype),
+        torch.empty_like(logits) if softmax else logits.new_empty(0),
+    )
+
+
+@torch.library.custom_op("bonus_ops::forward", mutates_args=())
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: str, fields: Sequence[float], scores: bool, softmax: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows [outer, inner, C] to (loss, scores, runner_up, saved, softmax), see `RowResult`."""
+    gap_loss = decode(loss, list(fields))
+    if implementation == "triton":
+        if logits.device.type == "cpu":
+            reference.check_target(target, logits.shape[2], ignore_index)
+        result = _launch_forward(logits, target, ignore_index, gap_loss, scores, softmax)
+        return result.loss, result.scores, result.runner_up, result.saved, result.softmax
+    out, _ = fallback.visit(logits, target, ignore_index, gap_loss, scores, None)
+    return (
+        out.loss,
+        logits.new_empty(0, dtype=torch.float32) if out.scores is None else out.scores,
+        logits.new_empty(0, dtype=torch.int32) if out.runner_up is None else out.runner_up,
+        out.saved,
+        fallback.softmax(logits, target, out.saved, ignore_index) if softmax else logits.new_empty(0),
+    )
+
+
+@forward.register_fake
+def _(logits, target, ignore_index, loss, fields, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+    return tuple(_empty_result(logits, scores, softmax))
+
+
+@torch.library.custom_op("bonus_ops::backward", mutates_args=())
+def backward(
+    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: str,
+    fields: Sequence[float], implementation: str,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
+    run = _launch_backward if implementation == "triton" else fallback.backward
+    return run(logits, target, saved, grad_loss, ignore_index, decode(loss, list(fields)))
+
+
+@backward.register_fake
+def _(logits, target, saved, grad_loss, ignore_index, loss, fields, implementation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _Rows(torch.autograd.Function):
+    """Loss of each row; the gradient is made in backward by a second read."""
+
+    @staticmethod
+    def forward(logits, target, ignore_index, loss, fields, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        return forward(logits, target, ignore_index, loss, fields, scores, softmax, implementation)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        logits, target, ctx.ignore_index, ctx.loss, ctx.fields, _, _, ctx.implementation = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(logits, target, output[3])
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        logits, target, saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the closed form in torch, from the input, is differentiable again
+            grad = _differentiable(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, ctx.fields))
+        else:
+            grad = backward(
+                logits, target, saved, grad_loss, ctx.ignore_index, ctx.loss, ctx.fields, ctx.implementation
+            )
+        return grad, *(None,) * 7
+
+
+def _differentiable(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
+    return reference.gradient(logits, target, ignore_index, loss, grad_loss.reshape(target.shape))
+
+
+class _Visit(torch.autograd.Function):
+    """Weighted sum of the rows' losses with the gradient made in the forward visit: the torch path, eager, on a CPU."""
+
+    @staticmethod
+    def forward(ctx, logits, target, scale, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
+        out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale.reshape(-1))
+        ctx.save_for_backward(logits, target, scale, grad)
+        ctx.ignore_index, ctx.loss = ignore_index, loss
+        rest = tuple(logits.new_empty(0) if x is None else x for x in (out.scores, out.runner_up, out.saved))
+        ctx.mark_non_differentiable(*rest)
+        return _weighted(out.loss, scale), *rest
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        logits, target, scale, grad = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            upstream = (grad_loss * scale).expand(target.numel())
+            grad = _differentiable(logits, target, upstream, ctx.ignore_index, ctx.loss)
+        elif grad_loss.item() != 1:  # a CPU scalar: nothing waits
+            grad = grad * grad_loss.to(grad.dtype)
+        return grad, *(None,) * 5
+
+
+def _weighted(loss: Tensor, scale: Tensor) -> Tensor:
+    """Return sum_i scale_i loss_i for a scale of every row or one for all."""
+    return loss.sum() * scale if scale.dim() == 0 else (loss * scale).sum()
+
+
+def rows(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
+) -> RowResult:
+    """Return each row's results; ``loss`` [N] carries the gradient."""
+    name, fields = encode(loss)
+    args = (logits, target, ignore_index, name, fields, scores, softmax, implementation)
+    return RowResult(*_Rows.apply(*args))  # type: ignore[no-untyped-call]
+
+
+def reduced_rows(
+    logits: Tensor, target: Tensor, scale: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool,
+    implementation: str,
+) -> RowResult:  # fmt: skip
+    """As `rows` with ``loss`` the sum weighted by ``scale``: [N] or a scalar."""
+    eager = implementation == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and logits.requires_grad and torch.is_grad_enabled() and not softmax:
+        visited = _Visit.apply(logits, target, scale, ignore_index, loss, scores)  # type: ignore[no-untyped-call]
+        return RowResult._make((*visited, logits.new_empty(0)))
+    out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
+    return out._replace(loss=_weighted(out.loss, scale))

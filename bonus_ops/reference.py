@@ -1,0 +1,146 @@
+"""The specification: every quantity of the package in plain torch, any device, any dtype, differentiable twice.
+
+Rows are the last axis of ``logits`` [..., C]; ``target`` [...] holds class indices. Nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .losses import GapLoss
+from .scores import Scores
+
+__all__ = ["check_target", "dense_rows", "gradient", "rows", "scores", "softmax"]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:
+    """Raise torch's IndexError for a class index out of range."""
+    bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    if bad.any():
+        raise IndexError(
+            f"Target {int(target[bad][0])} is out of bounds.\nExpected class indices in [0, {n_classes}) or "
+            f"ignore_index={ignore_index}, got {int(bad.sum())} outside."
+        )
+
+
+def _masked(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (logits, label's logit, rest with the label at -inf, which rows count), ignored rows made harmless."""
+    n_classes = logits.shape[-1]
+    ignored = target == ignore_index
+    bad = ((target < 0) | (target >= n_classes)) & ~ignored
+    logits = logits.to(accumulation_dtype(logits.dtype)).masked_fill(ignored[..., None], 0.0)
+    label = torch.where(ignored | bad, 0, target.long())
+    is_label = torch.arange(n_classes, device=logits.device) == label[..., None]
+    z_target = torch.where(is_label, logits, 0.0).sum(-1)
+    # a label out of range (unchecked on a GPU) makes its row NaN
+    return logits, z_target + torch.where(bad, math.nan, 0.0), logits.masked_fill(is_label, -math.inf), ~ignored
+
+
+def _rest(rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (max, max with 0 for -inf, sum of exp(rest - max)) of the other classes."""
+    if rest.shape[-1] == 0:
+        maximum = rest.new_full(rest.shape[:-1], -math.inf)
+    else:
+        maximum = rest.detach().amax(-1)
+    origin = maximum.masked_fill(maximum == -math.inf, 0.0)
+    return maximum, origin, torch.exp(rest - origin[..., None]).sum(-1)
+
+
+def _gap(z_target: Tensor, origin: Tensor, sum_exp: Tensor) -> Tensor:
+    empty = sum_exp == 0
+    gap = torch.where(empty, math.inf, (z_target - origin) - torch.log(torch.where(empty, 1.0, sum_exp)))
+    nan = (z_target == math.inf) | z_target.isnan() | (empty & (z_target == -math.inf))
+    return gap + torch.where(nan, math.nan, 0.0)
+
+
+def rows(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
+    """Return the loss of each row, 0 where ignored, in the accumulation dtype."""
+    _, z_target, rest, counts = _masked(logits, target, ignore_index)
+    _, origin, sum_exp = _rest(rest)
+    value = loss.value(_gap(z_target, origin, sum_exp))
+    return torch.where(counts, value, 0.0)
+
+
+def gradient(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, grad_loss: Tensor) -> Tensor:
+    """Return ``sum_i grad_loss_i dL_i / dlogits`` by the closed form, itself differentiable.
+
+    ``dL/dz_y = -A``, ``dL/dz_k = A exp(z_k - max) / sum_exp``.
+    """
+    cleaned, z_target, rest, counts = _masked(logits, target, ignore_index)
+    _, origin, sum_exp = _rest(rest)
+    slope = loss.slope(_gap(z_target, origin, sum_exp)) * grad_loss
+    slope = torch.where(sum_exp == 0, slope * 0.0, slope)  # a row with no rest teaches nothing
+    slope = torch.where(counts, slope, 0.0)
+    scale = slope / torch.where(sum_exp == 0, 1.0, sum_exp)
+    others = scale[..., None] * torch.exp(rest - origin[..., None])
+    is_label = torch.arange(logits.shape[-1], device=logits.device) == target[..., None]
+    return torch.where(is_label & counts[..., None], -slope[..., None], others).to(logits.dtype)
+
+
+def softmax(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return the probabilities of each row in the dtype of the logits; 0 where ignored."""
+    probabilities = torch.softmax(logits.to(accumulation_dtype(logits.dtype)), -1).to(logits.dtype)
+    bad = (target < 0) | (target >= logits.shape[-1])
+    probabilities = probabilities.masked_fill(bad[..., None], math.nan)
+    return probabilities.masked_fill((target == ignore_index)[..., None], 0.0)
+
+
+@torch.no_grad()
+def scores(logits: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype = torch.float32) -> Scores:
+    """Return the six stored columns, shaped like the target; see `Scores`."""
+    cleaned, z_target, rest, counts = _masked(logits, target, ignore_index)
+    maximum, origin, sum_exp = _rest(rest)
+    gap = _gap(z_target, origin, sum_exp)
+    shifted = rest - origin[..., None]
+    e = torch.exp(shifted)
+    total = torch.where(sum_exp == 0, 1.0, sum_exp)
+    p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
+    plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
+    purity = (e * e).sum(-1) / (total * total)
+    rest_entropy = torch.log(total) - torch.where(e == 0, e, e * shifted).sum(-1) / total
+    entropy = torch.where(p == 0, 0.0, p * plain) + torch.where(u == 0, 0.0, u * (log_odds_loss + rest_entropy))
+    margin = z_target - maximum + torch.where(gap.isnan(), math.nan, 0.0)
+    energy = -torch.where(gap > 0, z_target + plain, maximum + torch.log(total) + log_odds_loss)
+    runner_up = rest.argmax(-1) if rest.shape[-1] else torch.zeros_like(target)
+    known = counts & ~gap.isnan() & (maximum > -math.inf)
+
+    def column(x: Tensor) -> Tensor:
+        return torch.where(counts, x + torch.where(gap.isnan(), math.nan, 0.0), math.nan).to(dtype)
+
+    return Scores(
+        column(plain), column(u * torch.sqrt(1 + purity)), column(margin), column(entropy), column(energy),
+        torch.where(known, runner_up, -1).to(torch.int32),
+    )  # fmt: skip
+
+
+def dense_rows(logits: Tensor, target: Tensor, loss: GapLoss) -> Tensor:
+    """Return ``sum_k t_k L(gap_k)`` of each row for a target distribution (or smoothed label) ``t`` [..., C].
+
+    ``gap_k = log p_k - log(1 - p_k)``: every class pays the loss it would have as the label, by its share. For plain
+    cross-entropy this is ``-sum t_k log p_k``; with the log bonus, the image-classifier form of label smoothing, where
+    cross-entropy and bonus are smoothed alike.
+    """
+    logits = logits.to(torch.promote_types(accumulation_dtype(logits.dtype), target.dtype))
+    if logits.shape[-1] == 0:
+        return logits.sum(-1)
+    log_p = torch.log_softmax(logits, -1)
+    # only the top class can have p > 1/2, where log(1 - p) must come from the sum over the others
+    top = logits.detach().argmax(-1, keepdim=True)
+    is_top = torch.arange(logits.shape[-1], device=logits.device) == top
+    _, origin, sum_exp = _rest(logits.masked_fill(is_top, -math.inf))
+    z_top = torch.where(is_top, logits, 0.0).sum(-1)
+    gap_top = _gap(z_top, origin, sum_exp)
+    others = torch.where(is_top, -1.0, log_p).clamp(max=-1e-9)
+    gap = torch.where(is_top, gap_top[..., None], others - torch.log(-torch.expm1(others)))
+    value = loss.value(gap)
+    nothing = torch.where(log_p.isnan(), math.nan, 0.0).to(value.dtype)
+    return torch.where(target == 0, nothing, target * value).sum(-1)

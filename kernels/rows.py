@@ -1,0 +1,96 @@
+"""Where the classes of a row lie: a ragged head, 16-byte vectors, a ragged tail.
+
+A row may start at any address. Its classes up to the first 16-byte boundary are the head, then come chunks of `CHUNK`
+classes read as whole vectors, then the tail. Head and tail are fewer than 2 * CHUNK classes and form the edge. Every
+class is in one part, so each is read once and nothing outside the row is touched. With VECTOR = 1 (classes not
+contiguous) there is no head and classes are read one by one, `class_stride` apart.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(8)
+
+
+class Rows(NamedTuple):
+    """A block of rows; every field is [ROWS]."""
+
+    ptr: tl.tensor  # class 0
+    head: tl.tensor  # classes before the first vector
+    n_chunks: tl.tensor
+    target: tl.tensor  # the label, in range where active
+    active: tl.tensor  # in the batch, not ignored, label in range
+    ignored: tl.tensor
+
+
+@triton.jit
+def row_index(ROWS: tl.constexpr):
+    # int64 before the first multiply: n_rows * n_classes may exceed 2^31
+    return tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def row_ptr(ptr, row, inner, strides):
+    """Return the address of class 0; rows count over two axes, the inner one ``inner`` long."""
+    return ptr + (row // inner) * strides[0] + (row % inner) * strides[1]
+
+
+@triton.jit
+def rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR: tl.constexpr):
+    n_rows, n_classes, inner = shape[0], shape[1], shape[2]
+    ptr = row_ptr(logits_ptr, row, inner, strides)
+    target = tl.load(target_ptr + row, row < n_rows, 0).to(tl.int64)
+    ignored = target == ignore_index
+    active = (row < n_rows) & (target >= 0) & (target < n_classes) & (target != ignore_index)
+    if VECTOR > 1:
+        ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
+        past_boundary = ((ptr.to(tl.int64) % 16) // ELEMENT).to(tl.int32)
+        head = tl.minimum((VECTOR - past_boundary) % VECTOR, n_classes)
+    else:
+        head = (row * 0).to(tl.int32)
+    return Rows(ptr, head, (n_classes - head) // CHUNK, target.to(tl.int32), active, ignored)
+
+
+@triton.jit
+def load(ptr, mask):
+    """Load in the accumulation dtype: float64 stays, the rest becomes float32; masked lanes are -inf."""
+    if mask is None:
+        z = tl.load(ptr)
+    else:
+        z = tl.load(ptr, mask, -float("inf"))
+    return accumulable(z)
+
+
+@triton.jit
+def accumulable(z):
+    if z.dtype == tl.float64:
+        return z
+    else:
+        return z.to(tl.float32)
+
+
+@triton.jit
+def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
+    """Load [ROWS, LANES, CHUNK] logits: chunk number ``chunk`` [1, LANES] of every row."""
+    if VECTOR == 1:
+        ptr = rows.ptr[:, None, None] + (chunk * CHUNK)[:, :, None].to(tl.int64) * class_stride
+        return load(ptr + tl.arange(0, CHUNK)[None, None, :].to(tl.int64) * class_stride, mask)
+    body = tl.multiple_of(rows.ptr + rows.head, 16)
+    ptr = body[:, None, None] + (chunk * CHUNK)[:, :, None]
+    if VECTOR == 4:
+        # two vectors a chunk, side by side in one thread: a plain load would spread them over two
+        half = tl.arange(0, 4)[None, None, :]
+        low, high = load(ptr + half, mask), load(ptr + (4 + half), mask)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [low.shape[0], low.shape[1], CHUNK])
+    else:
+        return load(ptr + tl.arange(0, CHUNK)[None, None, :], mask)
+
+
+@triton.jit
+def edge_classes(rows):
+    """Return the classes [ROWS, 2 * CHUNK] of head and tail; numbers past the last class fill up."""
+    lane = tl.arange(0, 2 * CHUNK)[None, :]
+    head = rows.head[:, None]
+    return tl.where(lane < head, lane, lane + (rows.n_chunks * CHUNK)[:, None])

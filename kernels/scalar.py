@@ -1,0 +1,61 @@
+"""Scalar functions that stay accurate where a loss of the gap needs them, in the dtype of their argument."""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+HALF_PI = tl.constexpr(math.pi / 2)
+PI = tl.constexpr(math.pi)
+SIN_TERMS = tl.constexpr(11)
+EXPM1_TERMS = tl.constexpr(14)  # 0.5^15 / 16! leaves nothing of a float64
+
+
+@triton.jit
+def exp(x):
+    """Return e^x by one exp2; subtract any offset before, since the product rounds relative to |x|."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def log1p(x):
+    """Return log(1 + x) for x in [0, 1] without libdevice (Kahan): the rounding of 1 + x divides out."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def log_sigmoid(x):
+    """Return log(sigmoid(x)) = -softplus(-x)."""
+    return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """Return 1 / (1 + e^-x) with full relative accuracy on both sides."""
+    e = exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def expm1(x):
+    """Return e^x - 1 for x <= 0: by its series near 0, where the difference would cancel."""
+    y = 1.0
+    for i in tl.static_range(EXPM1_TERMS):
+        y = 1.0 + x / (EXPM1_TERMS + 1 - i) * y
+    return tl.where(x > -0.5, x * y, exp(x) - 1.0)
+
+
+@triton.jit
+def sin(x):
+    """Return the sine for x in [0, pi/2] by its series, whose first term left out is x^25 / 25! = 5e-21."""
+    x2 = x * x
+    y = 1.0
+    for i in tl.static_range(SIN_TERMS):
+        n = 2 * (SIN_TERMS - i)
+        y = 1.0 - x2 / (n * (n + 1)) * y
+    return x * y
