@@ -438,7 +438,7 @@ def _check_weight(weight: Tensor | None, input: Tensor, n_classes: int) -> None:
 
 def _choose(requested: str | None, device: torch.device, dense: bool) -> str:
     if requested is None:
-        return "torch" if dense else ops.implementations(device)[0]
+        return "torch" if dense else ops.default_implementation(device.type)
     if requested not in ("triton", "torch", "reference"):
         raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
     if requested == "triton":
@@ -447,7 +447,7 @@ def _choose(requested: str | None, device: torch.device, dense: bool) -> str:
                 "implementation='triton' has no kernel for probability targets or label_smoothing > 0 yet; "
                 "implementation=None or 'torch' computes them"
             )
-        why = ops.why_not_triton(device)
+        why = ops.why_not_triton(device.type)
         if why is not None:
             raise RuntimeError(f"implementation='triton' cannot run: {why}")
     return requested

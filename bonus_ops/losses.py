@@ -17,7 +17,7 @@ the GPU `kernel` is a pair of ``@triton.jit`` functions ``(gap, params) -> tenso
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -62,27 +62,21 @@ class GapLoss:
 
     def parameters(self) -> tuple[float, ...]:
         """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
-        return tuple(float("nan") if x is None else float(x) for x in _field_values(self)) or (0.0,)
-
-
-def _field_names(cls: type[GapLoss]) -> list[str]:
-    return [field.name for field in fields(cls)] if is_dataclass(cls) else []
-
-
-def _field_values(loss: GapLoss) -> list[Any]:
-    return [getattr(loss, name) for name in _field_names(type(loss))]
+        return tuple(encode(self)[1]) or (0.0,)
 
 
 def encode(loss: GapLoss) -> tuple[str, list[float]]:
     """Return the class name and fields of ``loss``: what an operator schema can carry (None travels as NaN)."""
     cls = type(loss)
-    return f"{cls.__module__}.{cls.__qualname__}", [math.nan if x is None else float(x) for x in _field_values(loss)]
+    values = [getattr(loss, field.name) for field in fields(loss)]  # type: ignore[arg-type]
+    return f"{cls.__module__}.{cls.__qualname__}", [math.nan if x is None else float(x) for x in values]
 
 
 def decode(name: str, values: list[float]) -> GapLoss:
     """Rebuild the loss that `encode` described."""
     cls = _CLASSES[name]
-    return cls(**{n: None if math.isnan(x) else x for n, x in zip(_field_names(cls), values, strict=True)})
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values, strict=True)})
 
 
 def _check(loss: GapLoss, name: str, ok: bool, expected: str) -> None:

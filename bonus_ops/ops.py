@@ -20,7 +20,7 @@ from torch import Tensor
 from . import fallback, reference
 from .losses import GapLoss, decode, encode
 
-__all__ = ["RowResult", "implementations", "reduced_rows", "rows", "why_not_triton"]
+__all__ = ["RowResult", "default_implementation", "reduced_rows", "rows", "why_not_triton"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -54,24 +54,21 @@ def _interpreted() -> bool:
     return type(_kernels()["forward"].forward_kernel).__name__ == "InterpretedFunction"
 
 
-def why_not_triton(device: torch.device) -> str | None:
-    """Return why kernels cannot run on ``device``, or None if they can."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_triton(device_type: str) -> str | None:
+    """Return why kernels cannot run on this type of device, or None if they can."""
     if not _triton_found():
         return "triton is not installed"
-    if device.type in ("cuda", "xpu"):
+    if device_type in ("cuda", "xpu"):
         return None
-    if device.type == "cpu":
+    if device_type == "cpu":
         return None if _interpreted() else "tensors are on the CPU and TRITON_INTERPRET is not set"
-    return f"there are no kernels for device type {device.type}"
+    return f"there are no kernels for device type {device_type}"
 
 
-def implementations(device: torch.device) -> list[str]:
-    """Return the implementations that run on ``device``, the one chosen by default first."""
-    names = ["torch", "reference"]
-    if why_not_triton(device) is None:
-        # interpreted kernels are for tests: they run when asked for, never by default
-        names.insert(1 if device.type == "cpu" else 0, "triton")
-    return names
+def default_implementation(device_type: str) -> str:
+    """Return what ``implementation=None`` means: interpreted kernels are for tests and run only when asked for."""
+    return "torch" if device_type == "cpu" or why_not_triton(device_type) else "triton"
 
 
 def kernel_pair(loss: GapLoss) -> tuple[Any, Any]:
