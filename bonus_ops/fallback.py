@@ -8,7 +8,7 @@ upstream gradient known in advance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,11 @@ __all__ = ["RowOutputs", "backward", "forward", "softmax", "visit"]
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: measured best of 2^16..2^20 on 1000 and 32000 classes, 1 MiB of L2
+# Tuned by `python -m bench speed` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
+BLOCK_ELEMENTS = 1 << 20  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
+SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
+WORKSPACE_SHARE = 0.16  # of one gradient's bytes, for all buffers of a call
+CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
 
 
@@ -35,179 +39,193 @@ class RowOutputs(NamedTuple):
     saved: Tensor
 
 
-class _Block(NamedTuple):
-    """A block of rows: where it lies in the logits and in the flat count of rows."""
+class _Plan:
+    """How the rows of one call are cut into blocks, and the buffers that blocks work in.
 
-    outer: slice
-    inner: slice
-    rows: slice
+    Buffers hold [rows, C] in the accumulation dtype, class-major where that is faster, and take `WORKSPACE_SHARE` of
+    the bytes of the logits. ``unwritten`` is an output filled in the same order: while the part of it behind a block
+    offers more room, the buffers lie there and the block grows.
+    """
 
-
-def _blocks(logits: Tensor) -> Iterator[_Block]:
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = max(BLOCK_ELEMENTS // max(n_classes, 1), 1)
-    per_outer = min(n_inner, n_rows)
-    per_block = max(n_rows // max(n_inner, 1), 1) if per_outer == n_inner else 1
-    for o in range(0, n_outer, per_block):
-        o_end = min(o + per_block, n_outer)
-        for i in range(0, n_inner, max(per_outer, 1)):
-            i_end = min(i + per_outer, n_inner)
-            first = o * n_inner + i
-            yield _Block(slice(o, o_end), slice(i, i_end), slice(first, first + (o_end - o) * (i_end - i)))
-
-
-class _Workspace:
-    """Buffers in the accumulation dtype that every block of one call uses again."""
-
-    def __init__(self, logits: Tensor, n_buffers: int) -> None:
-        self.by_class = logits.shape[-1] <= COLUMN_CLASSES or logits.stride(-1) != 1
-        self.n_classes = logits.shape[-1]
-        largest = max((b.rows.stop - b.rows.start for b in _blocks(logits)), default=0)
+    def __init__(self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None) -> None:
+        n_outer, n_inner, n_classes = logits.shape
         dtype = accumulation_dtype(logits.dtype)
-        self.buffers = [logits.new_empty(largest * self.n_classes, dtype=dtype) for _ in range(n_buffers)]
+        ratio = n_buffers * dtype.itemsize / logits.element_size()  # bytes of buffers to bytes of logits
+        self.n_classes, self.by_class = n_classes, _by_class(logits)
+        largest = min(max(BLOCK_ELEMENTS // n_classes, 1), n_outer * n_inner)
+        share = max(int(logits.numel() * WORKSPACE_SHARE / ratio), SMALLEST_BLOCK)
+        n_own = min(max(share // n_classes, 1), largest)
+        self.own = logits.new_empty(n_buffers * n_own * n_classes, dtype=dtype)
+        self.tail = None
+        if unwritten is not None and not self.by_class and n_inner == 1 and unwritten.is_contiguous():
+            whole = unwritten.numel() * unwritten.element_size() // dtype.itemsize * dtype.itemsize
+            self.tail = unwritten.view(-1)[: whole // unwritten.element_size()].view(dtype)
+        self.indices: list[tuple[slice, slice]] = []
+        self.sizes: list[int] = []
+        o = 0
+        while o < n_outer:
+            behind = int((n_outer - o - 1) / (1 + ratio)) if self.tail is not None else 0
+            n_rows = min(max(behind, n_own), largest)
+            o_end = min(o + max(n_rows // n_inner, 1), n_outer)
+            for i in range(0, n_inner, n_rows):
+                i_end = min(i + n_rows, n_inner)
+                self.indices.append((slice(o, o_end), slice(i, i_end)))
+                self.sizes.append((o_end - o) * (i_end - i))
+            o = o_end
+        self.n_own = n_own
 
-    def rows(self, which: int, n_rows: int) -> Tensor:
-        """Return a [n_rows, C] view of a buffer, class-major where that is faster."""
-        flat = self.buffers[which][: n_rows * self.n_classes]
-        return flat.view(self.n_classes, n_rows).t() if self.by_class else flat.view(n_rows, self.n_classes)
+    def pieces(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the blocks of ``x`` [outer, inner, C], [rows, C] where there is one inner row."""
+        if x.shape[1] == 1:
+            return x[:, 0].split_with_sizes(self.sizes)
+        return [x[index] for index in self.indices]
+
+    def buffer(self, which: int, block: int) -> Tensor:
+        """Return buffer number ``which`` for a block, [rows, C]."""
+        n_rows = self.sizes[block]
+        size = n_rows * self.n_classes
+        if self.by_class:
+            return self.own.as_strided((n_rows, self.n_classes), (1, n_rows), which * size)
+        if n_rows <= self.n_own or self.tail is None:
+            return self.own.as_strided((n_rows, self.n_classes), (self.n_classes, 1), which * size)
+        first = self.tail.numel() - (which + 1) * size
+        return self.tail.as_strided((n_rows, self.n_classes), (self.n_classes, 1), first)
 
 
-def _load(logits: Tensor, block: _Block, out: Tensor) -> Tensor:
-    source = logits[block.outer, block.inner]
-    _split(out, source).copy_(source)
-    return out
+def _by_class(logits: Tensor) -> bool:
+    return logits.shape[2] <= COLUMN_CLASSES or logits.stride(2) != 1
 
 
-def _store(values: Tensor, out: Tensor, block: _Block) -> None:
-    destination = out[block.outer, block.inner]
-    destination.copy_(_split(values, destination))
+def _as_rows(piece: Tensor, rows: Tensor) -> Tensor:
+    """Return the buffer ``rows`` [N, C] shaped like a piece, which may be [outer, inner, C]."""
+    if piece.dim() == 2:
+        return rows
+    return rows.as_strided(piece.shape, (rows.stride(0) * piece.shape[1], *rows.stride()), rows.storage_offset())
 
 
-def _split(rows: Tensor, like: Tensor) -> Tensor:
-    """Return [N, C] rows as [outer, inner, C]."""
-    n_inner = like.shape[1]
-    return rows.as_strided(like.shape, (rows.stride(0) * n_inner, *rows.stride()), rows.storage_offset())
+def _max(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the max of each row and its first index, [N, 1] each.
 
-
-def _max(z: Tensor, with_index: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the max of each row [N, 1] and its first index: chunk by chunk, since torch's indexed max is scalar."""
+    torch's indexed max reads one element at a time, so a long row is first reduced by chunks; the last chunk reaches
+    back into its neighbour, which keeps the first index first.
+    """
     n_rows, n_classes = z.shape
-    if not with_index:
-        return z.amax(1, keepdim=True), None
-    chunk = 64
-    whole = n_classes // chunk * chunk
-    if z.stride(1) != 1 or whole < 4 * chunk:
-        maximum, index = z.max(1, keepdim=True)
-        return maximum, index
-    chunks = z[:, :whole].view(n_rows, -1, chunk)
-    maximum, which = chunks.amax(2).max(1, keepdim=True)
-    best = chunks[torch.arange(n_rows, device=z.device), which[:, 0]]
-    index = which * chunk + best.argmax(1, keepdim=True)
-    if whole < n_classes:
-        tail, tail_index = z[:, whole:].max(1, keepdim=True)
-        index = torch.where(tail > maximum, tail_index + whole, index)
-        maximum = torch.maximum(maximum, tail)
-    return maximum, index
-
-
-def _weighted_sum(e: Tensor, z: Tensor, sum_exp: Tensor) -> Tensor:
-    """Return sum e z over each row, overwriting z; 0 where e is 0."""
-    total = z.mul_(e).sum(1)
-    spoilt = total.isnan() & ~sum_exp.isnan()
-    if spoilt.any():  # a -inf logit made 0 * -inf
-        total = z.nan_to_num_(nan=0.0).sum(1).masked_fill_(sum_exp.isnan(), math.nan)
-    return total
+    if z.stride(1) != 1 or n_classes < 4 * CHUNK:
+        return z.max(1, keepdim=True)
+    whole = n_classes // CHUNK
+    maxima = z.as_strided((n_rows, whole, CHUNK), (n_classes, CHUNK, 1)).amax(2)
+    if whole * CHUNK < n_classes:
+        last = z.as_strided((n_rows, CHUNK), (n_classes, 1), z.storage_offset() + n_classes - CHUNK)
+        maxima = torch.cat([maxima, last.amax(1, keepdim=True)], 1)
+    maximum, chunk = maxima.max(1, keepdim=True)
+    first = chunk.mul_(CHUNK)
+    if whole * CHUNK < n_classes:
+        first.clamp_(max=n_classes - CHUNK)
+    return maximum, first + z.gather(1, first + torch.arange(CHUNK)).argmax(1, keepdim=True)
 
 
 class _Columns(NamedTuple):
-    """What a sweep gathers, [N] each."""
+    """What a sweep gathers of each row, [N, 1]; the last three only for scores."""
 
-    z_target: Tensor
+    gap: Tensor
     maximum: Tensor
     sum_exp: Tensor
+    z_target: Tensor
     sum_exp2: Tensor
     sum_exp_z: Tensor
     runner_up: Tensor
-    gap: Tensor
 
 
-def _no_columns(logits: Tensor) -> _Columns:
-    n_rows = logits.shape[0] * logits.shape[1]
-    floats = logits.new_zeros(6, n_rows, dtype=accumulation_dtype(logits.dtype))
-    z_target, maximum, sum_exp, sum_exp2, sum_exp_z, gap = floats.unbind()
-    runner_up = logits.new_zeros(n_rows, dtype=torch.int64)
-    return _Columns(z_target, maximum, sum_exp, sum_exp2, sum_exp_z, runner_up, gap)
+def _origin(maximum: Tensor) -> Tensor:
+    """Return the point to subtract: the max, but finite where it is -inf, since -inf - -inf is NaN."""
+    return maximum.clamp(min=torch.finfo(maximum.dtype).min)
 
 
-def _gap(z_target: Tensor, maximum: Tensor, sum_exp: Tensor) -> Tensor:
-    gap = (z_target - maximum) - sum_exp.log()
-    nothing = sum_exp == 0
-    gap = gap.masked_fill(nothing, math.inf)
-    return gap.masked_fill(nothing & (z_target == -math.inf) | (z_target == math.inf) | z_target.isnan(), math.nan)
+def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
+    """Return e^shifted by exp2: on CPUs several times faster than exp, as accurate once the max is subtracted."""
+    return torch.mul(shifted, LOG2_E, out=out).exp2_()
 
 
-def _sweep(logits: Tensor, block: _Block, label: Tensor, z: Tensor, e: Tensor, to: _Columns, scores: bool) -> None:
-    """Fill ``to`` for one block, leaving exp(logits - max), 0 at the label, in ``e``."""
-    rows = block.rows
-    _load(logits, block, z)
+def _sweep(z: Tensor, label: Tensor, e: Tensor, scores: bool) -> _Columns:
+    """Summarise the rows ``z`` [N, C], which are overwritten; leave exp(z - max), 0 at the label, in ``e``."""
     z_target = z.gather(1, label)
     z.scatter_(1, label, -math.inf)
-    maximum, index = _max(z, scores)
-    origin = maximum.masked_fill(maximum == -math.inf, 0.0)
-    z.sub_(origin)
+    maximum, runner_up = _max(z) if scores else (z.amax(1, keepdim=True), label)
+    z.sub_(_origin(maximum))
     z.scatter_(1, label, LOWEST)
-    torch.mul(z, LOG2_E, out=e)
-    e.exp2_()  # several times faster than exp on CPUs, same accuracy once the max is subtracted
-    sum_exp = torch.sum(e, 1)
-    to.z_target[rows] = z_target[:, 0]
-    to.maximum[rows] = maximum[:, 0]
-    to.sum_exp[rows] = sum_exp
-    to.gap[rows] = _gap(z_target[:, 0], maximum[:, 0], sum_exp)
-    if scores:
-        to.sum_exp2[rows] = torch.linalg.vector_norm(e, 2, 1).square_()
-        to.sum_exp_z[rows] = _weighted_sum(e, z, sum_exp)
-        assert index is not None
-        to.runner_up[rows] = index[:, 0]
+    sum_exp = _exp_(z, e).sum(1, keepdim=True)
+    gap = (z_target - maximum) - sum_exp.log()
+    gap.masked_fill_(z_target == math.inf, math.nan)
+    if not scores:
+        return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
+    sum_exp_z = z.mul_(e).sum(1, keepdim=True)  # NaN if a logit is -inf: `_repair`
+    if z.stride(1) == 1:
+        sum_exp2 = torch.linalg.vector_norm(e, 2, 1, keepdim=True).square_()
+    else:
+        sum_exp2 = torch.mul(e, e, out=z).sum(1, keepdim=True)
+    return _Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
+
+
+def _repair(logits: Tensor, label: Tensor, columns: _Columns) -> None:
+    """Recompute sum_exp_z of rows where a -inf logit made 0 * -inf, a block at a time."""
+    spoilt = columns.sum_exp_z.isnan()
+    if not spoilt.any():
+        return
+    spoilt = (spoilt & ~columns.sum_exp.isnan())[:, 0].nonzero()[:, 0]
+    n_inner = logits.shape[1]
+    for index in torch.split(spoilt, max(BLOCK_ELEMENTS // (8 * logits.shape[2]), 1)):
+        z = logits[index // n_inner, index % n_inner].to(columns.gap.dtype)
+        z = (z - _origin(columns.maximum[index])).clamp_(min=LOWEST).scatter_(1, label[index], LOWEST)
+        columns.sum_exp_z[index] = z.mul_(_exp_(z, torch.empty_like(z))).sum(1, keepdim=True)
 
 
 def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
     """Turn a sweep's columns into loss and scores, once for all rows."""
-    gap, total = columns.gap, columns.sum_exp.clamp(min=torch.finfo(columns.gap.dtype).tiny)
+    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c[:, 0] for c in columns)
     value = loss.value(gap)
     if counts is not None:
         value = value.masked_fill_(~counts, 0.0)
-    saved = torch.stack([gap, columns.maximum, columns.sum_exp])
+    saved = torch.stack([gap, maximum, sum_exp])
     if not scores:
         return RowOutputs(value, None, None, saved)
+    total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
+    log_total = total.log()
     p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
     plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
-    log_total = total.log()
-    rest_entropy = log_total - columns.sum_exp_z / total
+    el2n = u * torch.sqrt(1 + sum_exp2 / (total * total))
+    margin = z_target - maximum
+    # a factor of exactly 0 stands before an infinite logarithm
     entropy = (p * plain).masked_fill_(p == 0, 0.0)
-    entropy += (u * (log_odds_loss + rest_entropy)).masked_fill_(u == 0, 0.0)
-    energy = -torch.where(gap > 0, columns.z_target + plain, columns.maximum + log_total + log_odds_loss)
-    el2n = u * torch.sqrt(1 + columns.sum_exp2 / (total * total))
-    margin = columns.z_target - columns.maximum
-    known = (columns.maximum > -math.inf) & ~gap.isnan()
-    five = torch.stack([plain, el2n, margin, entropy, energy])
-    five = five.masked_fill_(gap.isnan(), math.nan)
-    if counts is not None:
-        five = five.masked_fill_(~counts, math.nan)
-        known = known & counts
-    runner_up = columns.runner_up.masked_fill(~known, -1)
-    return RowOutputs(value, five.to(torch.float32), runner_up.to(torch.int32), saved)
+    entropy += (u * (log_odds_loss + log_total - sum_exp_z / total)).masked_fill_(u == 0, 0.0)
+    energy = -torch.where(gap > 0, z_target + plain, maximum + log_total + log_odds_loss)
+    five = torch.stack([plain, el2n, margin, entropy, energy]).to(torch.float32)
+    unknown = gap.isnan()
+    five.masked_fill_(unknown if counts is None else unknown | ~counts, math.nan)
+    unknown = unknown | (maximum == -math.inf)
+    runner_up = runner_up.masked_fill(unknown if counts is None else unknown | ~counts, -1)
+    return RowOutputs(value, five, runner_up.to(torch.int32), saved)
 
 
 def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Return a gatherable label for every row [N, 1] and which rows count, None if all do."""
+    """Return a gatherable label for every row [N, 1] and which rows count [N], None if all do."""
     target = target.reshape(-1)
-    n_classes = logits.shape[-1]
-    lowest, highest = target.aminmax() if target.numel() else (target.sum(), target.sum())
+    n_classes = logits.shape[2]
+    lowest, highest = target.aminmax()
     if lowest >= 0 and highest < n_classes and not 0 <= ignore_index < n_classes:
         return target.long()[:, None], None
     check_target(target, n_classes, ignore_index)
     counts = target != ignore_index
     return torch.where(counts, target.long(), 0)[:, None], counts
+
+
+def _spread(e: Tensor, slope: Tensor, sum_exp: Tensor, label: Tensor, counts: Tensor | None) -> Tensor:
+    """Turn exp(z - max) into the gradient: slope / sum_exp times it, -slope at the label, 0 where ignored.
+
+    A sum below 1 is 0: a row with no rest, which teaches nothing.
+    """
+    e.mul_(slope / sum_exp.clamp(min=1.0))
+    e.scatter_(1, label, -slope * sum_exp.clamp(max=1.0))
+    return e if counts is None else e.masked_fill_(~counts[:, None], 0.0)
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool) -> RowOutputs:
@@ -219,76 +237,70 @@ def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, grad_loss: Tensor | None
 ) -> tuple[RowOutputs, Tensor | None]:
     """As `forward`; with ``grad_loss`` [N] or [1] also the gradient, made while each block is in cache."""
-    columns = _no_columns(logits)
     grad = None if grad_loss is None else torch.empty_like(logits)
     if logits.numel() == 0:
-        return _finish(columns, None, loss, scores), grad
+        nothing = logits.new_empty(0, 1, dtype=accumulation_dtype(logits.dtype))
+        return _finish(_Columns(*(nothing,) * 6, nothing.long()), None, loss, scores), grad
     label, counts = _labels(logits, target, ignore_index)
-    # a float32 gradient takes the exponentials in place of a buffer
-    in_place = grad is not None and grad.dtype == columns.gap.dtype and grad.shape[1] == 1 and grad.stride(2) == 1
-    space = _Workspace(logits, 2)
-    in_place = in_place and not space.by_class
-    for block in _blocks(logits):
-        rows = block.rows
-        n_rows = rows.stop - rows.start
-        z = space.rows(0, n_rows)
-        e = grad[rows, 0] if in_place and grad is not None else space.rows(1, n_rows)
-        _sweep(logits, block, label[rows], z, e, columns, scores)
-        if grad is not None and grad_loss is not None:
-            slope = loss.slope(columns.gap[rows]) * (grad_loss[rows] if grad_loss.numel() > 1 else grad_loss)
-            _spread(e, slope, columns.sum_exp[rows], label[rows], None if counts is None else counts[rows])
+    by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not _by_class(logits)
+    in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials
+    plan = _Plan(logits, 1 if in_place else 2, grad)
+    sources, labels = plan.pieces(logits), label.split_with_sizes(plan.sizes)
+    keeps = None if counts is None else counts.split_with_sizes(plan.sizes)
+    found = []
+    if grad is not None and grad_loss is not None:
+        grads = plan.pieces(grad)
+        weights = grad_loss[:, None].expand(len(label), 1).split_with_sizes(plan.sizes)
+    for i, source in enumerate(sources):
+        z = plan.buffer(0, i)
+        e = grads[i] if in_place else plan.buffer(1, i)
+        _as_rows(source, z).copy_(source)
+        found.append(_sweep(z, labels[i], e, scores))
+        if grad is not None:
+            slope = loss.slope(found[i].gap).mul_(weights[i])
+            _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
-                _store(e, grad, block)
+                grads[i].copy_(_as_rows(source, e))
+    columns = _Columns(*map(torch.cat, zip(*found, strict=True)))
+    if scores:
+        _repair(logits, label, columns)
     return _finish(columns, counts, loss, scores), grad
-
-
-def _spread(e: Tensor, slope: Tensor, sum_exp: Tensor, label: Tensor, counts: Tensor | None) -> None:
-    """Turn exp(logits - max) into the gradient: slope / sum_exp times it, -slope at the label, 0 where ignored."""
-    empty = sum_exp == 0
-    slope = torch.where(empty, slope * 0.0, slope)  # a row with no rest teaches nothing
-    e.mul_((slope / sum_exp.masked_fill(empty, 1.0))[:, None])
-    e.scatter_(1, label, -slope[:, None])
-    if counts is not None:
-        e.masked_fill_(~counts[:, None], 0.0)
 
 
 def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss
 ) -> Tensor:
     """Return the gradient from the saved columns [3, N] and the upstream gradient [N]: one read, one write."""
-    grad = torch.empty_like(logits)
-    if logits.numel() == 0:
-        return grad
-    label, counts = _labels(logits, target, ignore_index)
-    gap, maximum, sum_exp = saved
-    slope = loss.slope(gap) * grad_loss.to(gap.dtype)
-    origin = maximum.masked_fill(maximum == -math.inf, 0.0)
-    space = _Workspace(logits, 1)
-    for block in _blocks(logits):
-        rows = block.rows
-        e = _load(logits, block, space.rows(0, rows.stop - rows.start))
-        e.sub_(origin[rows, None]).mul_(LOG2_E).exp2_()
-        _spread(e, slope[rows], sum_exp[rows], label[rows], None if counts is None else counts[rows])
-        _store(e, grad, block)
-    return grad
+    slope = loss.slope(saved[0]) * grad_loss.to(saved.dtype)
+    return _second_sweep(logits, target, ignore_index, saved, slope, None)
 
 
 def softmax(logits: Tensor, target: Tensor, saved: Tensor, ignore_index: int) -> Tensor:
     """Return the probabilities in the dtype of the logits, 0 where ignored; the label's is sigmoid(gap)."""
+    return _second_sweep(logits, target, ignore_index, saved, torch.sigmoid(-saved[0]), torch.sigmoid(saved[0]))
+
+
+def _second_sweep(
+    logits: Tensor, target: Tensor, ignore_index: int, saved: Tensor, scale: Tensor, at_label: Tensor | None
+) -> Tensor:
+    """Return scale exp(z - max) / sum_exp, with ``at_label`` (by default -scale) at the label, 0 where ignored."""
     out = torch.empty_like(logits)
     if logits.numel() == 0:
         return out
     label, counts = _labels(logits, target, ignore_index)
-    gap, maximum, sum_exp = saved
-    origin = maximum.masked_fill(maximum == -math.inf, 0.0)
-    space = _Workspace(logits, 1)
-    for block in _blocks(logits):
-        rows = block.rows
-        e = _load(logits, block, space.rows(0, rows.stop - rows.start))
-        e.sub_(origin[rows, None]).mul_(LOG2_E).exp2_()
-        scale = torch.sigmoid(-gap[rows]) / sum_exp[rows].masked_fill(sum_exp[rows] == 0, 1.0)
-        e.mul_(scale[:, None]).scatter_(1, label[rows], torch.sigmoid(gap[rows])[:, None])
-        if counts is not None:
-            e.masked_fill_(~counts[rows, None], 0.0)
-        _store(e, out, block)
+    _, maximum, sum_exp = saved
+    plan = _Plan(logits, 1)
+    sources, outs = plan.pieces(logits), plan.pieces(out)
+    row = 0
+    for i, n_rows in enumerate(plan.sizes):
+        rows = slice(row, row + n_rows)
+        row += n_rows
+        e = plan.buffer(0, i)
+        _as_rows(sources[i], e).copy_(sources[i])
+        _exp_(e.sub_(_origin(maximum[rows, None])), e)
+        _spread(e, scale[rows, None], sum_exp[rows, None], label[rows], None if counts is None else counts[rows])
+        if at_label is not None:
+            keep = at_label[rows] if counts is None else at_label[rows] * counts[rows]
+            e.scatter_(1, label[rows], keep[:, None])
+        outs[i].copy_(_as_rows(outs[i], e))
     return out

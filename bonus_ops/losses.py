@@ -161,7 +161,7 @@ class _Bonus(GapLoss):
         return -logsigmoid(gap) + self.strength * self._in_window(gap, bonus)
 
     def slope(self, gap: Tensor) -> Tensor:
-        return torch.sigmoid(-gap) + self.strength * self._in_window(gap, self.bonus_slope(gap))
+        return torch.add(torch.sigmoid(-gap), self._in_window(gap, self.bonus_slope(gap)), alpha=self.strength)
 
 
 @dataclass(frozen=True)
