@@ -238,9 +238,10 @@ def visit(
 ) -> tuple[RowOutputs, Tensor | None]:
     """As `forward`; with ``grad_loss`` [N] or [1] also the gradient, made while each block is in cache."""
     grad = None if grad_loss is None else torch.empty_like(logits)
-    if logits.numel() == 0:
-        nothing = logits.new_empty(0, 1, dtype=accumulation_dtype(logits.dtype))
-        return _finish(_Columns(*(nothing,) * 6, nothing.long()), None, loss, scores), grad
+    if logits.numel() == 0:  # no rows, or rows without classes, which can only be ignored
+        nothing = logits.new_full((target.numel(), 1), math.nan, dtype=accumulation_dtype(logits.dtype))
+        columns = _Columns(*(nothing,) * 6, torch.zeros_like(nothing, dtype=torch.int64))
+        return _finish(columns, torch.zeros_like(target.reshape(-1), dtype=torch.bool), loss, scores), grad
     label, counts = _labels(logits, target, ignore_index)
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not _by_class(logits)
     in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials

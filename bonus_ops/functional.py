@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import ops, reference
+from .checks import check_bonus, check_call, checked_ignore_index, checked_label_smoothing
 from .losses import CrossEntropy, GapLoss, LogBonus
 from .scores import Scores
 
@@ -184,25 +184,27 @@ class _Call:
         reduce: bool | None, reduction: str, label_smoothing: float, bonus: GapLoss | None,
         implementation: str | None, validate: bool,
     ) -> None:  # fmt: skip
-        self.input, self.target, self.weight, self.ignore_index = input, target, weight, ignore_index
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
-        _check_options(reduction, label_smoothing, ignore_index, bonus)
-        self.reduction = {"elementwise_mean": "mean"}.get(reduction, reduction)
-        self.label_smoothing = float(label_smoothing)
+        check_bonus(bonus)
         self.bonus: GapLoss = CrossEntropy() if bonus is None else bonus
-        _check_tensors(input, target, weight)
+        self.ignore_index = checked_ignore_index(ignore_index)
+        self.label_smoothing = checked_label_smoothing(label_smoothing)
+        autocast = isinstance(input, Tensor) and input.device.type != "meta"
+        autocast = autocast and torch.is_autocast_enabled(input.device.type)
+        if autocast and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
+            weight = weight.to(torch.float32)
+        check_call(input, target, weight, self.ignore_index, reduction, self.label_smoothing, autocast)
+        self.input, self.target, self.weight = input, target, weight
+        self.reduction = "mean" if reduction == "elementwise_mean" else reduction
         self.dense = input.shape == target.shape
-        if self.dense:
-            _check_dense(target, ignore_index)
-        else:
-            _check_hard(input, target)
+        if not self.dense:
+            self.target = target.to(torch.int64)  # comparisons with a uint8 would wrap
         self.n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-        _check_weight(weight, input, self.n_classes)
+        self.row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
         self.implementation = _choose(implementation, input.device, self.dense or self.label_smoothing > 0)
         if not self.dense and (validate or (input.device.type == "cpu" and input.numel() == 0)):
-            reference.check_target(target, self.n_classes, ignore_index)
-        autocast = torch.is_autocast_enabled(input.device.type) if input.device.type != "meta" else False
+            reference.check_target(self.target, self.n_classes, self.ignore_index)
         half = input.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half and autocast else input.dtype
 
@@ -226,20 +228,21 @@ class _Call:
         logits = _rows(self.input)
         target = self.target.reshape(logits.shape[:2])
         row_weight = self._row_weight(target)
+        divisor = self._divisor(target, row_weight) if self.reduction == "mean" else None
         if self.implementation == "reference":
             loss, columns, probabilities = self._reference(logits, target, scores, softmax)
             if self.reduction != "none":
-                loss = ops._weighted(loss, self._scale(target, row_weight, loss))
+                loss = ops.reduced(loss, row_weight, divisor)
         else:
             options = (self.ignore_index, self.bonus, scores, softmax, self.implementation)
             if self.reduction == "none":
                 out = ops.rows(logits, target, *options)
             else:
-                out = ops.reduced_rows(logits, target, self._scale(target, row_weight, logits), *options)
+                out = ops.reduced_rows(logits, target, row_weight, divisor, *options)
             loss, probabilities = out.loss, out.softmax
-            columns = Scores(*(c.view(self.target.shape) for c in (*out.scores, out.runner_up))) if scores else None
+            columns = Scores(*(c.view(self.row_shape) for c in (*out.scores, out.runner_up))) if scores else None
         if self.reduction == "none":
-            loss = (loss if row_weight is None else loss * row_weight.reshape(-1)).view(self.target.shape)
+            loss = (loss if row_weight is None else loss * row_weight).view(self.row_shape)
         if softmax:
             probabilities = self._unrows(probabilities)
         return loss.to(self.dtype), columns, probabilities
@@ -250,7 +253,7 @@ class _Call:
         loss = reference.rows(logits, target, self.ignore_index, self.bonus).reshape(-1)
         columns = reference.scores(logits, target, self.ignore_index) if scores else None
         if columns is not None:
-            columns = Scores(*(c.reshape(self.target.shape) for c in columns))
+            columns = Scores(*(c.reshape(self.row_shape) for c in columns))
         return loss, columns, reference.softmax(logits.detach(), target, self.ignore_index) if softmax else None
 
     def _unrows(self, x: Tensor) -> Tensor:
@@ -259,31 +262,28 @@ class _Call:
         return x[:, 0] if self.input.dim() == 2 else x.transpose(1, 2).reshape(self.input.shape)
 
     def _row_weight(self, target: Tensor) -> Tensor | None:
-        """Return the class weight of every row, 0 where ignored or out of range."""
+        """Return the class weight of every row [N], 0 where ignored or out of range."""
         if self.weight is None:
             return None
+        target = target.reshape(-1)
         inside = (target >= 0) & (target < self.n_classes) & (target != self.ignore_index)
-        return torch.where(inside, self.weight[torch.where(inside, target, 0).long()], 0.0)
+        weight = self.weight.to(reference.accumulation_dtype(self.weight.dtype))
+        return torch.where(inside, weight[torch.where(inside, target, 0)], 0.0)
 
-    def _scale(self, target: Tensor, row_weight: Tensor | None, like: Tensor) -> Tensor:
-        """Return the factor of every row in the reduced loss: [N], or a scalar where all are alike."""
-        dtype = reference.accumulation_dtype(like.dtype)
-        if row_weight is None:
-            if self.reduction == "sum":
-                return torch.ones((), dtype=dtype, device=target.device)
-            return (target != self.ignore_index).sum().to(dtype).reciprocal()
-        row_weight = row_weight.reshape(-1).to(dtype)
-        return row_weight if self.reduction == "sum" else row_weight / row_weight.sum()
+    def _divisor(self, target: Tensor, row_weight: Tensor | None) -> Tensor:
+        """Return what the mean divides by: the weight in use, or the number of rows not ignored."""
+        if row_weight is not None:
+            return row_weight.sum()
+        return (target != self.ignore_index).sum().to(reference.accumulation_dtype(self.input.dtype))
 
     def _dense_loss(self) -> Tensor:
         """Return the loss of probabilities or smoothed labels, by the differentiable formula, as torch reduces it."""
         logits = _rows(self.input)
         n_classes = self.n_classes
-        weight = None if self.weight is None else self.weight.to(reference.accumulation_dtype(logits.dtype))
         counts = None
         if self.dense:
             shares = _rows(self.target) * (1 - self.label_smoothing) + self.label_smoothing / n_classes
-            divisor: Any = logits.shape[0] * logits.shape[1]
+            divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)
         else:
             target = self.target.reshape(logits.shape[:2])
             if self.input.device.type == "cpu":
@@ -293,22 +293,18 @@ class _Call:
             is_label = torch.arange(n_classes, device=logits.device) == target[..., None]
             dtype = reference.accumulation_dtype(logits.dtype)
             shares = is_label.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / n_classes
-            row_weight = self._row_weight(target)
-            divisor = counts.sum() if row_weight is None else row_weight.sum()
-        if weight is not None:
-            shares = shares * weight
+            divisor = self._divisor(target, self._row_weight(target))
+        if self.weight is not None:
+            shares = shares * self.weight
         loss = reference.dense_rows(logits, shares, self.bonus)
         if counts is not None:
             loss = torch.where(counts, loss, 0.0)
-        dtype = torch.promote_types(self.dtype, self.target.dtype) if self.dense else self.dtype
+        dtype = self.dtype
+        for other in (self.target, self.weight) if self.dense else ():
+            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
         if self.reduction == "none":
-            shape = self.target.shape if not self.dense else self._row_shape()
-            return loss.reshape(shape).to(dtype)
-        total = loss.sum()
-        return (total if self.reduction == "sum" else total / divisor).to(dtype)
-
-    def _row_shape(self) -> tuple[int, ...]:
-        return tuple(self.input.shape[:1] + self.input.shape[2:]) if self.input.dim() > 1 else ()
+            return loss.reshape(self.row_shape).to(dtype)
+        return ops.reduced(loss, None, divisor if self.reduction == "mean" else None).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -316,124 +312,6 @@ def _rows(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x[None, None, :]
     return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
-
-
-# --- checks: torch's class and first line, then what was expected and what came ---------------------------------------
-
-_DTYPE_NAMES = {
-    torch.int64: "Long", torch.int32: "Int", torch.int16: "Short", torch.int8: "Char", torch.uint8: "Byte",
-    torch.bool: "Bool", torch.uint16: "UInt16", torch.uint32: "UInt32", torch.uint64: "UInt64",
-    torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double",
-    torch.complex64: "ComplexFloat", torch.complex128: "ComplexDouble",
-    torch.float8_e4m3fn: "Float8_e4m3fn", torch.float8_e5m2: "Float8_e5m2",
-}  # fmt: skip
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-
-
-def _type_name(x: object) -> str:
-    module = type(x).__module__
-    return type(x).__name__ if module == "builtins" else f"{module}.{type(x).__name__}"
-
-
-def _check_options(reduction: Any, label_smoothing: Any, ignore_index: Any, bonus: Any) -> None:
-    _reduction.get_enum(reduction)  # raises torch's ValueError
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(
-            f"cross_entropy_loss(): argument 'ignore_index' (position 5) must be int, not {type(ignore_index).__name__}"
-        )
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(
-            "cross_entropy_loss(): argument 'label_smoothing' (position 6) must be float, not "
-            f"{_type_name(label_smoothing)}"
-        )
-    if math.isnan(label_smoothing) or not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    if bonus is not None and not isinstance(bonus, GapLoss):
-        raise TypeError(
-            "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
-            f"{bonus.__name__ if isinstance(bonus, type) else _type_name(bonus)}"
-        )
-
-
-def _check_tensors(input: Any, target: Any, weight: Any) -> None:
-    for name, position, x in (("input", 1, input), ("target", 2, target), ("weight", 3, weight)):
-        if not isinstance(x, Tensor) and not (name == "weight" and x is None):
-            raise TypeError(
-                f"cross_entropy_loss(): argument '{name}' (position {position}) must be Tensor, not {_type_name(x)}"
-            )
-    if input.layout != torch.strided:
-        raise NotImplementedError(f"Could not run 'aten::_log_softmax' with layout {input.layout}; expected strided")
-    if input.dtype not in ops.FLOATS:
-        raise NotImplementedError(
-            f"\"log_softmax_lastdim_kernel_impl\" not implemented for '{_dtype_name(input)}'\n"
-            f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}."
-        )
-    for name, x in (("target", target), ("weight", weight)):
-        if x is not None and x.device != input.device:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found input on {input.device} and {name} on "
-                f"{x.device}"
-            )
-
-
-def _check_dense(target: Tensor, ignore_index: int) -> None:
-    if not target.is_floating_point():
-        raise RuntimeError(
-            f"Expected floating point type for target with class probabilities, got {_dtype_name(target)}"
-        )
-    if ignore_index >= 0:
-        raise RuntimeError("ignore_index is not supported for floating point target")
-
-
-def _check_hard(input: Tensor, target: Tensor) -> None:
-    if input.dim() == 0:
-        raise RuntimeError(f"Expected input with a class dimension, got shape []; target is {_dtype_name(target)}")
-    expected = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
-    came = f"Expected target of shape {expected} for input of shape {list(input.shape)}, got {list(target.shape)}."
-    if input.dim() == 1:
-        if target.dim() > 1 or target.numel() != 1:
-            raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported\n{came}")
-    elif input.dim() == 2:
-        n_targets = target.shape[0] if target.dim() else 0
-        if n_targets != input.shape[0]:
-            raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({n_targets}).\n{came}"
-            )
-        if target.dim() != 1:
-            raise RuntimeError(f"0D or 1D target tensor expected, multi-target not supported\n{came}")
-    else:
-        n_targets = target.shape[0] if target.dim() else 0
-        if n_targets != input.shape[0]:
-            raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({n_targets}).\n{came}"
-            )
-        if list(target.shape) != expected:
-            if input.dim() == 4:
-                first = f"size mismatch (got input: {list(input.shape)} , target: {list(target.shape)}"
-                raise RuntimeError(f"{first}\n{came}")
-            raise RuntimeError(f"Expected target size {expected}, got {list(target.shape)}\n{came}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {_dtype_name(target)}")
-
-
-def _check_weight(weight: Tensor | None, input: Tensor, n_classes: int) -> None:
-    if weight is None:
-        return
-    if list(weight.shape) != [n_classes]:
-        raise RuntimeError(
-            f"weight tensor should be defined either for all {n_classes} classes or no classes but got weight tensor "
-            f"of shape: {list(weight.shape)}"
-        )
-    if weight.dtype != input.dtype:
-        raise RuntimeError(f"expected scalar type {_dtype_name(input)} but found {_dtype_name(weight)}")
-    if weight.requires_grad:
-        raise RuntimeError(
-            "The function 'nll_loss_forward' is not differentiable with respect to argument 'weight'. This input "
-            "cannot have requires_grad True."
-        )
 
 
 def _choose(requested: str | None, device: torch.device, dense: bool) -> str:

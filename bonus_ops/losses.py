@@ -366,7 +366,8 @@ class Focal(GapLoss):
 
     def slope(self, gap: Tensor) -> Tensor:
         damping = torch.exp(self.gamma * logsigmoid(-gap))
-        return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * logsigmoid(gap))
+        log_p = logsigmoid(gap).clamp(min=-1000.0)  # p log p is 0 at p = 0, not 0 * -inf
+        return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * log_p)
 
 
 @dataclass(frozen=True)

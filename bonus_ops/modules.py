@@ -65,4 +65,5 @@ class BonusCrossEntropyLoss(_WeightedLoss):
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
-        return f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+        options = f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+        return f"{options}, label_smoothing={self.label_smoothing}"

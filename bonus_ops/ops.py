@@ -20,9 +20,7 @@ from torch import Tensor
 from . import fallback, reference
 from .losses import GapLoss, decode, encode
 
-__all__ = ["RowResult", "default_implementation", "reduced_rows", "rows", "why_not_triton"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["RowResult", "default_implementation", "reduced", "reduced_rows", "rows", "why_not_triton"]
 
 
 class RowResult(NamedTuple):
@@ -129,7 +127,7 @@ def _launch_forward(
         return out
     value, _ = kernel_pair(loss)
     how = launch.forward(n_rows, n_classes)
-    target = target.reshape(-1)
+    target = target.reshape(-1).contiguous()
     outputs = (out.loss, out.scores if scores else None, out.runner_up if scores else None, out.saved)
     shape, strides = (n_rows, n_classes, n_inner), logits.stride()
     with _device_guard(logits):
@@ -171,9 +169,10 @@ def _launch_backward(
         return grad
     _, slope = kernel_pair(loss)
     how = _kernels()["launch"].backward(n_rows, n_classes)
+    target = target.reshape(-1).contiguous()
     with _device_guard(logits):
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
-            logits_ptr=logits, target_ptr=target.reshape(-1), saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
+            logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
             grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, params=_params(loss), SLOPE=slope,
             ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
@@ -268,31 +267,45 @@ def _differentiable(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_in
 
 
 class _Visit(torch.autograd.Function):
-    """Weighted sum of the rows' losses with the gradient made in the forward visit: the torch path, eager, on a CPU."""
+    """Reduced loss with the gradient made in the forward visit: the torch path, eager, on a CPU."""
 
     @staticmethod
-    def forward(ctx, logits, target, scale, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
-        out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale.reshape(-1))
-        ctx.save_for_backward(logits, target, scale, grad)
+    def forward(ctx, logits, target, row_weight, divisor, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
+        scale = (
+            logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype)) if row_weight is None else row_weight
+        )
+        if divisor is not None:
+            scale = scale / divisor
+        out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale)
+        ctx.save_for_backward(logits, target, scale, out.saved, grad)
         ctx.ignore_index, ctx.loss = ignore_index, loss
         rest = tuple(logits.new_empty(0) if x is None else x for x in (out.scores, out.runner_up, out.saved))
         ctx.mark_non_differentiable(*rest)
-        return _weighted(out.loss, scale), *rest
+        return reduced(out.loss, row_weight, divisor), *rest
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        logits, target, scale, grad = ctx.saved_tensors
+        logits, target, scale, saved, grad = ctx.saved_tensors
         if torch.is_grad_enabled():
-            upstream = (grad_loss * scale).expand(target.numel())
-            grad = _differentiable(logits, target, upstream, ctx.ignore_index, ctx.loss)
+            grad = _differentiable(logits, target, _upstream(grad_loss, scale, target), ctx.ignore_index, ctx.loss)
         elif grad_loss.item() != 1:  # a CPU scalar: nothing waits
-            grad = grad * grad_loss.to(grad.dtype)
-        return grad, *(None,) * 5
+            if grad.dtype.itemsize > 2:
+                grad = grad * grad_loss.to(grad.dtype)
+            else:  # a half must be rounded after it is scaled, or a gradient scaler finds what has underflowed
+                upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
+                grad = fallback.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
+        return grad, *(None,) * 6
 
 
-def _weighted(loss: Tensor, scale: Tensor) -> Tensor:
-    """Return sum_i scale_i loss_i for a scale of every row or one for all."""
-    return loss.sum() * scale if scale.dim() == 0 else (loss * scale).sum()
+def _upstream(grad_loss: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """Return the upstream gradient of every row [N] from that of the reduced loss."""
+    return (grad_loss * scale).expand(target.numel())
+
+
+def reduced(loss: Tensor, row_weight: Tensor | None, divisor: Tensor | None) -> Tensor:
+    """Return the (weighted) sum of the losses, over ``divisor`` where there is one: over 0 it is NaN, as in torch."""
+    total = loss.sum() if row_weight is None else (loss.reshape(-1) * row_weight).sum()
+    return total if divisor is None else total / divisor
 
 
 def rows(
@@ -305,13 +318,13 @@ def rows(
 
 
 def reduced_rows(
-    logits: Tensor, target: Tensor, scale: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool,
-    implementation: str,
+    logits: Tensor, target: Tensor, row_weight: Tensor | None, divisor: Tensor | None, ignore_index: int,
+    loss: GapLoss, scores: bool, softmax: bool, implementation: str,
 ) -> RowResult:  # fmt: skip
-    """As `rows` with ``loss`` the sum weighted by ``scale``: [N] or a scalar."""
+    """As `rows` with ``loss`` reduced by `reduced`."""
     eager = implementation == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling()
     if eager and logits.requires_grad and torch.is_grad_enabled() and not softmax:
-        visited = _Visit.apply(logits, target, scale, ignore_index, loss, scores)  # type: ignore[no-untyped-call]
+        visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss, scores)  # type: ignore[no-untyped-call]
         return RowResult._make((*visited, logits.new_empty(0)))
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
-    return out._replace(loss=_weighted(out.loss, scale))
+    return out._replace(loss=reduced(out.loss, row_weight, divisor))

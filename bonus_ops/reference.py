@@ -64,9 +64,14 @@ def _gap(z_target: Tensor, origin: Tensor, sum_exp: Tensor) -> Tensor:
 
 def rows(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
     """Return the loss of each row, 0 where ignored, in the accumulation dtype."""
-    _, z_target, rest, counts = _masked(logits, target, ignore_index)
+    cleaned, z_target, rest, counts = _masked(logits, target, ignore_index)
     _, origin, sum_exp = _rest(rest)
     value = loss.value(_gap(z_target, origin, sum_exp))
+    # where every logit is -inf the gradient is NaN too, as torch's
+    nothing = (sum_exp == 0) & (z_target == -math.inf)
+    value = value + (
+        cleaned.masked_fill(~nothing[..., None], 0.0) * torch.where(nothing, math.nan, 0.0)[..., None]
+    ).sum(-1)
     return torch.where(counts, value, 0.0)
 
 
@@ -142,5 +147,5 @@ def dense_rows(logits: Tensor, target: Tensor, loss: GapLoss) -> Tensor:
     others = torch.where(is_top, -1.0, log_p).clamp(max=-1e-9)
     gap = torch.where(is_top, gap_top[..., None], others - torch.log(-torch.expm1(others)))
     value = loss.value(gap)
-    nothing = torch.where(log_p.isnan(), math.nan, 0.0).to(value.dtype)
-    return torch.where(target == 0, nothing, target * value).sum(-1)
+    # a class without a share costs nothing even where its loss is infinite
+    return (target * torch.where((target == 0) & value.isinf(), 0.0, value)).sum(-1)

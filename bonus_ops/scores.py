@@ -115,7 +115,7 @@ class Scores(NamedTuple):
         """Return whether the label is the prediction (bool), False where ignored."""
         return (self.prediction(target) == target) & ~self.margin.isnan()
 
-    def gap(self) -> Tensor:
+    def _gap(self) -> Tensor:
         """Return the log-odds of the label, ``log p - log(1 - p)``."""
         return -self.loss - torch.log(-torch.expm1(-self.loss))
 
@@ -133,7 +133,8 @@ class Scores(NamedTuple):
         rest = -torch.expm1(-self.loss)  # 1 - p
         # el2n = (1 - p) sqrt(1 + Q2); where p is 1 to the last bit Q2 is lost and its lower bound 0 stands in
         length = torch.where(rest > 0, self.el2n / rest, 1.0)
-        norm = loss.slope(self.gap()).abs() * length
+        norm = loss.slope(self._gap()).abs() * length
+        norm = torch.where(self.margin == math.inf, 0.0, norm)  # a row with no rest teaches nothing
         norm = torch.where(self.loss.isnan(), math.nan, norm)
         return norm if weight is None else norm * weight.abs()
 

@@ -108,7 +108,8 @@ def focal_value(gap, params):
 @triton.jit
 def focal_slope(gap, params):
     damping = exp(params[0] * log_sigmoid(-gap))
-    return damping * (sigmoid(-gap) - params[0] * sigmoid(gap) * log_sigmoid(gap))
+    log_p = tl.maximum(log_sigmoid(gap), -1000.0)  # p log p is 0 at p = 0, not 0 * -inf
+    return damping * (sigmoid(-gap) - params[0] * sigmoid(gap) * log_p)
 
 
 @triton.jit

@@ -1,0 +1,118 @@
+"""What a call must look like. A fault raises what torch raises for it, then says what was expected and what came."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn.functional import cross_entropy
+
+from .losses import GapLoss
+
+__all__ = ["check_bonus", "check_call", "checked_ignore_index", "checked_label_smoothing"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_bonus(bonus: Any) -> None:
+    """Raise TypeError unless ``bonus`` is a `GapLoss` instance or None."""
+    if bonus is not None and not isinstance(bonus, GapLoss):
+        kind = bonus if isinstance(bonus, type) else type(bonus)
+        came = kind.__name__ if kind.__module__ == "builtins" or bonus is kind else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(
+            "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
+            f"{came}"
+        )
+
+
+def checked_ignore_index(ignore_index: Any) -> int:
+    """Return ``ignore_index`` as an int, or raise torch's TypeError."""
+    if isinstance(ignore_index, (bool, str, float)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(
+            f"cross_entropy_loss(): argument 'ignore_index' (position 5) must be int, not {type(ignore_index).__name__}"
+        )
+    return ignore_index if type(ignore_index) is int else operator.index(ignore_index)
+
+
+def checked_label_smoothing(label_smoothing: Any) -> float:
+    """Return ``label_smoothing`` as a float in [0, 1]; unlike torch, refuse negative numbers and NaN."""
+    if isinstance(label_smoothing, str) or not hasattr(label_smoothing, "__float__"):
+        raise TypeError(
+            "cross_entropy_loss(): argument 'label_smoothing' (position 6) must be float, not "
+            f"{type(label_smoothing).__name__}"
+        )
+    if not 0 <= float(label_smoothing) <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing)}")
+    return float(label_smoothing)
+
+
+def check_call(
+    input: Any, target: Any, weight: Any, ignore_index: int, reduction: Any, label_smoothing: float, autocast: bool
+) -> None:
+    """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
+    _reduction.get_enum(reduction)  # raises torch's ValueError
+    fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
+    fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
+    if fault is None:
+        return
+    try:
+        cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    except Exception as error:
+        first_line = str(error).split("\n")[0]
+        raise type(error)(f"{first_line}\n{fault}") from None
+    raise RuntimeError(fault)
+
+
+def _types(input: Any, target: Any, weight: Any) -> str | None:
+    for name, x in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(x, Tensor) and not (name == "weight" and x is None):
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}."
+        if isinstance(x, Tensor) and x.layout != torch.strided:
+            return f"Expected {name} to be dense (torch.strided), got {x.layout}."
+    if input.dtype not in FLOATS:
+        return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}."
+    return None
+
+
+def _devices(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    for name, x in (("target", target), ("weight", weight)):
+        if x is not None and x.device != input.device:
+            return f"Expected {name} on the device of input, {input.device}, got {x.device}."
+    return None
+
+
+def _shapes(input: Tensor, target: Tensor, ignore_index: int) -> str | None:
+    if input.dim() == 0:
+        return "Expected input [C], [N, C] or [N, C, d1, ...], got shape []."
+    if input.shape == target.shape:
+        if not target.is_floating_point():
+            return (
+                f"Expected probabilities of a floating point type for a target shaped like input, got {target.dtype}."
+            )
+        return "Expected class indices as target where ignore_index is set." if ignore_index >= 0 else None
+    expected = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+    if list(target.shape) != expected and not (input.dim() == 1 and list(target.shape) == [1]):
+        shape = list(input.shape)
+        return f"Expected target of shape {expected} for input of shape {shape}, got {list(target.shape)}."
+    if target.dtype not in (torch.int64, torch.uint8):
+        return f"Expected class indices of int64 or uint8, got {target.dtype}."
+    return None
+
+
+def _weight(input: Tensor, target: Tensor, weight: Tensor, autocast: bool) -> str | None:
+    n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    if list(weight.shape) != [n_classes]:
+        return f"Expected weight of shape [{n_classes}], one number a class, got {list(weight.shape)}."
+    if input.shape == target.shape:
+        return None
+    dtype = torch.float32 if autocast and input.dtype != torch.float64 else input.dtype
+    if weight.dtype != dtype:
+        return f"Expected weight of the dtype of input, {dtype}, got {weight.dtype}."
+    if weight.requires_grad and torch.is_grad_enabled():
+        return "Expected weight not to require a gradient."
+    return None
