@@ -202,6 +202,7 @@ class _Call:
             self.target = target.to(torch.int64)  # comparisons with a uint8 would wrap
         self.n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
         self.row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+        self.requested = implementation
         self.implementation = _choose(implementation, input.device, self.dense or self.label_smoothing > 0)
         if not self.dense and (validate or (input.device.type == "cpu" and input.numel() == 0)):
             reference.check_target(self.target, self.n_classes, self.ignore_index)
@@ -220,7 +221,7 @@ class _Call:
             if not scores:
                 return loss, None, None
             plain = _Call(self.input.detach(), self.target, None, None, self.ignore_index, None, "none", 0.0, None,
-                          self.implementation, False)  # fmt: skip
+                          self.requested, False)  # fmt: skip
             return loss, *plain.loss(scores, softmax)[1:]
         return self._hard_loss(scores, softmax)
 

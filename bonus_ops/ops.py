@@ -204,6 +204,8 @@ def forward(
             reference.check_target(target, logits.shape[2], ignore_index)
         result = _launch_forward(logits, target, ignore_index, gap_loss, scores, softmax)
         return result.loss, result.scores, result.runner_up, result.saved, result.softmax
+    if logits.device.type != "cpu":
+        return _plain_forward(logits, target, ignore_index, gap_loss, scores, softmax)
     out, _ = fallback.visit(logits, target, ignore_index, gap_loss, scores, None)
     return (
         out.loss,
@@ -212,6 +214,20 @@ def forward(
         out.saved,
         fallback.softmax(logits, target, out.saved, ignore_index) if softmax else logits.new_empty(0),
     )
+
+
+def _plain_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results by the reference's formulas: a GPU without Triton must not wait for the host."""
+    out = _empty_result(logits, scores, softmax)
+    if scores:
+        *columns, runner_up = reference.scores(logits, target, ignore_index)
+        out = out._replace(scores=torch.stack(columns).reshape(5, -1), runner_up=runner_up.reshape(-1))
+    if softmax:
+        out.softmax.copy_(reference.softmax(logits, target, ignore_index))
+    value = reference.rows(logits, target, ignore_index, loss).reshape(-1)
+    return value, out.scores, out.runner_up, torch.zeros_like(out.saved), out.softmax
 
 
 @forward.register_fake
@@ -225,8 +241,12 @@ def backward(
     fields: Sequence[float], implementation: str,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
-    run = _launch_backward if implementation == "triton" else fallback.backward
-    return run(logits, target, saved, grad_loss, ignore_index, decode(loss, list(fields)))
+    gap_loss = decode(loss, list(fields))
+    if implementation == "triton":
+        return _launch_backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
+    if logits.device.type == "cpu":
+        return fallback.backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
+    return torch.empty_like(logits).copy_(_differentiable(logits, target, grad_loss, ignore_index, gap_loss))
 
 
 @backward.register_fake
