@@ -30,6 +30,8 @@ def check_bonus(bonus: Any) -> None:
 
 def checked_ignore_index(ignore_index: Any) -> int:
     """Return ``ignore_index`` as an int, or raise torch's TypeError."""
+    if isinstance(ignore_index, int) and not isinstance(ignore_index, bool):  # a symbol under dynamic compilation
+        return ignore_index
     if isinstance(ignore_index, (bool, str, float)) or not hasattr(ignore_index, "__index__"):
         raise TypeError(
             f"cross_entropy_loss(): argument 'ignore_index' (position 5) must be int, not {type(ignore_index).__name__}"
@@ -39,6 +41,8 @@ def checked_ignore_index(ignore_index: Any) -> int:
 
 def checked_label_smoothing(label_smoothing: Any) -> float:
     """Return ``label_smoothing`` as a float in [0, 1]; unlike torch, refuse negative numbers and NaN."""
+    if isinstance(label_smoothing, float) and 0 <= label_smoothing <= 1:  # a symbol under dynamic compilation
+        return label_smoothing
     if isinstance(label_smoothing, str) or not hasattr(label_smoothing, "__float__"):
         raise TypeError(
             "cross_entropy_loss(): argument 'label_smoothing' (position 6) must be float, not "

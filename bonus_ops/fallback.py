@@ -25,7 +25,7 @@ LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
 # Tuned by `python -m bench speed` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
 BLOCK_ELEMENTS = 1 << 20  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
 SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
-WORKSPACE_SHARE = 0.16  # of one gradient's bytes, for all buffers of a call
+WORKSPACE_SHARE = 0.10  # of one gradient's bytes, for all buffers of a call
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
 
@@ -121,7 +121,7 @@ def _max(z: Tensor) -> tuple[Tensor, Tensor]:
     first = chunk.mul_(CHUNK)
     if whole * CHUNK < n_classes:
         first.clamp_(max=n_classes - CHUNK)
-    return maximum, first + z.gather(1, first + torch.arange(CHUNK)).argmax(1, keepdim=True)
+    return maximum, first + z.gather(1, first + torch.arange(CHUNK, device=z.device)).argmax(1, keepdim=True)
 
 
 class _Columns(NamedTuple):
@@ -258,7 +258,7 @@ def visit(
         _as_rows(source, z).copy_(source)
         found.append(_sweep(z, labels[i], e, scores))
         if grad is not None:
-            slope = loss.slope(found[i].gap).mul_(weights[i])
+            slope = loss.slope(found[i].gap) * weights[i]
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
                 grads[i].copy_(_as_rows(source, e))

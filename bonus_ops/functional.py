@@ -300,6 +300,8 @@ class _Call:
         loss = reference.dense_rows(logits, shares, self.bonus)
         if counts is not None:
             loss = torch.where(counts, loss, 0.0)
+            bad = counts & ((target < 0) | (target >= n_classes))  # unchecked on a GPU and while compiling
+            loss = torch.where(bad, float("nan"), loss)
         dtype = self.dtype
         for other in (self.target, self.weight) if self.dense else ():
             dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)

@@ -47,10 +47,13 @@ class GapLoss:
 
     #: Two ``@triton.jit`` functions (value, slope), the stem of a pair in ``kernels/gap_losses.py``, or None.
     kernel: ClassVar[Any] = None
+    _name: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _CLASSES[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        # numbered: a class defined again, in a notebook say, must not take the place of one still in use
+        cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
+        _CLASSES[cls._name] = cls
 
     def value(self, gap: Tensor) -> Tensor:
         """Return the loss in nats, shaped like ``gap``."""
@@ -69,7 +72,7 @@ def encode(loss: GapLoss) -> tuple[str, list[float]]:
     """Return the class name and fields of ``loss``: what an operator schema can carry (None travels as NaN)."""
     cls = type(loss)
     values = [getattr(loss, field.name) for field in fields(loss)]  # type: ignore[arg-type]
-    return f"{cls.__module__}.{cls.__qualname__}", [math.nan if x is None else float(x) for x in values]
+    return cls._name, [math.nan if x is None else float(x) for x in values]
 
 
 def decode(name: str, values: list[float]) -> GapLoss:
@@ -157,6 +160,8 @@ class _Bonus(GapLoss):
         return x
 
     def value(self, gap: Tensor) -> Tensor:
+        if self.strength == 0:
+            return -logsigmoid(gap)
         bonus = self.bonus(gap) - self._bonus_at_start()
         return -logsigmoid(gap) + self.strength * self._in_window(gap, bonus)
 
@@ -362,10 +367,10 @@ class Focal(GapLoss):
         _check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
 
     def value(self, gap: Tensor) -> Tensor:
-        return torch.exp(self.gamma * logsigmoid(-gap)) * -logsigmoid(gap)
+        return torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0)) * -logsigmoid(gap)
 
     def slope(self, gap: Tensor) -> Tensor:
-        damping = torch.exp(self.gamma * logsigmoid(-gap))
+        damping = torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0))
         log_p = logsigmoid(gap).clamp(min=-1000.0)  # p log p is 0 at p = 0, not 0 * -inf
         return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * log_p)
 

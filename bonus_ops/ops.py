@@ -22,6 +22,8 @@ from .losses import GapLoss, decode, encode
 
 __all__ = ["RowResult", "default_implementation", "reduced", "reduced_rows", "rows", "why_not_triton"]
 
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 class RowResult(NamedTuple):
     """Per-row tensors; ``scores``, ``runner_up`` and ``softmax`` are empty where they were not asked for."""
@@ -126,7 +128,7 @@ def _launch_forward(
     if n_rows == 0:
         return out
     value, _ = kernel_pair(loss)
-    how = launch.forward(n_rows, n_classes)
+    how = launch.forward(n_rows, n_classes, WARP_SIZE)
     target = target.reshape(-1).contiguous()
     outputs = (out.loss, out.scores if scores else None, out.runner_up if scores else None, out.saved)
     shape, strides = (n_rows, n_classes, n_inner), logits.stride()
@@ -168,7 +170,7 @@ def _launch_backward(
     if n_rows == 0:
         return grad
     _, slope = kernel_pair(loss)
-    how = _kernels()["launch"].backward(n_rows, n_classes)
+    how = _kernels()["launch"].backward(n_rows, n_classes, WARP_SIZE)
     target = target.reshape(-1).contiguous()
     with _device_guard(logits):
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
@@ -297,23 +299,26 @@ class _Visit(torch.autograd.Function):
         if divisor is not None:
             scale = scale / divisor
         out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale)
-        ctx.save_for_backward(logits, target, scale, out.saved, grad)
-        ctx.ignore_index, ctx.loss = ignore_index, loss
+        ctx.save_for_backward(logits, target, scale, out.saved)
+        ctx.ignore_index, ctx.loss, ctx.grad = ignore_index, loss, grad
         rest = tuple(logits.new_empty(0) if x is None else x for x in (out.scores, out.runner_up, out.saved))
         ctx.mark_non_differentiable(*rest)
         return reduced(out.loss, row_weight, divisor), *rest
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        logits, target, scale, saved, grad = ctx.saved_tensors
+        logits, target, scale, saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grad = _differentiable(logits, target, _upstream(grad_loss, scale, target), ctx.ignore_index, ctx.loss)
-        elif grad_loss.item() != 1:  # a CPU scalar: nothing waits
-            if grad.dtype.itemsize > 2:
-                grad = grad * grad_loss.to(grad.dtype)
-            else:  # a half must be rounded after it is scaled, or a gradient scaler finds what has underflowed
-                upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
-                grad = fallback.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
+            upstream = _upstream(grad_loss, scale, target)
+            return _differentiable(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
+        grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
+        factor = grad_loss.item()  # a CPU scalar: nothing waits
+        if grad is not None and factor != 1:
+            # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
+            grad = grad.mul_(factor) if math.isfinite(factor) and grad.dtype.itemsize > 2 else None
+        if grad is None:
+            upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
+            grad = fallback.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
         return grad, *(None,) * 6
 
 

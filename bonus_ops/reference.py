@@ -25,7 +25,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """Raise torch's IndexError for a class index out of range."""
     bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
-    if bad.any():
+    if not torch.compiler.is_compiling() and bad.any():
         raise IndexError(
             f"Target {int(target[bad][0])} is out of bounds.\nExpected class indices in [0, {n_classes}) or "
             f"ignore_index={ignore_index}, got {int(bad.sum())} outside."

@@ -21,26 +21,27 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
     n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
     share = tl.cdiv(n_tiles, n_parts)
     first, last = part * share, tl.minimum(part * share + share, n_tiles)
-    full = first
     rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
 
     if ROWS == 1:
-        # the long run: no bounds, and the label is masked only in the tile that holds it
-        full = tl.minimum(tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0), last)
+        # the long run: whole tiles without the label, so nothing is masked
+        full = tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0)
+        full = tl.maximum(tl.minimum(full, last), first)
         target_tile = tl.max((rows.target - rows.head) // (CHUNK * LANES), 0)
-        for tile in range(first, full):
-            chunk = tile * LANES + lane
-            z = load_chunks(rows, chunk, None, class_stride, VECTOR)
-            if tile == target_tile:
-                z = without_target(z, rows, chunk)
-            rest = absorb(rest, z, chunk)
-        full = tl.maximum(full, first)
+        held = ((target_tile >= first) & (target_tile < full)).to(tl.int32)
+        for i in range(first, full - held):
+            tile = i + tl.where(i >= target_tile, held, 0)
+            rest = absorb(rest, load_chunks(rows, tile * LANES + lane, None, class_stride, VECTOR), tile * LANES + lane)
+        # then the tile that holds the label and the last, partial one
+        first, last = 1 - held, 1 + (full < last).to(tl.int32)
 
-    for tile in range(full, last):
+    for i in range(first, last):
+        tile = tl.where(i == 0, target_tile, full) if ROWS == 1 else i
         chunk = tile * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
-        z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
-        rest = absorb(rest, without_target(z, rows, chunk), chunk)
+        z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
+        # merged, not absorbed: classes come out of order here and argmax wants the smallest
+        rest = merge(rest, absorb(empty(rest.max), z, chunk))
 
     rest = exact_argmax(across(rest), rows, class_stride)
     classes = edge_classes(rows)
@@ -125,10 +126,11 @@ def forward_softmax_kernel(
     rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
     gap = finish(rest, rows, row, shape[0], strides[2], outputs, params, VALUE)
-    scale = tl.where(rest.sum_exp == 0.0, 0.0, sigmoid(-gap) / rest.sum_exp)
+    scale = sigmoid(-gap) / tl.where(rest.sum_exp == 0.0, 1.0, rest.sum_exp)
+    scale, at_target = tl.where(rows.ignored, 0.0, scale), tl.where(rows.ignored, 0.0, sigmoid(gap))
     out = row_ptr(softmax_ptr, row, shape[2], softmax_strides)
     n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
-    write_rows(out, rows, row, shape, strides[2], softmax_strides[2], rest.max, scale, sigmoid(gap),
+    write_rows(out, rows, row, shape, strides[2], softmax_strides[2], rest.max, scale, at_target,
                0, n_tiles, True, ROWS, LANES, VECTOR)  # fmt: skip
 
 

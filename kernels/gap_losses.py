@@ -27,7 +27,8 @@ def cross_entropy_slope(gap, params):
 @triton.jit
 def with_bonus(gap, bonus, params):
     inside = (gap >= params[1]) & (gap <= params[3])
-    return -log_sigmoid(gap) + params[0] * tl.where(inside, bonus - params[2], 0.0)
+    bonus = tl.where(inside, bonus - params[2], 0.0)
+    return -log_sigmoid(gap) + tl.where(params[0] == 0.0, 0.0, params[0] * bonus)
 
 
 @triton.jit
@@ -102,12 +103,12 @@ def sub_data_bonus_slope(gap, params):
 
 @triton.jit
 def focal_value(gap, params):
-    return -exp(params[0] * log_sigmoid(-gap)) * log_sigmoid(gap)
+    return -exp(params[0] * tl.maximum(log_sigmoid(-gap), -1000.0)) * log_sigmoid(gap)
 
 
 @triton.jit
 def focal_slope(gap, params):
-    damping = exp(params[0] * log_sigmoid(-gap))
+    damping = exp(params[0] * tl.maximum(log_sigmoid(-gap), -1000.0))
     log_p = tl.maximum(log_sigmoid(gap), -1000.0)  # p log p is 0 at p = 0, not 0 * -inf
     return damping * (sigmoid(-gap) - params[0] * sigmoid(gap) * log_p)
 

@@ -19,27 +19,30 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def forward(n_rows: int, n_classes: int) -> Launch:
-    """Return the shape of a forward program.
+def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
+    """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
-    A long row gets 8 warps to itself, a short one shares 4 warps with others. Where rows alone leave multiprocessors
-    idle, a row is split; the split depends on sizes only, so results repeat bit by bit.
+    A long row gets 256 threads to itself, short ones share 128. Where rows alone leave multiprocessors idle, a row is
+    split; the split depends on sizes only, so results repeat bit by bit.
     """
     n_chunks = max(n_classes // CHUNK, 1)
     if n_chunks < 256:
-        lanes = _power_of_two(n_chunks)
-        return Launch(max(128 // lanes, 1), lanes, 1, 4)
-    lanes, parts = 256, 1
-    # 528 programs of 8 warps fill 132 multiprocessors; a part below 4 tiles is not worth its merge
-    while parts * n_rows < 528 and n_chunks // (lanes * parts * 2) >= 4:
+        return _short_rows(n_chunks, warp_size)
+    parts = 1
+    # 528 programs of 256 threads fill 132 multiprocessors; a part below 4 tiles is not worth its merge
+    while parts * n_rows < 528 and n_chunks // (256 * parts * 2) >= 4:
         parts *= 2
-    return Launch(1, lanes, parts, 8)
+    return Launch(1, 256, parts, 256 // warp_size)
 
 
-def backward(n_rows: int, n_classes: int) -> Launch:
+def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a backward program: elementwise, so a long row is always cut into parts of 8 tiles."""
     n_chunks = max(n_classes // CHUNK, 1)
     if n_chunks < 256:
-        lanes = _power_of_two(n_chunks)
-        return Launch(max(128 // lanes, 1), lanes, 1, 4)
-    return Launch(1, 256, max(n_chunks // (256 * 8), 1), 8)
+        return _short_rows(n_chunks, warp_size)
+    return Launch(1, 256, max(n_chunks // (256 * 8), 1), 256 // warp_size)
+
+
+def _short_rows(n_chunks: int, warp_size: int) -> Launch:
+    lanes = _power_of_two(n_chunks)
+    return Launch(max(128 // lanes, 1), lanes, 1, 128 // warp_size)

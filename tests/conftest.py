@@ -1,0 +1,58 @@
+"""Where the tests run: compiled kernels on a GPU, interpreted ones without; a fixed seed and one thread."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+
+def _accelerator() -> str | None:
+    for name in ("cuda", "xpu"):
+        if hasattr(torch, name) and getattr(torch, name).is_available():
+            return name
+    return None
+
+
+ACCELERATOR = _accelerator()
+if ACCELERATOR is None:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so set before any test module is
+WITHOUT_TRITON = importlib.util.find_spec("triton") is None
+if WITHOUT_TRITON:  # these import it
+    collect_ignore = ["interpreter_guard.py", "test_rest.py", "test_kernels.py", "test_traffic.py", "test_codegen.py"]
+torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
+
+
+def pytest_report_header() -> str:
+    if WITHOUT_TRITON:
+        return "kernels: not tested, triton is not installed"
+    return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> str:
+    return ACCELERATOR or "cpu"
+
+
+@pytest.fixture
+def kernel_device(device: str) -> str:
+    """Return the device on which ``implementation="triton"`` runs, interpreted or compiled; skips if it cannot."""
+    from bonus_ops import ops
+
+    why = ops.why_not_triton(device)
+    if why is not None:
+        pytest.skip(f"kernels cannot run: {why}")
+    return device
+
+
+@pytest.fixture
+def poison():
+    """Fill every `torch.empty` with NaN or the largest integer, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
