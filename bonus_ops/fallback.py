@@ -18,15 +18,21 @@ from torch.nn.functional import logsigmoid
 from .losses import GapLoss
 from .reference import accumulation_dtype, check_target
 
+try:
+    import numpy
+except ImportError:  # an optional extra
+    numpy = None  # type: ignore[assignment]
+
 __all__ = ["RowOutputs", "backward", "forward", "softmax", "visit"]
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
 # Tuned by `python -m bench speed` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
-BLOCK_ELEMENTS = 1 << 20  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
+BLOCK_ELEMENTS = 1 << 21  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
 SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
-WORKSPACE_SHARE = 0.10  # of one gradient's bytes, for all buffers of a call
+WORKSPACE_SHARE = 0.115  # of one gradient's bytes, for all buffers of a call
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
+NUMPY_THREADS = 4  # up to here numpy's argmax on one of them is faster than chunks on all
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
 
 
@@ -106,12 +112,15 @@ def _as_rows(piece: Tensor, rows: Tensor) -> Tensor:
 def _max(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return the max of each row and its first index, [N, 1] each.
 
-    torch's indexed max reads one element at a time, so a long row is first reduced by chunks; the last chunk reaches
-    back into its neighbour, which keeps the first index first.
+    torch's indexed max reads one element at a time. numpy's reads vectors, on one thread; without it or with many
+    threads a long row is first reduced by chunks, whose last one reaches back into its neighbour.
     """
     n_rows, n_classes = z.shape
     if z.stride(1) != 1 or n_classes < 4 * CHUNK:
         return z.max(1, keepdim=True)
+    if numpy is not None and torch.get_num_threads() <= NUMPY_THREADS:
+        index = torch.from_numpy(z.numpy().argmax(1, keepdims=True))
+        return z.gather(1, index), index
     whole = n_classes // CHUNK
     maxima = z.as_strided((n_rows, whole, CHUNK), (n_classes, CHUNK, 1)).amax(2)
     if whole * CHUNK < n_classes:
@@ -146,16 +155,20 @@ def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
     return torch.mul(shifted, LOG2_E, out=out).exp2_()
 
 
-def _sweep(z: Tensor, label: Tensor, e: Tensor, scores: bool) -> _Columns:
+def _target_logits(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the label's logit of every row [N, 1]; +inf becomes the NaN it makes of its row."""
+    z_target = logits.gather(2, label.view(*logits.shape[:2], 1)).view(-1, 1).to(accumulation_dtype(logits.dtype))
+    return z_target.masked_fill_(z_target == math.inf, math.nan)
+
+
+def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) -> _Columns:
     """Summarise the rows ``z`` [N, C], which are overwritten; leave exp(z - max), 0 at the label, in ``e``."""
-    z_target = z.gather(1, label)
     z.scatter_(1, label, -math.inf)
     maximum, runner_up = _max(z) if scores else (z.amax(1, keepdim=True), label)
     z.sub_(_origin(maximum))
     z.scatter_(1, label, LOWEST)
     sum_exp = _exp_(z, e).sum(1, keepdim=True)
     gap = (z_target - maximum) - sum_exp.log()
-    gap.masked_fill_(z_target == math.inf, math.nan)
     if not scores:
         return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
     sum_exp_z = z.mul_(e).sum(1, keepdim=True)  # NaN if a logit is -inf: `_repair`
@@ -189,21 +202,20 @@ def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: boo
     if not scores:
         return RowOutputs(value, None, None, saved)
     total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
-    log_total = total.log()
+    rest_lse = total.log()
     p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
     plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
     el2n = u * torch.sqrt(1 + sum_exp2 / (total * total))
     margin = z_target - maximum
-    # a factor of exactly 0 stands before an infinite logarithm
-    entropy = (p * plain).masked_fill_(p == 0, 0.0)
-    entropy += (u * (log_odds_loss + log_total - sum_exp_z / total)).masked_fill_(u == 0, 0.0)
-    energy = -torch.where(gap > 0, z_target + plain, maximum + log_total + log_odds_loss)
+    # an infinite logarithm stands behind a factor of 0
+    entropy = p * plain.clamp(max=-LOWEST) + u * (log_odds_loss.clamp(max=-LOWEST) + rest_lse - sum_exp_z / total)
+    energy = -(torch.maximum(z_target, rest_lse.add_(maximum)) + torch.minimum(plain, log_odds_loss))
     five = torch.stack([plain, el2n, margin, entropy, energy]).to(torch.float32)
-    unknown = gap.isnan()
-    five.masked_fill_(unknown if counts is None else unknown | ~counts, math.nan)
-    unknown = unknown | (maximum == -math.inf)
-    runner_up = runner_up.masked_fill(unknown if counts is None else unknown | ~counts, -1)
-    return RowOutputs(value, five, runner_up.to(torch.int32), saved)
+    unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
+    if unknown.any():
+        five.masked_fill_(unknown, math.nan)
+    runner_up = runner_up.to(torch.int32).masked_fill_(unknown | (maximum == -math.inf), -1)
+    return RowOutputs(value, five, runner_up, saved)
 
 
 def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -247,6 +259,7 @@ def visit(
     in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials
     plan = _Plan(logits, 1 if in_place else 2, grad)
     sources, labels = plan.pieces(logits), label.split_with_sizes(plan.sizes)
+    z_targets = _target_logits(logits, label).split_with_sizes(plan.sizes)
     keeps = None if counts is None else counts.split_with_sizes(plan.sizes)
     found = []
     if grad is not None and grad_loss is not None:
@@ -256,7 +269,7 @@ def visit(
         z = plan.buffer(0, i)
         e = grads[i] if in_place else plan.buffer(1, i)
         _as_rows(source, z).copy_(source)
-        found.append(_sweep(z, labels[i], e, scores))
+        found.append(_sweep(z, labels[i], z_targets[i], e, scores))
         if grad is not None:
             slope = loss.slope(found[i].gap) * weights[i]
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])

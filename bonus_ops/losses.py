@@ -138,9 +138,9 @@ class _Bonus(GapLoss):
         """Return b as a function of the gap."""
         raise NotImplementedError(f"{type(self).__name__} does not define bonus(gap)")
 
-    def bonus_slope(self, gap: Tensor) -> Tensor:
-        """Return ``-db/dgap >= 0``."""
-        raise NotImplementedError(f"{type(self).__name__} does not define bonus_slope(gap)")
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
+        """Return ``-db/dgap >= 0`` from the gap, p = sigmoid(gap) and rest = 1 - p = sigmoid(-gap)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bonus_slope(gap, p, rest)")
 
     def bonus_parameters(self) -> tuple[float, ...]:
         """Return what the kernel pair needs beyond strength and window."""
@@ -166,7 +166,8 @@ class _Bonus(GapLoss):
         return -logsigmoid(gap) + self.strength * self._in_window(gap, bonus)
 
     def slope(self, gap: Tensor) -> Tensor:
-        return torch.add(torch.sigmoid(-gap), self._in_window(gap, self.bonus_slope(gap)), alpha=self.strength)
+        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+        return torch.add(rest, self._in_window(gap, self.bonus_slope(gap, p, rest)), alpha=self.strength)
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,10 @@ class LogBonus(_Bonus):
         tangent = math.log(rest_end) - 1 + torch.sigmoid(-gap) / rest_end
         return torch.where(gap <= logit(self.log_end), log_rest, tangent)
 
-    def bonus_slope(self, gap: Tensor) -> Tensor:
-        p = torch.sigmoid(gap)
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         if self.log_end == 1:
             return p if self.clamp is None else torch.where(logsigmoid(-gap) >= self._floor(), p, 0.0)
-        return p * (torch.sigmoid(-gap) / (1 - self.log_end)).clamp(max=1.0)
+        return p * (rest / (1 - self.log_end)).clamp(max=1.0)
 
     def bonus_parameters(self) -> tuple[float, ...]:
         rest_end = 1 - self.log_end
@@ -259,8 +259,8 @@ class PowerBonus(_Bonus):
     def bonus(self, gap: Tensor) -> Tensor:
         return -torch.exp(self.gamma * logsigmoid(gap))
 
-    def bonus_slope(self, gap: Tensor) -> Tensor:
-        return self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * torch.sigmoid(-gap)
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
+        return self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * rest
 
     def bonus_parameters(self) -> tuple[float, ...]:
         return (self.gamma,)
@@ -287,8 +287,7 @@ class CosineBonus(_Bonus):
     def bonus(self, gap: Tensor) -> Tensor:
         return -2 * torch.sin(math.pi / 2 * torch.sigmoid(gap)) ** 2
 
-    def bonus_slope(self, gap: Tensor) -> Tensor:
-        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         return math.pi * torch.sin(math.pi * torch.minimum(p, rest)) * p * rest  # sin(pi p) = sin(pi (1 - p))
 
 
@@ -333,8 +332,7 @@ class SubDataBonus(_Bonus):
         log_share = self._log_share(gap)
         return log_share if self.clamp is None else log_share.clamp(min=math.log(self.clamp))
 
-    def bonus_slope(self, gap: Tensor) -> Tensor:
-        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         # at k = 1 the quotient rest / (1 - k p) is 0 / 0 for a huge gap
         slope = p if self.k == 1 else self.k * p * rest / ((1 - self.k) + self.k * rest)
         return slope if self.clamp is None else torch.where(self._log_share(gap) >= math.log(self.clamp), slope, 0.0)
