@@ -136,14 +136,14 @@ def _launch_forward(
         if softmax:
             kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
-                strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index, params=_params(loss),
+                strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index, loss_params=_params(loss),
                 VALUE=value, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, out.softmax),
                 num_warps=how.num_warps,
             )  # fmt: skip
         elif how.parts == 1:
             kernels.forward_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, outputs=outputs, shape=shape, strides=strides,
-                ignore_index=ignore_index, params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                ignore_index=ignore_index, loss_params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
                 VECTOR=_vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
         else:
@@ -155,7 +155,7 @@ def _launch_forward(
             )  # fmt: skip
             kernels.merge_kernel[(n_rows,)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
-                strides=strides, ignore_index=ignore_index, params=_params(loss), VALUE=value, PARTS=how.parts,
+                strides=strides, ignore_index=ignore_index, loss_params=_params(loss), VALUE=value, PARTS=how.parts,
                 num_warps=1,
             )  # fmt: skip
     return out
@@ -176,7 +176,7 @@ def _launch_backward(
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
-            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, params=_params(loss), SLOPE=slope,
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_params(loss), SLOPE=slope,
             ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad

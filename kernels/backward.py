@@ -16,7 +16,7 @@ from .spread import write_rows
 @triton.jit
 def backward_kernel(
     logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, shape, strides, grad_strides, grad_loss_stride,
-    ignore_index, params, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    ignore_index, loss_params, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Some rows (axis 0) and a share of their tiles (axis 1)."""
     row = row_index(ROWS)
@@ -27,7 +27,7 @@ def backward_kernel(
     sum_exp = tl.load(saved_ptr + row + shape[0] + shape[0], inside, 1.0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride, inside, 0.0).to(gap.dtype)
 
-    slope = SLOPE(gap, widen(params[0], params[1], gap)) * grad_loss
+    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
     # a row with no rest teaches nothing, an ignored one nothing whatever it holds
     slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
     slope = tl.where(rows.ignored, 0.0, slope)

@@ -79,7 +79,7 @@ def widen(params, low, like):
 
 
 @triton.jit
-def finish(rest, rows, row, n_rows, class_stride, outputs, params, VALUE: tl.constexpr):
+def finish(rest, rows, row, n_rows, class_stride, outputs, loss_params, VALUE: tl.constexpr):
     """Store loss, scores and saved columns of each row; returns (gap, scale of the rest's probabilities)."""
     loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
     z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
@@ -88,7 +88,7 @@ def finish(rest, rows, row, n_rows, class_stride, outputs, params, VALUE: tl.con
     inside = row < n_rows
 
     # an ignored row costs nothing; a label out of range leaves NaN
-    loss = tl.where(rows.ignored, 0.0, VALUE(gap, widen(params[0], params[1], gap)))
+    loss = tl.where(rows.ignored, 0.0, VALUE(gap, widen(loss_params[0], loss_params[1], gap)))
     tl.store(loss_ptr + row, loss, inside)
     if scores_ptr is not None:
         column = scores_ptr + row
@@ -106,26 +106,26 @@ def finish(rest, rows, row, n_rows, class_stride, outputs, params, VALUE: tl.con
 
 @triton.jit
 def forward_kernel(
-    logits_ptr, target_ptr, outputs, shape, strides, ignore_index, params,
+    logits_ptr, target_ptr, outputs, shape, strides, ignore_index, loss_params,
     VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, several a program: sweep, finish."""
     row = row_index(ROWS)
     rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    finish(rest, rows, row, shape[0], strides[2], outputs, params, VALUE)
+    finish(rest, rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
 
 
 @triton.jit
 def forward_softmax_kernel(
-    logits_ptr, target_ptr, softmax_ptr, outputs, shape, strides, softmax_strides, ignore_index, params,
+    logits_ptr, target_ptr, softmax_ptr, outputs, shape, strides, softmax_strides, ignore_index, loss_params,
     VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, then a second sweep of the same rows, still in cache, writes their probabilities."""
     row = row_index(ROWS)
     rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    gap = finish(rest, rows, row, shape[0], strides[2], outputs, params, VALUE)
+    gap = finish(rest, rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
     scale = sigmoid(-gap) / tl.where(rest.sum_exp == 0.0, 1.0, rest.sum_exp)
     scale, at_target = tl.where(rows.ignored, 0.0, scale), tl.where(rows.ignored, 0.0, sigmoid(gap))
     out = row_ptr(softmax_ptr, row, shape[2], softmax_strides)
@@ -154,7 +154,7 @@ def partial_kernel(
 
 @triton.jit
 def merge_kernel(
-    logits_ptr, target_ptr, sums_ptr, argmax_ptr, outputs, shape, strides, ignore_index, params,
+    logits_ptr, target_ptr, sums_ptr, argmax_ptr, outputs, shape, strides, ignore_index, loss_params,
     VALUE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row from its parts: merge by a fixed tree, finish."""
@@ -169,4 +169,4 @@ def merge_kernel(
         tl.load(sums_ptr + at + 2 * column),
         tl.load(sums_ptr + at + 3 * column),
     )
-    finish(across(rest), rows, row, shape[0], strides[2], outputs, params, VALUE)
+    finish(across(rest), rows, row, shape[0], strides[2], outputs, loss_params, VALUE)

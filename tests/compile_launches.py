@@ -1,0 +1,63 @@
+"""Every launch of ops.py through the JIT's own binder and compiler, for a GPU that is not here.
+
+Run as a script, without TRITON_INTERPRET: a stand-in driver says which GPU it is, and nothing is executed. Prints the
+kernels that compiled.
+"""
+
+import json
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus, ops
+
+
+class Driver:
+    """What the JIT asks a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, transposed: bool = False) -> None:
+    """Make the launches of one forward, forward with scores and softmax, and backward."""
+    logits = (
+        torch.zeros(n_classes, n_rows, dtype=dtype).t() if transposed else torch.zeros(n_rows, n_classes, dtype=dtype)
+    )
+    logits, target = logits[:, None], torch.zeros(n_rows, 1, dtype=torch.int64)
+    for scores, softmax in ((False, False), (True, False), (True, True)):
+        out = ops._launch_forward(logits, target, -100, loss, scores, softmax)
+    upstream = torch.ones(1, dtype=out.loss.dtype).expand(n_rows)
+    ops._launch_backward(logits, target, out.saved, upstream, -100, loss)
+
+
+def main() -> None:
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(self.__name__)
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(Driver())
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        launch(1, 1, dtype, CrossEntropy())
+        launch(600, 50257, dtype, LogBonus())
+    launch(4, 200000, torch.bfloat16, LogBonus(1.0))  # rows split over programs
+    launch(64, 10, torch.bfloat16, Focal())
+    launch(64, 1000, torch.float32, CosineBonus())
+    launch(600, 3000, torch.float32, SubDataBonus(0.5), transposed=True)
+    print(json.dumps(sorted(set(compiled))))
+
+
+if __name__ == "__main__":
+    main()
