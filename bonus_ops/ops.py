@@ -136,9 +136,9 @@ def _launch_forward(
         if softmax:
             kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
-                strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index, loss_params=_params(loss),
-                VALUE=value, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, out.softmax),
-                num_warps=how.num_warps,
+                strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index,
+                loss_params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                VECTOR=_vector(logits, out.softmax), num_warps=how.num_warps,
             )  # fmt: skip
         elif how.parts == 1:
             kernels.forward_kernel[(-(-n_rows // how.rows),)](
