@@ -1,7 +1,7 @@
 """Forward: one read of the logits to loss, scores and what backward needs.
 
-Traffic a row of V logits of b bytes: reads V b + b (the target's logit again) + CHUNK b (the runner-up's chunk again,
-from cache) + the target index; writes 4 bytes a requested column.
+Traffic a row of V logits of b bytes: reads V b + b (the label's logit, masked in the sweep, fetched apart) + CHUNK b a
+part (the runner-up's chunk again, from cache) + the target index; writes 4 bytes a requested column.
 """
 
 import triton

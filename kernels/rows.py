@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     ptr: tl.tensor  # class 0
     head: tl.tensor  # classes before the first vector
     n_chunks: tl.tensor
-    target: tl.tensor  # the label, in range where active
+    target: tl.tensor  # the label, -1 where not active
     active: tl.tensor  # in the batch, not ignored, label in range
     ignored: tl.tensor
 
@@ -50,7 +50,8 @@ def rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR: t
         head = tl.minimum((VECTOR - past_boundary) % VECTOR, n_classes)
     else:
         head = (row * 0).to(tl.int32)
-    return Rows(ptr, head, (n_classes - head) // CHUNK, target.to(tl.int32), active, ignored)
+    label = tl.where(active, target, -1).to(tl.int32)
+    return Rows(ptr, head, (n_classes - head) // CHUNK, label, active, ignored)
 
 
 @triton.jit

@@ -1,0 +1,117 @@
+"""Time, peak memory and bandwidth of steps that run interleaved."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+class Step(NamedTuple):
+    prepare: Callable[[], None]  # not timed
+    run: Callable[[], None]
+
+
+def keep_memory() -> bool:
+    """Let malloc keep freed memory, as torch's GPU allocator does; return whether it agreed.
+
+    By default glibc returns every large tensor to the system and the next one is paid for in page faults: most of the
+    time of an eager formula on 128 MB tensors, and most of the noise. Keeping it favours the eager formulas.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def time_ms(step: Step, on_gpu: bool) -> float:
+    step.prepare()
+    if not on_gpu:
+        start = time.perf_counter()
+        step.run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000)  # about 1 ms in which Python queues the launches, so that kernels are timed, not it
+    begin.record()
+    step.run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def interleave(steps: dict[str, Step], on_gpu: bool, budget_s: float, reps: tuple[int, int]) -> dict[str, list[float]]:
+    """Return times in ms of each step, one of each per round, until the budget is spent, within ``reps`` rounds."""
+    names, times = list(steps), {name: [] for name in steps}
+    fewest, most = reps
+    gc.collect()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        for rep in range(most):
+            if rep >= fewest and time.perf_counter() - start > budget_s:
+                break
+            for i in range(len(names)):
+                name = names[(i + rep) % len(names)]  # nobody always follows the same one
+                times[name].append(time_ms(steps[name], on_gpu))
+    finally:
+        gc.enable()
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Return median and quartiles."""
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "low": low, "high": high, "reps": len(values)}
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Return median and quartiles of the ratio, round by round."""
+    return summary([a / b for a, b in zip(over, under, strict=True)])
+
+
+def peak_bytes(step: Step, on_gpu: bool) -> int:
+    """Return the most memory that a step holds at once beyond what was there before."""
+    step.prepare()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
+        step.run()
+    events: Any = profile.kineto_results
+    held = most = 0
+    for event in sorted((e for e in events.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def cache_bytes(on_gpu: bool) -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else 0
+
+
+def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20) -> float:
+    """Return this GPU's copy bandwidth, bytes read plus written, over buffers far larger than L2, in turn."""
+    buffers = [torch.zeros(bytes_each // 4, device="cuda") for _ in range(n_buffers)]
+    turn = iter(range(1 << 30))
+
+    def copy() -> None:
+        i = next(turn)
+        buffers[i % n_buffers].copy_(buffers[(i + 1) % n_buffers])
+
+    step = Step(lambda: None, copy)
+    times = interleave({"copy": step}, True, math.inf, (reps, reps))["copy"][2:]
+    return 2 * bytes_each / statistics.median(times) / 1e6

@@ -1,0 +1,301 @@
+"""Seeded faults: each is one real mistake of a peer or of the naive formula, and each must turn a test red.
+
+    python -m tests.mutants
+
+applies every fault to its own copy of the tree and runs the few tests named beside it; exits 1 if one survives.
+Kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
+
+
+class Mutant(NamedTuple):
+    fault: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    test: str  # node that must fail
+
+
+def path(case: str) -> str:
+    return f"{KERNELS}::test_every_regime_and_path[{case}]"
+
+
+MUTANTS = (
+    # which classes are read
+    Mutant(
+        "the last class is dropped", "kernels/forward.py",
+        "mask = (classes < n_classes) &", "mask = (classes < n_classes - 1) &", path("fp32-typical-3"),
+    ),
+    Mutant(
+        "the bound of a tile is one chunk too far", "kernels/forward.py",
+        "(chunk < rows.n_chunks[:, None]) & rows.active", "(chunk <= rows.n_chunks[:, None]) & rows.active",
+        path("fp32-typical-63"),
+    ),
+    Mutant(
+        "every program of a split row counts the edge", "kernels/forward.py",
+        "& rows.active[:, None] & (part == 0)", "& rows.active[:, None] & (part >= 0)", path("fp32-uniform-16391"),
+    ),
+    Mutant(
+        "the label is counted among the rest", "kernels/forward.py",
+        'return tl.where(tl.arange(0, CHUNK)[None, None, :] == at[:, :, None], -float("inf"), z)', "return z",
+        path("fp32-confident-10"),
+    ),
+    Mutant(
+        "the tile that holds the label is summed without masking it", "kernels/forward.py",
+        "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
+    ),
+    Mutant(
+        "a row's alignment is that of the first row", "bonus_ops/ops.py",
+        "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in (0, 1)):", "if False:",
+        f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
+    ),
+    Mutant(
+        "row offsets are int32", "kernels/rows.py",
+        "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS", f"{KERNELS}::test_offsets_pass_int32",
+    ),
+    # sums
+    Mutant(
+        "-inf - -inf is not guarded", "kernels/rest.py",
+        'return tl.where(maximum == -float("inf"), 0.0, maximum)', "return maximum", path("fp32-masked-1003"),
+    ),
+    Mutant(
+        "0 * -inf is not guarded", "kernels/rest.py",
+        "tl.sum(e * tl.maximum(d, LOWEST), 2)", "tl.sum(e * d, 2)", path("fp32-masked-10"),
+    ),
+    Mutant(
+        "sums of squares are rescaled once", "kernels/rest.py",
+        "rest.sum_exp2 * (scale * scale) + tl.sum(e * e, 2)", "rest.sum_exp2 * scale + tl.sum(e * e, 2)",
+        f"{REST}::test_absorb_is_the_definition[typical-fp32]",
+    ),
+    Mutant(
+        "a merge forgets that its origin moved", "kernels/rest.py",
+        "(b.sum_exp_z + b.sum_exp * shift_b) * scale_b", "b.sum_exp_z * scale_b",
+        f"{REST}::test_merge_is_associative[typical-fp64]",
+    ),
+    Mutant(
+        "the entropy sum weighs by plain z", "kernels/rest.py",
+        "tl.sum(e * tl.maximum(d, LOWEST), 2)", "tl.sum(e * tl.maximum(z, LOWEST), 2)", path("fp32-shifted-10"),
+    ),
+    Mutant(
+        "log2(e) is multiplied in before the max is subtracted", "kernels/rest.py",
+        "e = exp(d)", "e = tl.exp2(z * 1.4426950408889634 - at[:, :, None] * 1.4426950408889634)",
+        path("fp32-far_shifted-10"),
+    ),
+    Mutant(
+        "float64 is summed in float32", "kernels/rows.py",
+        "if z.dtype == tl.float64:\n        return z\n", "if z.dtype == tl.float64:\n        return z.to(tl.float32)\n",
+        path("fp64-typical-10"),
+    ),
+    # the runner-up
+    Mutant(
+        "a tie goes to the later tile", "kernels/rest.py",
+        "tl.where(tile_max > rest.max, index", "tl.where(tile_max >= rest.max, index",
+        f"{REST}::test_argmax_of_ties_is_the_smallest",
+    ),
+    Mutant(
+        "a tie goes to the first operand", "kernels/rest.py",
+        "tl.where(b.max == new_max, b.argmax, NO_CLASS)", "tl.where(b.max > a.max, b.argmax, NO_CLASS)",
+        f"{REST}::test_argmax_of_ties_is_the_smallest",
+    ),
+    Mutant(
+        "the runner-up stays a chunk", "kernels/forward.py",
+        "rest = exact_argmax(across(rest), rows, class_stride)", "rest = across(rest)", path("fp32-ties-10"),
+    ),
+    Mutant(
+        "the runner-up is counted from the first vector", "kernels/forward.py",
+        "classes = rows.head[:, None] + (tl.where(found", "classes = (tl.where(found",
+        f"{TRAFFIC}::test_forward_reads_each_logit_once[3-1003-contiguous-fp32]",
+    ),
+    # the gap and what follows from it
+    Mutant(
+        "the loss is lse - z", "kernels/scores.py",
+        "gap = (z_target - rest.max) - tl.log(rest.sum_exp)", "gap = z_target - (rest.max + tl.log(rest.sum_exp))",
+        path("fp32-shifted-10"),
+    ),
+    Mutant(
+        "log(1 + x) stands for log1p", "kernels/scalar.py",
+        "return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))", "return tl.log(y)",
+        f"{KERNELS}::test_confident_rows_stay_ordered",
+    ),
+    Mutant(
+        "el2n leaves out the label's own term", "kernels/scores.py",
+        "u * tl.sqrt(1.0 + purity)", "u * tl.sqrt(purity)", path("fp32-typical-10"),
+    ),
+    Mutant(
+        "0 * inf in the entropy of a certain row", "kernels/scores.py",
+        "tl.where(u == 0.0, 0.0, u * (log_odds_loss + rest_entropy))", "u * (log_odds_loss + rest_entropy)",
+        path("fp32-typical-1"),
+    ),
+    Mutant(
+        "the clamp of the bonus is forgotten", "kernels/gap_losses.py",
+        "return with_bonus(gap, tl.maximum(bonus, floor), params)", "return with_bonus(gap, bonus, params)",
+        f"{KERNELS}::test_every_loss[log_bonus_clamped-fp32]",
+    ),
+    Mutant(
+        "parameters of a float64 loss are float32", "kernels/forward.py",
+        "params[i] + low[i],)", "params[i],)", f"{KERNELS}::test_every_loss[log_bonus_half-fp64]",
+    ),
+    Mutant(
+        "probabilities leave out the label's share", "kernels/forward.py",
+        "scale = sigmoid(-gap) / tl.where", "scale = 1.0 / tl.where",
+        f"{KERNELS}::test_softmax_from_the_same_kernel[fp32-3]",
+    ),
+    # labels
+    Mutant(
+        "an ignored class is clamped before it is compared", "kernels/rows.py",
+        "& (target < n_classes) & (target != ignore_index)", "& (target < n_classes)",
+        f"{KERNELS}::test_a_class_can_be_the_ignore_index",
+    ),
+    Mutant(
+        "labels past the last class are read", "kernels/rows.py",
+        "(target >= 0) & (target < n_classes)", "(target >= 0)",
+        f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10-10]",
+    ),
+    Mutant(
+        "labels below 0 are read", "kernels/rows.py",
+        "(target >= 0) & (target < n_classes)", "(target < n_classes)",
+        f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10--1]",
+    ),
+    # the gradient
+    Mutant(
+        "the label's entry is that of any class", "kernels/spread.py",
+        "return tl.where(classes == rows.target[:, None], at_target[:, None], x)", "return x", path("fp32-typical-10"),
+    ),
+    Mutant(
+        "ignored rows pass on what they hold", "kernels/backward.py",
+        "slope = tl.where(rows.ignored, 0.0, slope)", "slope = slope",
+        f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
+    ),
+    Mutant(
+        "the tail is not written", "kernels/spread.py",
+        "mask = (classes < shape[1]) & inside", "mask = (classes < shape[1] - 1) & inside", path("fp32-typical-10"),
+    ),
+    Mutant(
+        "every program of a split row writes the edge", "kernels/backward.py",
+        "part == 0, ROWS, LANES, VECTOR", "True, ROWS, LANES, VECTOR",
+        f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[1-32779-offset_1-fp32]",
+    ),
+    Mutant(
+        "the upstream gradient is taken as contiguous", "kernels/backward.py",
+        "grad_loss_ptr + row * grad_loss_stride", "grad_loss_ptr + row",
+        f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[19-10-contiguous-fp32]",
+    ),
+    Mutant(
+        "the gradient is written over the logits", "bonus_ops/ops.py",
+        "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
+        f"{KERNELS}::test_arguments_are_not_written",
+    ),
+    # reductions and the torch path
+    Mutant(
+        "the mean divides by all rows, ignored ones too", "bonus_ops/functional.py",
+        "return (target != self.ignore_index).sum()", "return torch.as_tensor(target.numel())",
+        f"{KERNELS}::test_reductions_are_those_of_torch[False-mean]",
+    ),
+    Mutant(
+        "the weighted mean divides by the number of rows", "bonus_ops/functional.py",
+        "return row_weight.sum()", "return torch.ones_like(row_weight).sum()",
+        f"{KERNELS}::test_reductions_are_those_of_torch[True-mean]",
+    ),
+    Mutant(
+        "a strided target is read as contiguous", "bonus_ops/ops.py",
+        "    target = target.reshape(-1).contiguous()\n    outputs", "    target = target.reshape(-1)\n    outputs",
+        f"{KERNELS}::test_target_strides_and_dtypes",
+    ),
+    Mutant(
+        "a second derivative goes through the opaque operator", "bonus_ops/ops.py",
+        "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
+        "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
+    ),
+    Mutant(
+        "the torch path counts the label among the rest", "bonus_ops/fallback.py",
+        "z.scatter_(1, label, -math.inf)", "z.scatter_(1, label, z_target)",
+        "tests/test_scores.py::test_ties_go_to_the_lowest_index",
+    ),
+    Mutant(
+        "the torch path leaves what ignored rows hold", "bonus_ops/fallback.py",
+        "return e if counts is None else e.masked_fill_(~counts[:, None], 0.0)", "return e",
+        "tests/test_functional.py::test_ignored_rows_cost_nothing_whatever_they_hold",
+    ),
+    Mutant(
+        "the reference's gradient leaves the label's entry as any class's", "bonus_ops/reference.py",
+        "torch.where(is_label & counts[..., None], -slope[..., None], others)", "others",
+        "tests/test_reference.py::test_closed_form_gradient_is_autograd_of_rows",
+    ),
+)  # fmt: skip
+
+
+def kills(mutant: Mutant | None, tests: list[str]) -> str:
+    """Run ``tests`` on a copy of the tree with the fault; return "killed", "survived" or what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = pathlib.Path(folder)
+        for name in ("bonus_ops", "kernels", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        if mutant is not None:
+            file = tree / mutant.file
+            text = file.read_text()
+            if text.count(mutant.old) != 1:
+                return f"stale: {mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.file}"
+            file.write_text(text.replace(mutant.old, mutant.new))
+        context = multiprocessing.get_context("fork")  # the slow imports are done
+        process = context.Process(target=run_tests, args=(tree, tests))
+        process.start()
+        process.join(timeout=120)
+        if process.is_alive():
+            process.kill()
+            return "killed"  # by never ending
+        # 1: a test failed; below 0: a crash; anything else ran no test
+        code = process.exitcode or 0
+        return "survived" if code == 0 else "killed" if code == 1 or code < 0 else f"pytest exited with {code}"
+
+
+def run_tests(tree: pathlib.Path, tests: list[str]) -> None:
+    import pytest
+
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    os._exit(int(code))
+
+
+def run_all(mutants: tuple[Mutant, ...] = MUTANTS) -> dict[str, str]:
+    """Return what became of each fault; first of all the tests must pass without one."""
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    for slow in ("torch._dynamo", "triton.runtime.interpreter", "pytest"):  # once, not in every fork
+        importlib.import_module(slow)
+    healthy = kills(None, sorted({mutant.test for mutant in mutants}))
+    if healthy != "survived":
+        return {"no fault at all": f"tests fail or are gone: {healthy}"}
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        results = pool.map(kills, mutants, [[mutant.test] for mutant in mutants])
+        return dict(zip([mutant.fault for mutant in mutants], results, strict=True))
+
+
+def main() -> int:
+    results = run_all()
+    for fault, result in results.items():
+        print(f"{result:9} {fault}")
+    alive = sum(result != "killed" for result in results.values())
+    print(f"{len(results) - alive} of {len(results)} faults killed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""What the kernels touch, to the byte: each logit read once a sweep, each output written once, nothing else.
+
+With b bytes a logit, of a row of V classes with label y the forward sweep reads
+
+    V b                         every logit once
+    - b  if y is in the edge    the label's own logit is masked there
+    + b                         the label's logit, on its own
+    + up to 8 b                 the chunk that holds the largest other logit of the vectors, but for y; once a part
+
+and backward reads V b and writes V b. Ignored rows and labels out of range read nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import bonus_ops
+from bonus_ops import ops
+from bonus_ops.kernels import launch
+from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
+from tests.conftest import ACCELERATOR
+
+pytestmark = pytest.mark.skipif(ACCELERATOR is not None, reason="the guard watches the interpreter, here a GPU runs")
+if ACCELERATOR is None:
+    from tests.interpreter_guard import guard
+
+CHUNK = 8
+CASES = [
+    # (n_rows, n_classes, layout), n_rows odd where a program holds several rows
+    (5, 1, "contiguous"),
+    (5, 3, "contiguous"),
+    (19, 10, "contiguous"),
+    (19, 10, "transposed"),
+    (19, 10, "expanded_rows"),
+    (19, 65, "padded_rows"),
+    (3, 1000, "contiguous"),
+    (3, 1000, "offset_1"),
+    (3, 1000, "column_slice"),
+    (3, 1003, "contiguous"),
+    (3, 1003, "offset_3"),
+    (3, MULTI_TILE, "contiguous"),
+    (2, MULTI_TILE, "transposed"),
+    (2, SPLIT_FORWARD, "contiguous"),
+    (1, SPLIT_BOTH, "offset_1"),
+    (1, EMPTY_PART, "contiguous"),
+]
+over_cases = pytest.mark.parametrize(("n_rows", "n_classes", "layout"), CASES)
+over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def draw(n_rows, n_classes, layout, dtype):
+    """Return typical logits in a layout; the second row is ignored where there are three."""
+    logits, target = typical(generator(), n_rows, n_classes, dtype)
+    if n_rows > 2:
+        target[1] = -100
+    return LAYOUTS[layout](logits), target
+
+
+@functools.cache
+def observe(n_rows, n_classes, layout, dtype):
+    """Run forward and backward of the kernels under the guard."""
+    logits, target = draw(n_rows, n_classes, layout, dtype)
+    with guard() as launches:
+        loss, _ = bonus_ops.bonus_cross_entropy_with_scores(
+            logits.requires_grad_(), target, reduction="sum", implementation="triton"
+        )
+        loss.backward()
+    return logits.detach(), target, launches
+
+
+def reads(launched):
+    return launched.times_read("logits_ptr")[:, 0]
+
+
+def body_of(row, aligned=True):
+    """Return (first, last) class of the row's chunks; without alignment they start at class 0."""
+    start, size = row.data_ptr(), row.element_size()
+    head = 0
+    if row.stride(0) == 1 and aligned:
+        while head < len(row) and (start + head * size) % 16:
+            head += 1
+    return head, head + (len(row) - head) // CHUNK * CHUNK
+
+
+def sweep_reads(row, y, first_chunk, last_chunk, edge, aligned):
+    """Return how often one program's sweep must read each class: chunks first..last of the row, and its edge."""
+    head, end = body_of(row, aligned)
+    times = np.zeros(len(row), int)
+    start, stop = min(head + first_chunk * CHUNK, end), min(head + last_chunk * CHUNK, end)
+    times[start:stop] = 1
+    if edge:
+        times[:head], times[end:] = 1, 1
+        if not head <= y < end:
+            times[y] = 0
+    others = row.float().clone()
+    others[y] = -math.inf
+    if stop > start and others[start:stop].max() > -math.inf:
+        chunk = head + (start - head + int(others[start:stop].argmax())) // CHUNK * CHUNK
+        times[chunk : chunk + CHUNK] += np.arange(chunk, chunk + CHUNK) != y
+    return times
+
+
+def forward_reads(logits, target, parts, lanes, aligned=True):
+    """Return how often forward, label's gather aside, must read each logit."""
+    n_tiles = -(-(logits.shape[1] // CHUNK) // lanes)
+    share = -(-n_tiles // parts) * lanes
+    times = np.zeros(logits.shape, int)
+    for i, (row, y) in enumerate(zip(logits, target.tolist(), strict=True)):
+        if y != -100:
+            times[i] = sum(
+                sweep_reads(row, y, part * share, (part + 1) * share, part == 0, aligned) for part in range(parts)
+            )
+    return times
+
+
+def label_reads(logits, target):
+    times = np.zeros(logits.shape, int)
+    for i, y in enumerate(target.tolist()):
+        if y != -100:
+            times[i, y] = 1
+    return times
+
+
+def seen(logits, times):
+    """Add up rows that are one and the same memory."""
+    return np.broadcast_to(times.sum(0), times.shape) if logits.stride(0) == 0 and len(logits) > 1 else times
+
+
+@over_dtypes
+@over_cases
+def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
+    logits, target, launches = observe(n_rows, n_classes, layout, dtype)
+    how = launch.forward(n_rows, n_classes)
+    assert [x.kernel for x in launches] == (
+        ["forward_kernel", "backward_kernel"] if how.parts == 1 else
+        ["partial_kernel", "merge_kernel", "backward_kernel"]
+    )  # fmt: skip
+    first, last = launches[0], launches[-2]  # the same where one program has the row
+    sweep, label = forward_reads(logits, target, how.parts, how.lanes), label_reads(logits, target)
+    size, n_counted = logits.element_size(), int((target != -100).sum())
+
+    if how.parts == 1:
+        np.testing.assert_array_equal(reads(first), seen(logits, sweep + label))
+        assert first.bytes_read() == {"logits_ptr": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
+    else:
+        np.testing.assert_array_equal(reads(first), seen(logits, sweep))
+        np.testing.assert_array_equal(reads(last), label)
+        shares = n_rows * how.parts
+        assert first.bytes_read() == {"logits_ptr": int(sweep.sum()) * size, "target_ptr": 8 * shares}
+        assert first.bytes_written() == {"sums_ptr": 16 * shares, "argmax_ptr": 4 * shares}
+        assert last.bytes_read() == {
+            "logits_ptr": n_rows * size, "target_ptr": 8 * n_rows, "sums_ptr": 16 * shares, "argmax_ptr": 4 * shares,
+        }  # fmt: skip
+    assert int((sweep + label).sum()) <= n_counted * (n_classes + 1 + CHUNK * how.parts)
+    # loss, five scores, runner-up, (gap, max, sum_exp)
+    assert last.bytes_written() == {f"outputs[{i}]": 4 * n * n_rows for i, n in enumerate((1, 5, 1, 3))}
+
+
+@over_dtypes
+@over_cases
+def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dtype):
+    logits, target, (*_, backward) = observe(n_rows, n_classes, layout, dtype)
+    parts = launch.backward(n_rows, n_classes).parts
+    counted = (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
+    np.testing.assert_array_equal(reads(backward), seen(logits, counted))
+    assert (backward.times_written("grad_ptr") == 1).all()
+    assert backward.bytes_read() == {
+        "logits_ptr": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
+        "saved_ptr": 12 * n_rows * parts, "grad_loss_ptr": 4 * n_rows * parts,
+    }  # fmt: skip
+    assert backward.bytes_written() == {"grad_ptr": logits.numel() * logits.element_size()}
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    ("n_rows", "n_classes", "layout", "aligned"),
+    [
+        (19, 10, "contiguous", True),
+        (3, 1003, "contiguous", True),
+        (3, 1003, "padded_rows", False),  # softmax rows leave the alignment of logits rows
+        (3, MULTI_TILE, "contiguous", True),
+        (2, SPLIT_FORWARD, "transposed", False),
+    ],
+)
+def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, aligned, dtype):
+    logits, target = draw(n_rows, n_classes, layout, dtype)
+    with guard() as launches:
+        bonus_ops.bonus_cross_entropy_with_softmax(logits, target, implementation="triton")
+    (only,) = launches
+    counted = (target != -100).numpy().astype(int)[:, None]
+    sweep = forward_reads(logits, target, 1, launch.forward(n_rows, n_classes).lanes, aligned)
+    np.testing.assert_array_equal(reads(only), seen(logits, sweep + label_reads(logits, target) + counted))
+    assert (only.times_written("softmax_ptr") == 1).all()
+
+
+def test_loss_alone_writes_no_scores():
+    logits, target = draw(5, 65, "contiguous", torch.float32)
+    with guard() as launches:
+        bonus_ops.bonus_cross_entropy(logits, target, implementation="triton")
+    assert launches[0].bytes_written() == {"outputs[0]": 4 * 5, "outputs[3]": 4 * 3 * 5}
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**31 - 1, 2**31 + 3, 2**40, -(2**40)])
+@pytest.mark.parametrize("n_classes", [10, 1003, SPLIT_FORWARD])
+def test_a_label_out_of_range_reads_nothing(label, n_classes):
+    logits, target = typical(generator(), 2, n_classes, torch.float32)
+    target[1] = max(label, n_classes) if label > 0 else label
+    loss = bonus_ops.LogBonus()
+    with guard() as launches:  # below the check that a CPU gets
+        out = ops._launch_forward(logits[:, None], target, -100, loss, True, False)
+        grad = ops._launch_backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
+    assert (sum(reads(x)[0] for x in launches) >= 2).all()
+    assert all((reads(x)[1] == 0).all() for x in launches)
+    assert out.loss.isnan().tolist() == [False, True]
+    assert out.scores.isnan().all(0).tolist() == [False, True]
+    assert out.runner_up[1] == -1
+    assert grad.isnan().all(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("n_classes", [3, 10, 1000, 1003])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@over_dtypes
+def test_vectors_of_logits_and_output_start_on_16_bytes(layout, n_classes, dtype):
+    """What kernels promise the compiler, which the interpreter would not notice."""
+    logits = draw(5, n_classes, layout, dtype)[0][:, None]
+    size = logits.element_size()
+    for out in (logits, torch.empty_like(logits), torch.empty(5, n_classes + 1, dtype=dtype)[:, None, :n_classes]):
+        vector = ops._vector(logits, out)
+        assert vector in (1, 16 // size)
+        for row in range(5 if vector > 1 else 0):
+            start = logits[row].data_ptr()
+            head = -start % 16 // size
+            assert (start + head * size) % 16 == (out[row].data_ptr() + head * size) % 16 == 0
+    assert ops._vector(logits) == (16 // size if logits.stride(2) == 1 else 1)
+
+
+@triton.jit
+def faulty_kernel(x_ptr, y_ptr, n, FAULT: tl.constexpr):
+    at = tl.program_id(0) * 4 + tl.arange(0, 4)
+    if FAULT == "past the end":
+        x = tl.load(x_ptr + at + 1)
+    elif FAULT == "overflow":
+        x = tl.load(x_ptr + at, at * n < n)
+    else:
+        x = tl.load(x_ptr + at)
+    if FAULT == "race":
+        tl.store(y_ptr + at // 8, x)
+    elif FAULT == "in place":
+        tl.store(x_ptr + at, x)
+    else:
+        tl.store(y_ptr + at, x)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (None, None),
+        ("past the end", "load out of bounds"),
+        ("padding", "load out of bounds"),
+        ("overflow", "int32 overflow"),
+        ("race", "two programs write one place"),
+        ("in place", "written and read in one launch"),
+    ],
+)
+def test_guard_sees_faults(fault, message):
+    x, y = torch.zeros(16), torch.zeros(16)
+    if fault == "padding":
+        x = torch.zeros(32)[::2]
+    with guard(), pytest.raises(Exception, match=message) if fault else contextlib.nullcontext():
+        faulty_kernel[(4,)](x, y, 2**30, FAULT=fault)
