@@ -74,7 +74,7 @@ def bonus_cross_entropy(
         tensor(0.2395, grad_fn=<...>)
         >>> bonus_cross_entropy(logits, torch.tensor([0])).backward()
         >>> logits.grad
-        tensor([[-0.8788,  0.4394,  0.4394]])
+        tensor([[-0.8836,  0.4418,  0.4418]])
 
     References:
         Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
