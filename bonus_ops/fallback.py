@@ -31,6 +31,7 @@ LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
 BLOCK_ELEMENTS = 1 << 21  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
 SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
 WORKSPACE_SHARE = 0.115  # of one gradient's bytes, for all buffers of a call
+WORKSPACE_SHARE_ALONE = 0.5  # where no gradient is made
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
 NUMPY_THREADS = 4  # up to here numpy's argmax on one of them is faster than chunks on all
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
@@ -48,9 +49,9 @@ class RowOutputs(NamedTuple):
 class _Plan:
     """How the rows of one call are cut into blocks, and the buffers that blocks work in.
 
-    Buffers hold [rows, C] in the accumulation dtype, class-major where that is faster, and take `WORKSPACE_SHARE` of
-    the bytes of the logits. ``unwritten`` is an output filled in the same order: while the part of it behind a block
-    offers more room, the buffers lie there and the block grows.
+    Buffers hold [rows, C] in the accumulation dtype, class-major where that is faster, and take a share of the bytes of
+    the logits: `WORKSPACE_SHARE` beside an output ``unwritten`` of that size, else `WORKSPACE_SHARE_ALONE`. The output
+    is filled in order: while the part of it behind a block offers more room, the buffers lie there.
     """
 
     def __init__(self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None) -> None:
@@ -59,8 +60,9 @@ class _Plan:
         ratio = n_buffers * dtype.itemsize / logits.element_size()  # bytes of buffers to bytes of logits
         self.n_classes, self.by_class = n_classes, _by_class(logits)
         largest = min(max(BLOCK_ELEMENTS // n_classes, 1), n_outer * n_inner)
-        share = max(int(logits.numel() * WORKSPACE_SHARE / ratio), SMALLEST_BLOCK)
-        n_own = min(max(share // n_classes, 1), largest)
+        share = WORKSPACE_SHARE_ALONE if unwritten is None else WORKSPACE_SHARE
+        n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
+        n_own = min(max(n_elements // n_classes, 1), largest)
         self.own = logits.new_empty(n_buffers * n_own * n_classes, dtype=dtype)
         self.tail = None
         if unwritten is not None and not self.by_class and n_inner == 1 and unwritten.is_contiguous():
@@ -303,7 +305,7 @@ def _second_sweep(
         return out
     label, counts = _labels(logits, target, ignore_index)
     _, maximum, sum_exp = saved
-    plan = _Plan(logits, 1)
+    plan = _Plan(logits, 1, out)
     sources, outs = plan.pieces(logits), plan.pieces(out)
     row = 0
     for i, n_rows in enumerate(plan.sizes):

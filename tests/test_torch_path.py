@@ -259,10 +259,10 @@ def test_forward_and_backward_hold_at_most_one_gradient_and_a_fifth(dtype, n_row
     assert peak_bytes(step) <= 1.2 * logits.numel() * logits.element_size()
 
 
-def test_scores_without_a_gradient_hold_next_to_nothing():
+def test_scores_without_a_gradient_hold_half_the_logits():
     logits, target = torch.randn(3000, 1000), torch.randint(0, 1000, (3000,))
     peak = peak_bytes(lambda: bonus_cross_entropy_with_scores(logits, target, implementation="torch"))
-    assert peak <= 0.2 * logits.numel() * logits.element_size()
+    assert peak <= 0.6 * logits.numel() * logits.element_size()
 
 
 # --- where it runs ----------------------------------------------------------------------------------------------------
