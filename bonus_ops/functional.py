@@ -204,6 +204,8 @@ class _Call:
         self.row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
         self.requested = implementation
         self.implementation = _choose(implementation, input.device, self.dense or self.label_smoothing > 0)
+        if implementation is None and self.bonus.kernel is None:
+            self.implementation = "torch"  # a loss of the user's that has formulas only
         if not self.dense and (validate or (input.device.type == "cpu" and input.numel() == 0)):
             reference.check_target(self.target, self.n_classes, self.ignore_index)
         half = input.dtype in (torch.float16, torch.bfloat16)

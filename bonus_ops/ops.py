@@ -109,7 +109,8 @@ def _vector(*tensors: Tensor) -> int:
     if any(t.stride(2) != 1 for t in tensors) or len(starts) > 1 or first.data_ptr() % size:
         return 1
     # rows must leave a 16-byte boundary alike
-    if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in (0, 1)):
+    axes = [d for d in (0, 1) if first.shape[d] > 1]
+    if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):
         return 1
     return 16 // size
 
