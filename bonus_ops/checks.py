@@ -20,8 +20,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_bonus(bonus: Any) -> None:
     """Raise TypeError unless ``bonus`` is a `GapLoss` instance or None."""
     if bonus is not None and not isinstance(bonus, GapLoss):
-        kind = bonus if isinstance(bonus, type) else type(bonus)
-        came = kind.__name__ if kind.__module__ == "builtins" or bonus is kind else f"{kind.__module__}.{kind.__name__}"
+        kind = type(bonus)
+        came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        if isinstance(bonus, type):
+            came = f"the class {bonus.__name__}"
         raise TypeError(
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
@@ -57,7 +59,10 @@ def check_call(
     input: Any, target: Any, weight: Any, ignore_index: int, reduction: Any, label_smoothing: float, autocast: bool
 ) -> None:
     """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
-    _reduction.get_enum(reduction)  # raises torch's ValueError
+    try:
+        _reduction.get_enum(reduction)
+    except ValueError as error:
+        raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
     fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
     fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
     if fault is None:

@@ -250,11 +250,22 @@ def test_what_has_no_kernel_says_so(target, options):
         bonus_cross_entropy(logits(), target, **options, implementation="triton")
 
 
+def test_an_unknown_reduction_says_which_there_are():
+    with pytest.raises(ValueError, match="avg is not a valid value for reduction\nExpected 'mean', 'sum' or 'none'"):
+        bonus_cross_entropy(logits(), labels(), reduction="avg")
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     ("bonus", "came"),
-    [(LogBonus, "LogBonus"), (0.75, "float"), ("log", "str"), (True, "bool"), (torch.tensor(0.75), "torch.Tensor")],
-)
+    [
+        (LogBonus, "the class LogBonus"),
+        (0.75, "float"),
+        ("log", "str"),
+        (True, "bool"),
+        (torch.tensor(0.75), "torch.Tensor"),
+    ],
+)  # fmt: skip
 def test_a_bonus_must_be_an_instance_of_a_gap_loss(function, bonus, came):
     with pytest.raises(TypeError, match=f"^bonus must be a GapLoss instance .*, not {came}$"):
         function(logits(), labels(), bonus=bonus)
