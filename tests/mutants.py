@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row's alignment is that of the first row", "bonus_ops/ops.py",
-        "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in (0, 1)):", "if False:",
+        "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):", "if False:",
         f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
     ),
     Mutant(
