@@ -40,8 +40,12 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
         chunk = tile * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
         z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
-        # merged, not absorbed: classes come out of order here and argmax wants the smallest
-        rest = merge(rest, absorb(empty(rest.max), z, chunk))
+        # classes come out of order here, and argmax wants the smallest
+        tied = (tl.max(z, 2) == rest.max) & (rest.max > -float("inf"))
+        smallest = tl.minimum(rest.argmax, chunk)
+        rest = absorb(rest, z, chunk)
+        argmax = tl.where(tied, smallest, rest.argmax)
+        rest = RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
 
     rest = exact_argmax(across(rest), rows, class_stride)
     classes = edge_classes(rows)
