@@ -50,17 +50,19 @@ class _Plan:
     """How the rows of one call are cut into blocks, and the buffers that blocks work in.
 
     Buffers hold [rows, C] in the accumulation dtype, class-major where that is faster, and take a share of the bytes of
-    the logits: `WORKSPACE_SHARE` beside an output ``unwritten`` of that size, else `WORKSPACE_SHARE_ALONE`. The output
+    the logits: ``share`` beside an output ``unwritten`` of that size, else `WORKSPACE_SHARE_ALONE`. The output
     is filled in order: while the part of it behind a block offers more room, the buffers lie there.
     """
 
-    def __init__(self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None, share: float = WORKSPACE_SHARE
+    ) -> None:
         n_outer, n_inner, n_classes = logits.shape
         dtype = accumulation_dtype(logits.dtype)
         ratio = n_buffers * dtype.itemsize / logits.element_size()  # bytes of buffers to bytes of logits
         self.n_classes, self.by_class = n_classes, _by_class(logits)
         largest = min(max(BLOCK_ELEMENTS // n_classes, 1), n_outer * n_inner)
-        share = WORKSPACE_SHARE_ALONE if unwritten is None else WORKSPACE_SHARE
+        share = WORKSPACE_SHARE_ALONE if unwritten is None else share
         n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
         n_own = min(max(n_elements // n_classes, 1), largest)
         self.own = logits.new_empty(n_buffers * n_own * n_classes, dtype=dtype)

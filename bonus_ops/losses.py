@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+if TYPE_CHECKING:
+    from .shares import BlockShare
 
 __all__ = [
     "CosineBonus",
@@ -36,17 +39,20 @@ __all__ = [
     "SubDataBonus",
 ]
 
-_CLASSES: dict[str, type[GapLoss]] = {}
+_CLASSES: dict[str, type[Loss]] = {}
 
 
-class GapLoss:
-    """A loss that is a scalar function of the gap.
+class Loss:
+    """A classification loss: a frozen dataclass whose fields are numbers or None.
 
-    Subclasses are frozen dataclasses whose fields are numbers or None.
+    What every loss can do is serve targets that are shares of classes (smoothed labels, probabilities): each class
+    pays by its share, see `class_value`.
     """
 
-    #: Two ``@triton.jit`` functions (value, slope), the stem of a pair in ``kernels/gap_losses.py``, or None.
+    #: Two ``@triton.jit`` functions, the stem of such a pair in ``kernels/``, or None.
     kernel: ClassVar[Any] = None
+    #: Whether the loss is cross-entropy plus something, whose shares may then differ.
+    adds_to_cross_entropy: ClassVar[bool] = False
     _name: ClassVar[str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -54,6 +60,29 @@ class GapLoss:
         # numbered: a class defined again, in a notebook say, must not take the place of one still in use
         cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
         _CLASSES[cls._name] = cls
+
+    def is_cross_entropy(self) -> bool:
+        """Return whether nothing is added to plain cross-entropy."""
+        return False
+
+    def parameters(self) -> tuple[float, ...]:
+        """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
+        return tuple(encode(self)[1]) or (0.0,)
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        """Return what a class of probability ``p = 1 - rest`` costs for its ``share`` of the target.
+
+        Cross-entropy itself is left out where the loss adds to it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define class_value(p, rest, log_p, share)")
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        """Return ``-p d class_value / dp``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_pull(p, rest, log_p, share)")
+
+
+class GapLoss(Loss):
+    """A loss that is a scalar function of the gap."""
 
     def value(self, gap: Tensor) -> Tensor:
         """Return the loss in nats, shaped like ``gap``."""
@@ -63,31 +92,37 @@ class GapLoss:
         """Return ``A = -d value / d gap``, shaped like ``gap``."""
         raise NotImplementedError(f"{type(self).__name__} does not define slope(gap)")
 
-    def parameters(self) -> tuple[float, ...]:
-        """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
-        return tuple(encode(self)[1]) or (0.0,)
+    def excess(self, gap: Tensor) -> Tensor:
+        """Return ``value``, less cross-entropy where the loss adds to it."""
+        return self.value(gap)
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return share * self.value(log_p - torch.log(rest))
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return share * self.slope(log_p - torch.log(rest)) / rest
 
 
-def encode(loss: GapLoss) -> tuple[str, list[float]]:
+def encode(loss: Loss) -> tuple[str, list[float]]:
     """Return the class name and fields of ``loss``: what an operator schema can carry (None travels as NaN)."""
     cls = type(loss)
     values = [getattr(loss, field.name) for field in fields(loss)]  # type: ignore[arg-type]
     return cls._name, [math.nan if x is None else float(x) for x in values]
 
 
-def decode(name: str, values: list[float]) -> GapLoss:
+def decode(name: str, values: list[float]) -> Any:
     """Rebuild the loss that `encode` described."""
     cls = _CLASSES[name]
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values, strict=True)})
 
 
-def _check(loss: GapLoss, name: str, ok: bool, expected: str) -> None:
+def _check(loss: Loss, name: str, ok: bool, expected: str) -> None:
     if not ok:
         raise ValueError(f"{type(loss).__name__}: {name} must be {expected}, got {getattr(loss, name)!r}")
 
 
-def _check_numbers(loss: GapLoss, *optional: str) -> None:
+def _check_numbers(loss: Loss, *optional: str) -> None:
     for field in fields(loss):  # type: ignore[arg-type]
         x = getattr(loss, field.name)
         if x is None and field.name in optional:
@@ -109,6 +144,10 @@ class CrossEntropy(GapLoss):
     """
 
     kernel: ClassVar[Any] = "cross_entropy"
+    adds_to_cross_entropy: ClassVar[bool] = True
+
+    def is_cross_entropy(self) -> bool:
+        return True
 
     def value(self, gap: Tensor) -> Tensor:
         return -logsigmoid(gap)
@@ -116,9 +155,18 @@ class CrossEntropy(GapLoss):
     def slope(self, gap: Tensor) -> Tensor:
         return torch.sigmoid(-gap)
 
+    def excess(self, gap: Tensor) -> Tensor:
+        return torch.zeros_like(gap)
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return torch.zeros_like(p)
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return torch.zeros_like(p)
+
 
 @dataclass(frozen=True, kw_only=True)
-class _Bonus(GapLoss):
+class Bonus(GapLoss):
     """Cross-entropy plus ``strength`` times a bonus ``b(p) <= 0``, with the paper's window on p.
 
     ``L = -log p + strength (b(p) - b(start)) [start <= p <= abrupt]``. Subclasses give ``b`` and ``-db/dgap``.
@@ -142,6 +190,42 @@ class _Bonus(GapLoss):
         """Return ``-db/dgap >= 0`` from the gap, p = sigmoid(gap) and rest = 1 - p = sigmoid(-gap)."""
         raise NotImplementedError(f"{type(self).__name__} does not define bonus_slope(gap, p, rest)")
 
+    def is_cross_entropy(self) -> bool:
+        return self.strength == 0
+
+    def has_window(self) -> bool:
+        """Return whether the bonus is off for some p."""
+        return self.start > 0 or self.abrupt < 1
+
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        """Return b as a function of p = 1 - rest."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_bonus(p, rest)")
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        """Return ``-p db/dp >= 0`` as a function of p = 1 - rest."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_odds(p, rest)")
+
+    def sum_classes(self, p: Tensor, rest: Tensor, share: BlockShare) -> tuple[Tensor, Tensor]:
+        """Return (``share`` times b summed over classes [n, 1], odds [n, C]); ``rest`` may be overwritten.
+
+        No p exceeds 1/2, and their sum does not exceed 1.
+        """
+        return share.dot(self.class_bonus(p, rest)), self.class_odds(p, rest)
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        bonus = self.class_bonus(p, rest) - self._bonus_at_start()
+        return self.strength * share * self._in_class_window(p, rest, bonus)
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return self.strength * share * self._in_class_window(p, rest, self.class_odds(p, rest))
+
+    def _in_class_window(self, p: Tensor, rest: Tensor, x: Tensor) -> Tensor:
+        if self.start > 0:
+            x = torch.where(p >= self.start, x, 0.0)
+        if self.abrupt < 1:
+            x = torch.where(rest >= 1 - self.abrupt, x, 0.0)
+        return x
+
     def bonus_parameters(self) -> tuple[float, ...]:
         """Return what the kernel pair needs beyond strength and window."""
         return ()
@@ -160,10 +244,10 @@ class _Bonus(GapLoss):
         return x
 
     def value(self, gap: Tensor) -> Tensor:
-        if self.strength == 0:
-            return -logsigmoid(gap)
-        bonus = self.bonus(gap) - self._bonus_at_start()
-        return -logsigmoid(gap) + self.strength * self._in_window(gap, bonus)
+        return -logsigmoid(gap) if self.strength == 0 else -logsigmoid(gap) + self.excess(gap)
+
+    def excess(self, gap: Tensor) -> Tensor:
+        return self.strength * self._in_window(gap, self.bonus(gap) - self._bonus_at_start())
 
     def slope(self, gap: Tensor) -> Tensor:
         p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
@@ -171,7 +255,7 @@ class _Bonus(GapLoss):
 
 
 @dataclass(frozen=True)
-class LogBonus(_Bonus):
+class LogBonus(Bonus):
     """The encouraging loss: cross-entropy plus the (conservative) logarithmic bonus.
 
     With ``LE = log_end`` the bonus is ``log(1 - p)`` up to ``p = LE`` and its tangent beyond:
@@ -226,6 +310,25 @@ class LogBonus(_Bonus):
             return p if self.clamp is None else torch.where(logsigmoid(-gap) >= self._floor(), p, 0.0)
         return p * (rest / (1 - self.log_end)).clamp(max=1.0)
 
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        # min(p, LE) = 1 - max(1 - p, 1 - LE); at LE = 1 the clamp takes the place of 1 - LE and nothing is linear
+        lowest = rest.clamp(min=self._lowest_rest())
+        bonus = torch.log(lowest)
+        return bonus if self.log_end == 1 else bonus - (lowest - rest) / (1 - self.log_end)
+
+    def sum_classes(self, p: Tensor, rest: Tensor, share: BlockShare) -> tuple[Tensor, Tensor]:
+        if self.log_end < 0.5:  # the bonus turns linear below 1/2
+            return super().sum_classes(p, rest, share)
+        bonus = share.dot_log(rest)
+        return bonus, torch.div(p, rest, out=rest)
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        odds = p / rest.clamp(min=self._lowest_rest())
+        return torch.where(rest >= self._lowest_rest(), odds, 0.0) if self.log_end == 1 else odds
+
+    def _lowest_rest(self) -> float:
+        return 1 - self.log_end if self.log_end < 1 else self.clamp or torch.finfo(torch.float32).tiny
+
     def bonus_parameters(self) -> tuple[float, ...]:
         rest_end = 1 - self.log_end
         inverse, log_end = (1 / rest_end, math.log(rest_end)) if rest_end > 0 else (math.inf, -math.inf)
@@ -233,7 +336,7 @@ class LogBonus(_Bonus):
 
 
 @dataclass(frozen=True)
-class PowerBonus(_Bonus):
+class PowerBonus(Bonus):
     """Cross-entropy plus the power bonus ``b(p) = -p^gamma``.
 
     ``A = (1 - p) (1 + strength gamma p^gamma)``. ``gamma=1`` is Poly-1 up to a constant.
@@ -262,12 +365,18 @@ class PowerBonus(_Bonus):
     def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         return self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * rest
 
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        return -(p**self.gamma)
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        return self.gamma * p**self.gamma
+
     def bonus_parameters(self) -> tuple[float, ...]:
         return (self.gamma,)
 
 
 @dataclass(frozen=True)
-class CosineBonus(_Bonus):
+class CosineBonus(Bonus):
     """Cross-entropy plus the cosine bonus ``b(p) = cos(pi p) - 1``.
 
     ``A = (1 - p) (1 + strength pi p sin(pi p))``.
@@ -290,9 +399,15 @@ class CosineBonus(_Bonus):
     def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         return math.pi * torch.sin(math.pi * torch.minimum(p, rest)) * p * rest  # sin(pi p) = sin(pi (1 - p))
 
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        return -2 * torch.sin(math.pi / 2 * p) ** 2
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        return math.pi * p * torch.sin(math.pi * torch.minimum(p, rest))
+
 
 @dataclass(frozen=True)
-class SubDataBonus(_Bonus):
+class SubDataBonus(Bonus):
     """Cross-entropy plus the logarithmic bonus of a share ``k`` of the data.
 
     ``b(p) = log max(1 - k p, clamp)``, ``A = (1 - p) (1 + strength k p / (1 - k p))``; ``k=1`` is `LogBonus` at
@@ -336,6 +451,16 @@ class SubDataBonus(_Bonus):
         # at k = 1 the quotient rest / (1 - k p) is 0 / 0 for a huge gap
         slope = p if self.k == 1 else self.k * p * rest / ((1 - self.k) + self.k * rest)
         return slope if self.clamp is None else torch.where(self._log_share(gap) >= math.log(self.clamp), slope, 0.0)
+
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        return torch.log(((1 - self.k) + self.k * rest).clamp(min=self._lowest_share()))
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        share = (1 - self.k) + self.k * rest
+        return torch.where(share >= self._lowest_share(), self.k * p / share.clamp(min=self._lowest_share()), 0.0)
+
+    def _lowest_share(self) -> float:
+        return self.clamp or torch.finfo(torch.float32).tiny
 
     def bonus_parameters(self) -> tuple[float, ...]:
         return self.k, 1 - self.k, -math.inf if self.clamp is None else math.log(self.clamp)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import GapLoss
+from .losses import GapLoss, Loss
 from .scores import Scores
+from .shares import Shares
 
 __all__ = ["check_target", "dense_rows", "gradient", "rows", "scores", "softmax"]
 
@@ -127,25 +128,40 @@ def scores(logits: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
     )  # fmt: skip
 
 
-def dense_rows(logits: Tensor, target: Tensor, loss: GapLoss) -> Tensor:
-    """Return ``sum_k t_k L(gap_k)`` of each row for a target distribution (or smoothed label) ``t`` [..., C].
+def dense_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, shares: Shares) -> Tensor:
+    """Return the loss of each row for a target that is shares of the classes (see `Shares`), 0 where ignored.
 
-    ``gap_k = log p_k - log(1 - p_k)``: every class pays the loss it would have as the label, by its share. For plain
-    cross-entropy this is ``-sum t_k log p_k``; with the log bonus, the image-classifier form of label smoothing, where
-    cross-entropy and bonus are smoothed alike.
+    ``L = sum_k t_k (-log p_k) + sum_k c(p_k, v_k)``: every class pays by its share what it would pay as the label. The
+    first sum is there for losses that add to cross-entropy; for any other loss of the gap ``c = v_k value(gap_k)``.
+    Of ``label`` only what is ignored or out of range matters where probabilities are given.
     """
-    logits = logits.to(torch.promote_types(accumulation_dtype(logits.dtype), target.dtype))
-    if logits.shape[-1] == 0:
+    n_classes = logits.shape[-1]
+    counts = label != ignore_index
+    hard = shares.hard(label, n_classes, accumulation_dtype(logits.dtype))
+    logits = logits.to(hard.dtype).masked_fill(~counts[..., None], 0.0)
+    if n_classes == 0:
         return logits.sum(-1)
-    log_p = torch.log_softmax(logits, -1)
     # only the top class can have p > 1/2, where log(1 - p) must come from the sum over the others
+    log_p = torch.log_softmax(logits, -1)
     top = logits.detach().argmax(-1, keepdim=True)
-    is_top = torch.arange(logits.shape[-1], device=logits.device) == top
+    is_top = torch.arange(n_classes, device=logits.device) == top
     _, origin, sum_exp = _rest(logits.masked_fill(is_top, -math.inf))
-    z_top = torch.where(is_top, logits, 0.0).sum(-1)
-    gap_top = _gap(z_top, origin, sum_exp)
+    gap_top = _gap(torch.where(is_top, logits, 0.0).sum(-1), origin, sum_exp)
     others = torch.where(is_top, -1.0, log_p).clamp(max=-1e-9)
     gap = torch.where(is_top, gap_top[..., None], others - torch.log(-torch.expm1(others)))
-    value = loss.value(gap)
-    # a class without a share costs nothing even where its loss is infinite
-    return (target * torch.where((target == 0) & value.isinf(), 0.0, value)).sum(-1)
+    log_p = torch.where(is_top, logsigmoid(gap), log_p)
+    v = shares.of_bonus(n_classes).of(hard)
+    if isinstance(loss, GapLoss):
+        value = _share_times(v, loss.excess(gap))
+    else:
+        value = loss.class_value(torch.sigmoid(gap), torch.sigmoid(-gap), log_p, v)
+    if loss.adds_to_cross_entropy:
+        value = value + _share_times(shares.of_cross_entropy(n_classes).of(hard), -log_p)
+    bad = counts & ((label < 0) | (label >= n_classes))  # unchecked on a GPU and while compiling
+    total = torch.where(bad, math.nan, value.sum(-1))
+    return torch.where(counts, total, 0.0)
+
+
+def _share_times(share: Tensor, value: Tensor) -> Tensor:
+    """Return the product; a class without a share costs nothing even where its loss is infinite."""
+    return share * torch.where((share == 0) & value.isinf(), 0.0, value)

@@ -1,0 +1,104 @@
+"""Losses on all classes of a softmax: every class pays for the distance of its probability to its share.
+
+``L = sum_k c(p_k, share_k) / C`` with the share 1 at the label and 0 elsewhere, or what smoothing and probability targets
+make of it. With ``pull_k = -p_k dc_k/dp_k`` the gradient is ``dL/dz_j = (p_j sum_k pull_k - pull_j) / C``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .losses import Loss, _check, _check_numbers
+
+__all__ = ["ClassLoss", "SoftmaxAbsoluteError", "SoftmaxSquaredError"]
+
+
+@dataclass(frozen=True)
+class ClassLoss(Loss):
+    """A loss that is a mean over the classes of a function of their probabilities.
+
+    Subclasses give `error` and `error_pull`; ``strength`` times the mirror bonus
+    ``-(share p^gamma + (1 - share) (1 - p)^gamma)`` is added to both.
+
+    Args:
+        strength: factor on the mirror bonus, the paper's bonus_rho. Default 0, off.
+        gamma: exponent of the mirror bonus, >= 1. Default 2, the paper's.
+
+    Raises:
+        ValueError: a parameter is outside its range.
+        TypeError: a parameter is not a number.
+    """
+
+    strength: float = 0.0
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "strength", math.isfinite(self.strength), "finite")
+        _check(self, "gamma", 1 <= self.gamma < math.inf, "a finite number >= 1")
+
+    def error(self, distance: Tensor) -> Tensor:
+        """Return the error of a class from ``distance = p - share``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define error(distance)")
+
+    def error_slope(self, distance: Tensor) -> Tensor:
+        """Return ``d error / d distance``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define error_slope(distance)")
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        mirror = share * p**self.gamma + (1 - share) * rest**self.gamma
+        return self.error((1 - share) * p - share * rest) - self.strength * mirror
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        mirror = share * p**self.gamma - (1 - share) * p * rest ** (self.gamma - 1)
+        return self.strength * self.gamma * mirror - p * self.error_slope((1 - share) * p - share * rest)
+
+
+@dataclass(frozen=True)
+class SoftmaxSquaredError(ClassLoss):
+    """Mean squared error of the softmax, optionally with the paper's mirror bonus.
+
+    ``L = (1/C) sum_k ((p_k - share_k)^2 - strength (share_k p_k^gamma + (1 - share_k) (1 - p_k)^gamma))``: the Brier
+    score over C where ``strength=0``; with ``strength=1, gamma=2`` and a hard label it is twice the absolute error - 1.
+    Range of the error [0, 2/C].
+
+    Args, Raises: as in `ClassLoss`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, MSE with the mirror bonus.
+    """
+
+    kernel: ClassVar[Any] = "squared_error"
+
+    def error(self, distance: Tensor) -> Tensor:
+        return distance * distance
+
+    def error_slope(self, distance: Tensor) -> Tensor:
+        return 2 * distance
+
+
+@dataclass(frozen=True)
+class SoftmaxAbsoluteError(ClassLoss):
+    """Mean absolute error of the softmax, optionally with the paper's mirror bonus.
+
+    ``L = (1/C) sum_k (|p_k - share_k| - strength (share_k p_k^gamma + (1 - share_k) (1 - p_k)^gamma))``; with a hard
+    label the error is ``2 (1 - p) / C``.
+
+    Args, Raises: as in `ClassLoss`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, MAE with the mirror bonus.
+    """
+
+    kernel: ClassVar[Any] = "absolute_error"
+
+    def error(self, distance: Tensor) -> Tensor:
+        return distance.abs()
+
+    def error_slope(self, distance: Tensor) -> Tensor:
+        return torch.sign(distance)

@@ -1,0 +1,191 @@
+"""The fast torch path for targets that are shares of classes; blocks and buffers are those of `fallback`.
+
+With ``T = sum t_k`` and ``pull_k`` of what the loss adds to cross-entropy, per row
+
+    L = sum t_k (lse - z_k) + sum c(p_k)            dL/dz_j = p_j (T + sum pull_k) - (t_j + pull_j)
+
+The label and the runner-up are kept out of every sum over classes and added from their gaps: only they can be near
+p = 1, where 1 - p must not be a difference. `visit` is the only entry: its gradient is made while a block is in cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from . import fallback
+from .fallback import LOWEST, RowOutputs
+from .losses import Bonus, CrossEntropy, GapLoss, Loss
+from .reference import accumulation_dtype
+from .shares import BlockShare, Shares
+
+__all__ = ["visit"]
+
+WORKSPACE_SHARE = 0.5  # of one gradient's bytes: four buffers in blocks that are worth their operators
+
+
+def visit(
+    logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, shares: Shares, scores: bool, grad_loss: Tensor | None
+) -> tuple[RowOutputs, Tensor | None]:
+    """Return loss, scores, and with ``grad_loss`` [N] or [1] the gradient, from one visit of each block of rows.
+
+    The labels of probabilities are found on the way: ``label`` then only gives the shape.
+    """
+    grad = None if grad_loss is None else torch.empty_like(logits)
+    if logits.numel() == 0:
+        return fallback.visit(logits, label, ignore_index, CrossEntropy(), scores, None)[0], grad
+    dtype = accumulation_dtype(logits.dtype)
+    dense = shares.probabilities is not None
+    index, counts = (label.reshape(-1, 1), None) if dense else fallback._labels(logits, label, ignore_index)
+    t_share, v_share = shares.of_cross_entropy(logits.shape[2]), shares.of_bonus(logits.shape[2])
+    both = loss.adds_to_cross_entropy and not t_share.is_as(v_share)
+    by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not fallback._by_class(logits)
+    in_place = by_row and logits.dtype == dtype  # the gradient holds the exponentials
+    n_buffers = (1 if in_place else 2) + (2 + both if dense else 0)
+    plan = fallback._Plan(logits, n_buffers, grad, WORKSPACE_SHARE)
+    sources, labels = plan.pieces(logits), index.split_with_sizes(plan.sizes)
+    given = None if shares.probabilities is None else plan.pieces(shares.probabilities)
+    keeps = None if counts is None else counts.split_with_sizes(plan.sizes)
+    if grad is not None and grad_loss is not None:
+        grads = plan.pieces(grad)
+        weights = grad_loss[:, None].expand(len(index), 1).split_with_sizes(plan.sizes)
+    found, values = [], []
+    for i, source in enumerate(sources):
+        z, *buffers = (plan.buffer(k, i) for k in range(n_buffers))
+        fallback._as_rows(source, z).copy_(source)
+        e = grads[i] if in_place else buffers.pop(0)
+        row_label, scratch, hard = labels[i], None, [None, None]
+        if given is not None:
+            scratch, *hard = buffers
+            for buffer in hard:
+                fallback._as_rows(given[i], buffer).copy_(given[i])
+            row_label = fallback._max(hard[0])[1]
+        v = v_share.in_block(row_label, hard[0], scratch, dtype)
+        t = t_share.in_block(row_label, hard[-1], scratch, dtype) if both else v
+        block = _Block(z, e, row_label, loss, t if loss.adds_to_cross_entropy else None, v, scores)
+        found.append(block.columns)
+        values.append(block.value)
+        if grad is not None:
+            block.gradient(weights[i])
+            if keeps is not None:
+                e.masked_fill_(~keeps[i][:, None], 0.0)
+            if not in_place:
+                grads[i].copy_(fallback._as_rows(grads[i], e))
+    columns = fallback._Columns(*map(torch.cat, zip(*found, strict=True)))
+    if scores:
+        fallback._repair(logits, index, columns)
+    out = fallback._finish(columns, counts, CrossEntropy(), scores)
+    value = torch.cat(values)[:, 0]
+    return out._replace(loss=value if counts is None else value.masked_fill_(~counts, 0.0)), grad
+
+
+class _Block:
+    """One block of rows: ``z`` [n, C], overwritten, becomes probabilities in ``e``, then the gradient."""
+
+    def __init__(
+        self, z: Tensor, e: Tensor, label: Tensor, loss: Loss, t: BlockShare | None, v: BlockShare, scores: bool
+    ) -> None:
+        self.label, self.t, self.e = label, t, e
+        z_target = z.gather(1, label)
+        z_target.masked_fill_(z_target == torch.inf, torch.nan)
+        z.scatter_(1, label, -torch.inf)
+        maximum, self.runner_up = fallback._max(z)
+        origin = fallback._origin(maximum)
+        z.sub_(origin).scatter_(1, label, 0.0)
+        share_of_z = 0.0 if t is None else _share_of_z(t, z)
+        z.scatter_(1, label, LOWEST).scatter_(1, self.runner_up, LOWEST)
+        others = fallback._exp_(z, e).sum(1, keepdim=True)
+        top = torch.exp(maximum - origin)  # the runner-up's: 1, but 0 where there is none and NaN for +inf
+        sum_exp = others + top
+        gap = (z_target - maximum) - sum_exp.log()
+        self.columns = fallback._Columns(
+            gap, maximum, sum_exp, z_target, *(_moments(z, e, top) if scores else (sum_exp, sum_exp)), self.runner_up
+        )
+        scale = torch.sigmoid(-gap) / sum_exp.clamp(min=1.0)
+        # the runner-up's own gap, from the label and all others
+        self.gaps = gap, top.log() - torch.logaddexp(others.log(), z_target - origin)
+
+        self.mass: Tensor | float = 0.0  # of all classes but label and runner-up
+        self.pulls: list[Tensor | float] = [0.0, 0.0]  # of label and runner-up
+        self.value: Tensor = torch.zeros_like(gap)
+        if t is not None:
+            mass = t.total(z.shape[1], label)
+            lse = sum_exp.clamp(min=1.0).log() - logsigmoid(-gap)  # from the max of the rest
+            self.value = t.label * -logsigmoid(gap) + mass * lse.clamp(max=torch.finfo(z.dtype).max) - share_of_z
+            # an empty rest has no runner-up: its index is the label's
+            self.pulls = [t.label, t.at(self.runner_up) * (self.runner_up != label).to(z.dtype)]
+            self.mass = mass - self.pulls[1]
+        e.mul_(scale)
+        self.others_pull: Tensor | None = None
+        if not loss.is_cross_entropy():
+            self._add(z, loss, v)
+
+    def _add(self, rest: Tensor, loss: Loss, v: BlockShare) -> None:
+        """Add what the loss has beyond cross-entropy; ``rest`` is a buffer."""
+        p = self.e
+        torch.neg(p, out=rest).add_(1.0)
+        if isinstance(loss, Bonus) and not loss.has_window():
+            value, pull = loss.sum_classes(p, rest, v)
+            value.mul_(loss.strength)
+            pull.mul_(v.off)
+            if loss.strength != 1:
+                pull.mul_(loss.strength)
+        else:
+            log_p = torch.log(p)
+            values = loss.class_value(p, rest, log_p, v.off)
+            pull = loss.class_pull(p, rest, log_p, v.off)
+            for index in (self.runner_up, self.label):
+                values.scatter_(1, index, 0.0)
+                pull.scatter_(1, index, 0.0)
+            value = values.sum(1, keepdim=True)
+        self.others_pull = pull
+        self.mass = self.mass + pull.sum(1, keepdim=True)
+        self.value = self.value + value
+        for i, (gap, share) in enumerate(zip(self.gaps, (v.label, v.at(self.runner_up)), strict=True)):
+            p, rest = torch.sigmoid(gap), torch.sigmoid(-gap).clamp(min=torch.finfo(gap.dtype).tiny)
+            # the gap is exact where 1 - p underflows
+            value = share * loss.excess(gap) if isinstance(loss, GapLoss) else loss.class_value(p, rest, p, share)
+            pull = loss.class_pull(p, rest, logsigmoid(gap), share)
+            if i == 1:
+                absent = self.runner_up == self.label
+                value, pull = value.masked_fill(absent, 0.0), pull.masked_fill(absent, 0.0)
+            self.value = self.value + value
+            self.pulls[i] = self.pulls[i] + pull
+
+    def gradient(self, grad_loss: Tensor) -> None:
+        """Turn the probabilities in ``e`` into the gradient; ``grad_loss`` [n, 1]."""
+        label_pull, runner_up_pull = self.pulls
+        self.e.mul_((self.mass + label_pull + runner_up_pull) * grad_loss)
+        if self.t is not None and not (isinstance(self.t.off, float) and self.t.off == 0):
+            off = self.t.off
+            if isinstance(off, float):
+                self.e.sub_(grad_loss * off)
+            else:
+                self.e.addcmul_(off.expand_as(self.e), grad_loss, value=-1)
+        if self.others_pull is not None:
+            self.e.addcmul_(self.others_pull, grad_loss, value=-1)
+        masses = self.mass + runner_up_pull, self.mass + label_pull
+        at = [
+            (torch.sigmoid(gap) * mass - torch.sigmoid(-gap) * pull) * grad_loss
+            for gap, mass, pull in zip(self.gaps, masses, self.pulls, strict=True)
+        ]
+        self.e.scatter_(1, self.runner_up, at[1]).scatter_(1, self.label, at[0])
+
+
+def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:
+    """Return the sum [n, 1] of share times ``z`` [n, C], which is 0 at the label."""
+    if isinstance(t.off, float):
+        return t.dot(z) if t.off != 0 else 0.0
+    total = t.dot(z)
+    spoilt = total.isnan()[:, 0]
+    if spoilt.any():  # a class at -inf without a share costs nothing
+        off = t.off.expand_as(z)[spoilt]
+        total[spoilt] = torch.where(off == 0, 0.0, off * z[spoilt]).sum(1, keepdim=True)
+    return total
+
+
+def _moments(z: Tensor, e: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum_exp2 and sum_exp_z [n, 1]; the latter NaN if a logit is -inf: `fallback._repair`."""
+    length = torch.linalg.vector_norm(e, 2, 1, keepdim=True)
+    return length.square_().add_(top), z.mul_(e).sum(1, keepdim=True)
