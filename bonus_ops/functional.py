@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from . import ops, reference
+from . import autograd, ops, reference
 from .checks import check_bonus, check_call, checked_ignore_index, checked_label_smoothing
 from .losses import CrossEntropy, GapLoss, LogBonus
 from .scores import Scores
@@ -235,13 +235,13 @@ class _Call:
         if self.implementation == "reference":
             loss, columns, probabilities = self._reference(logits, target, scores, softmax)
             if self.reduction != "none":
-                loss = ops.reduced(loss, row_weight, divisor)
+                loss = autograd.reduced(loss, row_weight, divisor)
         else:
             options = (self.ignore_index, self.bonus, scores, softmax, self.implementation)
             if self.reduction == "none":
-                out = ops.rows(logits, target, *options)
+                out = autograd.rows(logits, target, *options)
             else:
-                out = ops.reduced_rows(logits, target, row_weight, divisor, *options)
+                out = autograd.reduced_rows(logits, target, row_weight, divisor, *options)
             loss, probabilities = out.loss, out.softmax
             columns = Scores(*(c.view(self.row_shape) for c in (*out.scores, out.runner_up))) if scores else None
         if self.reduction == "none":
@@ -309,7 +309,7 @@ class _Call:
             dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
         if self.reduction == "none":
             return loss.reshape(self.row_shape).to(dtype)
-        return ops.reduced(loss, None, divisor if self.reduction == "mean" else None).to(dtype)
+        return autograd.reduced(loss, None, divisor if self.reduction == "mean" else None).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ MUTANTS = (
         f"{KERNELS}::test_target_strides_and_dtypes",
     ),
     Mutant(
-        "a second derivative goes through the opaque operator", "bonus_ops/ops.py",
+        "a second derivative goes through the opaque operator", "bonus_ops/autograd.py",
         "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
         "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
     ),
