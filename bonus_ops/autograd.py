@@ -1,11 +1,17 @@
-"""Autograd over the two operators: rows, reduced rows, and their derivatives."""
+"""Autograd over the two operators: rows, reduced rows, and every derivative of them.
+
+First derivatives run the operators. Derivatives that are differentiated again, forward-mode ones and those of
+`torch.func` follow the closed form of `reference.gradient`, from the input: plain torch, hence right at any depth.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import fallback, ops, reference
 from .losses import GapLoss, decode, encode
@@ -17,28 +23,55 @@ class _Rows(torch.autograd.Function):
     """Loss of each row; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(logits, target, ignore_index, loss, fields, scores, softmax, implementation):  # type: ignore[no-untyped-def]
-        return ops.forward(logits, target, ignore_index, loss, fields, scores, softmax, implementation)
+    def forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        return ops.forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        logits, target, ctx.ignore_index, ctx.loss, ctx.fields, _, _, ctx.implementation = inputs
+        logits, target, fields, ctx.ignore_index, ctx.loss, _, _, ctx.implementation = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(logits, target, output[3])
+        ctx.save_for_backward(logits, target, fields, output[3])
+        ctx.save_for_forward(logits, target, fields)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        logits, target, saved = ctx.saved_tensors
+        logits, target, fields, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the closed form in torch, from the input, is differentiable again
-            grad = _differentiable(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, ctx.fields))
+            grad = _gradient(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, fields))
         else:
-            grad = ops.backward(
-                logits, target, saved, grad_loss, ctx.ignore_index, ctx.loss, ctx.fields, ctx.implementation
-            )
+            options = (ctx.ignore_index, ctx.loss, ctx.implementation)
+            grad = ops.backward(logits, target, fields, saved, grad_loss, *options)
         return grad, *(None,) * 7
 
+    @staticmethod
+    def vmap(info, in_dims, logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        size = info.batch_size
+        logits, target = ops.fold(logits, in_dims[0], size), ops.fold(target, in_dims[1], size)
+        out = _apply(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
+        dims = (0, 1 if scores else None, 0 if scores else None, 1, 0 if softmax else None)
+        return tuple(x if d is None else ops.unfold(x, d, size) for x, d in zip(out, dims, strict=True)), dims
 
-def _differentiable(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
+
+class _ForwardModeRows(_Rows):
+    """`_Rows` with a forward-mode derivative, which torch.compile refuses to see."""
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
+        logits, target, fields = ctx.saved_tensors
+        logits = forward_ad.unpack_dual(logits).primal
+        dtype = reference.accumulation_dtype(logits.dtype)
+        one = torch.ones_like(target, dtype=dtype)
+        with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off here: an outer jvp would see zeros
+            grad = _gradient(logits.to(dtype), target, one, ctx.ignore_index, decode(ctx.loss, fields))
+            return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
+
+
+def _apply(*args: Any) -> ops.RowResult:
+    function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
+    return ops.RowResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
+
+
+def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
     return reference.gradient(logits, target, ignore_index, loss, grad_loss.reshape(target.shape))
 
 
@@ -62,9 +95,10 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, target, scale, saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        batched = not _is_plain_eager() or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+        if torch.is_grad_enabled() or batched:
             upstream = _upstream(grad_loss, scale, target)
-            return _differentiable(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
+            return _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
         grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
         factor = grad_loss.item()  # a CPU scalar: nothing waits
         if grad is not None and factor != 1:
@@ -92,8 +126,7 @@ def rows(
 ) -> ops.RowResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
     name, fields = encode(loss)
-    args = (logits, target, ignore_index, name, fields, scores, softmax, implementation)
-    return ops.RowResult(*_Rows.apply(*args))  # type: ignore[no-untyped-call]
+    return _apply(logits, target, fields, ignore_index, name, scores, softmax, implementation)
 
 
 def reduced_rows(
@@ -101,9 +134,16 @@ def reduced_rows(
     loss: GapLoss, scores: bool, softmax: bool, implementation: str,
 ) -> ops.RowResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
-    eager = implementation == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager and logits.requires_grad and torch.is_grad_enabled() and not softmax:
-        visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss, scores)  # type: ignore[no-untyped-call]
+    on_cpu = implementation == "torch" and logits.device.type == "cpu"
+    if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager():
+        visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         return ops.RowResult._make((*visited, logits.new_empty(0)))
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))
+
+
+def _is_plain_eager() -> bool:
+    """Return whether no compiler, transform of `torch.func` or forward-mode level needs a rule `_Visit` lacks."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0

@@ -67,7 +67,17 @@ class Loss:
 
     def parameters(self) -> tuple[float, ...]:
         """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
-        return tuple(encode(self)[1]) or (0.0,)
+        return tuple(encode(self)[1].tolist()) or (0.0,)
+
+    @property
+    def current(self) -> Any:
+        """The loss whose numbers are fixed: itself, or what a schedule makes of it now."""
+        return self
+
+    def _encoded(self) -> tuple[str, Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        values = [math.nan if x is None else float(x) for x in values]
+        return self._name, torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         """Return what a class of probability ``p = 1 - rest`` costs for its ``share`` of the target.
@@ -103,18 +113,20 @@ class GapLoss(Loss):
         return share * self.slope(log_p - torch.log(rest)) / rest
 
 
-def encode(loss: Loss) -> tuple[str, list[float]]:
-    """Return the class name and fields of ``loss``: what an operator schema can carry (None travels as NaN)."""
-    cls = type(loss)
-    values = [getattr(loss, field.name) for field in fields(loss)]  # type: ignore[arg-type]
-    return cls._name, [math.nan if x is None else float(x) for x in values]
+def encode(loss: Loss) -> tuple[str, Tensor]:
+    """Return the class name and fields of ``loss``, which is what an operator can carry.
+
+    The fields are a float64 tensor on the CPU (None travels as NaN), not numbers: a graph takes numbers for constants
+    and is compiled again when one changes.
+    """
+    return loss._encoded()
 
 
-def decode(name: str, values: list[float]) -> Any:
+def decode(name: str, values: Tensor) -> Any:
     """Rebuild the loss that `encode` described."""
     cls = _CLASSES[name]
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values, strict=True)})
+    return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values.tolist(), strict=True)})
 
 
 def _check(loss: Loss, name: str, ok: bool, expected: str) -> None:

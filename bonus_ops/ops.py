@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import math
 import struct
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from . import fallback, reference
 from .losses import GapLoss, decode
 
-__all__ = ["RowResult", "backward", "default_implementation", "forward", "why_not_triton"]
+__all__ = ["RowResult", "backward", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
 
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -197,11 +196,14 @@ def _empty_result(logits: Tensor, scores: bool, softmax: bool) -> RowResult:
 
 @torch.library.custom_op("bonus_ops::forward", mutates_args=())
 def forward(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: str, fields: Sequence[float], scores: bool, softmax: bool,
+    logits: Tensor, target: Tensor, fields: Tensor, ignore_index: int, loss: str, scores: bool, softmax: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows [outer, inner, C] to (loss, scores, runner_up, saved, softmax), see `RowResult`."""
-    gap_loss = decode(loss, list(fields))
+    """Rows [outer, inner, C] to (loss, scores, runner_up, saved, softmax), see `RowResult`.
+
+    ``loss`` and ``fields`` are what `losses.encode` returns.
+    """
+    gap_loss = decode(loss, fields)
     if implementation == "triton":
         if logits.device.type == "cpu":
             reference.check_target(target, logits.shape[2], ignore_index)
@@ -234,17 +236,17 @@ def _plain_forward(
 
 
 @forward.register_fake
-def _(logits, target, ignore_index, loss, fields, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+def _(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
     return tuple(_empty_result(logits, scores, softmax))
 
 
 @torch.library.custom_op("bonus_ops::backward", mutates_args=())
 def backward(
-    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: str,
-    fields: Sequence[float], implementation: str,
+    logits: Tensor, target: Tensor, fields: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: str,
+    implementation: str,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
-    gap_loss = decode(loss, list(fields))
+    gap_loss = decode(loss, fields)
     if implementation == "triton":
         return _launch_backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
     if logits.device.type == "cpu":
@@ -254,5 +256,24 @@ def backward(
 
 
 @backward.register_fake
-def _(logits, target, saved, grad_loss, ignore_index, loss, fields, implementation):  # type: ignore[no-untyped-def]
+def _(logits, target, fields, saved, grad_loss, ignore_index, loss, implementation):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits)
+
+
+def fold(x: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
+    """Return ``x`` with a mapped dimension (None: repeated ``size`` times) folded into dimension ``at``."""
+    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    return x.flatten(at, at + 1)
+
+
+def unfold(x: Tensor, at: int, size: int) -> Tensor:
+    """Undo `fold`, leaving the mapped dimension in place ``at``."""
+    return x.view(*x.shape[:at], size, x.shape[at] // size, *x.shape[at + 1 :])
+
+
+@backward.register_vmap
+def _(info, in_dims, logits, target, fields, saved, grad_loss, *options):  # type: ignore[no-untyped-def]
+    size, dims = info.batch_size, in_dims
+    logits, target = fold(logits, dims[0], size), fold(target, dims[1], size)
+    saved, grad_loss = fold(saved, dims[3], size, at=1), fold(grad_loss, dims[4], size)
+    return unfold(backward(logits, target, fields, saved, grad_loss, *options), 0, size), 0

@@ -25,8 +25,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:
     """Raise torch's IndexError for a class index out of range."""
+    if torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(target):  # under vmap: look at every label there is
+        target = torch._C._functorch.get_unwrapped(target)
     bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
-    if not torch.compiler.is_compiling() and bad.any():
+    if bad.any():
         raise IndexError(
             f"Target {int(target[bad][0])} is out of bounds.\nExpected class indices in [0, {n_classes}) or "
             f"ignore_index={ignore_index}, got {int(bad.sum())} outside."

@@ -53,12 +53,12 @@ def test_the_operators_keep_their_contract(implementation, scores, softmax, layo
     target = (torch.arange(n_rows, device=place) % 5).view(layout[:2])
     name, fields = encode(LogBonus())
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    args = (logits, target, -100, name, fields, scores, softmax, implementation)
+    args = (logits, target, fields, -100, name, scores, softmax, implementation)
     torch.library.opcheck(ops.forward, args, test_utils=checks)
     if not scores and not softmax:
         saved = ops.forward(*args)[3]
         grad_loss = torch.rand(n_rows, dtype=saved.dtype, device=place)
-        args = (logits, target, saved, grad_loss, -100, name, fields, implementation)
+        args = (logits, target, fields, saved, grad_loss, -100, name, implementation)
         torch.library.opcheck(ops.backward, args, test_utils=checks)
 
 
