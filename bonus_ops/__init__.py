@@ -18,19 +18,25 @@ from .losses import (
     SubDataBonus,
 )
 from .modules import BonusCrossEntropyLoss
+from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
 from .scores import SCORES, Score, Scores
 
 __all__ = [
     "SCORES",
     "BonusCrossEntropyLoss",
+    "Cosine",
     "CosineBonus",
     "CrossEntropy",
+    "Deferred",
+    "Exponential",
     "Focal",
     "GapLoss",
     "GeneralizedCrossEntropy",
+    "Linear",
     "LogBonus",
     "Poly1",
     "PowerBonus",
+    "Scheduled",
     "Score",
     "Scores",
     "SubDataBonus",

@@ -58,7 +58,7 @@ class _ForwardModeRows(_Rows):
     @staticmethod
     def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
         logits, target, fields = ctx.saved_tensors
-        logits = forward_ad.unpack_dual(logits).primal
+        logits = forward_ad.unpack_dual(logits).primal  # type: ignore[no-untyped-call]
         dtype = reference.accumulation_dtype(logits.dtype)
         one = torch.ones_like(target, dtype=dtype)
         with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off here: an outer jvp would see zeros
