@@ -125,8 +125,34 @@ def rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
 ) -> ops.RowResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
+    if torch.compiler.is_compiling() and _is_deep():
+        return _plain_rows(logits, target, ignore_index, loss, scores, softmax)
     name, fields = encode(loss)
     return _apply(logits, target, fields, ignore_index, name, scores, softmax, implementation)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_deep() -> bool:
+    """Return whether the compiler is inside forward mode or nested transforms, where it cannot follow `_Rows`.
+
+    It would take the tangents of an operator for zeros, in silence.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    forward_mode = any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    return len(stack) > 1 or forward_mode or forward_ad._current_level >= 0
+
+
+def _plain_rows(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
+) -> ops.RowResult:
+    value = reference.rows(logits, target, ignore_index, loss).reshape(-1)
+    columns = runner_up = probabilities = logits.new_empty(0)
+    if scores:
+        *five, runner_up = reference.scores(logits, target, ignore_index)
+        columns, runner_up = torch.stack(five).reshape(5, -1), runner_up.reshape(-1)
+    if softmax:
+        probabilities = reference.softmax(logits.detach(), target, ignore_index)
+    return ops.RowResult(value, columns, runner_up, logits.new_empty(0), probabilities)
 
 
 def reduced_rows(

@@ -1,0 +1,273 @@
+"""Graphs: operators keep their contract, every call is one graph, and transforms inside it are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+from bonus_ops import (
+    BonusCrossEntropyLoss,
+    Focal,
+    LogBonus,
+    bonus_cross_entropy,
+    bonus_cross_entropy_with_scores,
+    bonus_cross_entropy_with_softmax,
+    ops,
+)
+from bonus_ops.losses import encode
+
+EVERY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["torch", "triton"])
+
+
+@pytest.fixture
+def place(implementation, request) -> str:
+    return request.getfixturevalue("kernel_device") if implementation == "triton" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(place: str, dtype: torch.dtype = torch.float64, n_rows: int = 4, n_classes: int = 3) -> tuple[Tensor, Tensor]:
+    logits = torch.randn(n_rows, n_classes, dtype=dtype, device=place, requires_grad=True)
+    target = torch.arange(n_rows, device=place) % n_classes
+    target[1] = -100
+    return logits, target
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("layout", [(6, 1, 5), (2, 3, 5), (0, 1, 5)])
+def test_the_operators_keep_their_contract(implementation, scores, softmax, layout, place):
+    n_rows = layout[0] * layout[1]
+    logits = torch.randn(layout, device=place)
+    target = (torch.arange(n_rows, device=place) % 5).view(layout[:2])
+    name, fields = encode(LogBonus())
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (logits, target, fields, -100, name, scores, softmax, implementation)
+    torch.library.opcheck(ops.forward, args, test_utils=checks)
+    if not scores and not softmax:
+        saved = ops.forward(*args)[3]
+        grad_loss = torch.rand(n_rows, dtype=saved.dtype, device=place)
+        args = (logits, target, fields, saved, grad_loss, -100, name, implementation)
+        torch.library.opcheck(ops.backward, args, test_utils=checks)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@EVERY_IMPLEMENTATION
+@EVERY_REDUCTION
+def test_it_compiles_as_one_graph(implementation, reduction, place):
+    logits, target = batch(place, torch.float32, n_rows=5, n_classes=7)
+    weight = torch.rand(7, device=place)
+
+    def step(z, y):
+        loss, scores = bonus_cross_entropy_with_scores(
+            z * 2, y, weight, reduction=reduction, implementation=implementation
+        )
+        return loss, scores, scores.difficulty("el2n"), scores.prediction(y)
+
+    expected, actual = step(logits, target), torch.compile(step, fullgraph=True, backend="aot_eager")(logits, target)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(tuple(actual[1]), tuple(expected[1]), equal_nan=True)
+    torch.testing.assert_close(actual[2:], expected[2:], equal_nan=True)
+    grads = [torch.autograd.grad(out[0].sum(), logits)[0] for out in (expected, actual)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"bonus": None}, {"bonus": Focal(1.5)}], ids=repr)
+def test_other_options_compile_too(options):
+    logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
+    losses = [function(logits, target, **options) for function in (bonus_cross_entropy, compiled)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+def test_compiled_backward_runs_the_operator():
+    """Neither the specification nor a second forward: one opaque operator a pass."""
+    graphs = []
+
+    def record(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes if "bonus_ops" in str(node.target)])
+        return make_boxed_func(graph)
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record, bw_compiler=record)
+    logits, target = batch("cpu", torch.float32)
+    torch.compile(bonus_cross_entropy, fullgraph=True, backend=backend)(logits, target).backward()
+    assert graphs == [[torch.ops.bonus_ops.forward.default], [torch.ops.bonus_ops.backward.default]]
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_new_shapes_do_not_recompile_for_ever(implementation, dynamic, place):
+    """At most twice: once for the first shape, once for all others."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(bonus_cross_entropy_with_scores, fullgraph=True, dynamic=dynamic, backend=counter)
+    for n_rows, n_classes in ((4, 5), (7, 11), (9, 33), (2, 70), (3, 8), (16, 6)):
+        logits = torch.randn(n_rows, n_classes, device=place, requires_grad=True)
+        target = torch.arange(n_rows, device=place) % n_classes
+        loss, scores = compiled(logits, target, implementation=implementation)
+        expected, same = bonus_cross_entropy_with_scores(logits, target, implementation=implementation)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(tuple(scores), tuple(same))
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 5), (2, 3, 2, 2)], ids=repr)
+def test_other_shapes_are_one_graph_too(shape):
+    logits = torch.randn(shape, requires_grad=True)
+    target = torch.randint(0, 3, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    compiled = torch.compile(bonus_cross_entropy_with_softmax, fullgraph=True, dynamic=True, backend="aot_eager")
+    expected, actual = bonus_cross_entropy_with_softmax(logits, target), compiled(logits, target)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(tuple(actual[1]), tuple(expected[1]))
+    torch.testing.assert_close(actual[2], expected[2])
+    torch.testing.assert_close(*(torch.autograd.grad(x[0], logits)[0] for x in (actual, expected)))
+
+
+def test_a_new_parameter_of_the_loss_gives_the_new_loss():
+    """A frozen loss is a constant of the graph: another one is another graph. `Scheduled` is not."""
+    logits, target = batch("cpu", torch.float32)
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
+    for log_end in (0.3, 0.5, 0.75, 1.0):
+        bonus = LogBonus(log_end)
+        torch.testing.assert_close(
+            compiled(logits, target, bonus=bonus), bonus_cross_entropy(logits, target, bonus=bonus)
+        )
+
+
+def test_inductor_agrees():
+    logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True)
+    try:
+        loss = compiled(logits, target)
+    except torch._inductor.exc.InductorError as error:
+        pytest.skip(f"no C++ compiler: {error}")
+    expected = bonus_cross_entropy(logits, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
+
+
+def test_a_compiled_second_derivative_is_right_or_raises():
+    logits, target = batch("cpu")
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
+    try:
+        (grad,) = torch.autograd.grad(compiled(logits, target), logits, create_graph=True)
+        (actual,) = torch.autograd.grad(grad.square().sum(), logits)
+    except RuntimeError:
+        return
+    (grad,) = torch.autograd.grad(bonus_cross_entropy(logits, target), logits, create_graph=True)
+    torch.testing.assert_close(actual, torch.autograd.grad(grad.square().sum(), logits)[0])
+
+
+# --- transforms in a graph --------------------------------------------------------------------------------------------
+
+
+def tangent_by_dual_numbers(loss: Callable, logits: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, logits.square()))).tangent
+
+
+TRANSFORMS: dict[str, Callable] = {
+    "grad": lambda loss, z: grad(lambda z: loss(z).sum())(z),
+    "vmap": lambda loss, z: vmap(loss)(torch.stack([z, 2 * z])),
+    "vmap of grad": lambda loss, z: vmap(grad(lambda z: loss(z).sum()))(torch.stack([z, 2 * z])),
+    "jvp": lambda loss, z: jvp(loss, (z,), (z.square(),)),
+    "jacrev": lambda loss, z: jacrev(loss)(z),
+    "jacfwd": lambda loss, z: jacfwd(loss)(z),
+    "hessian": lambda loss, z: hessian(lambda z: loss(z).sum())(z),
+    "grad of grad": lambda loss, z: grad(lambda z: grad(lambda z: loss(z).sum())(z).square().sum())(z),
+}
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_compiled_transform_gives_what_torch_gives(transform, implementation, place):
+    """The compiler drops the tangent of an operator without a word: forward mode must not meet one."""
+    logits, target = (x.detach() for x in batch(place))
+    apply = TRANSFORMS[transform]
+    ours = {"bonus": None, "implementation": implementation}
+    compiled = torch.compile(
+        lambda z: apply(lambda z: bonus_cross_entropy(z, target, **ours), z), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(logits), apply(lambda z: F.cross_entropy(z, target), logits))
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_a_graph_is_right_or_raises(transform, implementation, place):
+    logits, target = (x.detach() for x in batch(place))
+    compiled = torch.compile(
+        lambda z: bonus_cross_entropy(z, target, bonus=None, implementation=implementation), backend="aot_eager"
+    )
+    compiled(logits)  # a graph that knows of no transform is there to be used by mistake
+    try:
+        actual = TRANSFORMS[transform](compiled, logits)
+    except torch._dynamo.exc.Unsupported:
+        return
+    torch.testing.assert_close(actual, TRANSFORMS[transform](lambda z: F.cross_entropy(z, target), logits))
+
+
+@EVERY_IMPLEMENTATION
+def test_dual_numbers_pass_a_graph(implementation, place):
+    logits, target = (x.detach() for x in batch(place))
+    compiled = torch.compile(
+        lambda z: bonus_cross_entropy(z, target, bonus=None, implementation=implementation), backend="aot_eager"
+    )
+    compiled(logits)
+    expected = tangent_by_dual_numbers(lambda z: F.cross_entropy(z, target), logits)
+    torch.testing.assert_close(tangent_by_dual_numbers(compiled, logits), expected)
+
+
+@pytest.mark.parametrize("transform", ["vmap of vmap", "jvp"])
+def test_scores_and_probabilities_pass_a_compiled_transform(transform):
+    logits, target = (x.detach() for x in batch("cpu", torch.float32))
+
+    def everything(z):
+        loss, scores, probabilities = bonus_cross_entropy_with_softmax(z, target, reduction="none")
+        return loss, *scores, probabilities
+
+    def apply(z):
+        if transform == "jvp":
+            return jvp(lambda z: everything(z)[0], (z,), (z,)), everything(z)
+        return vmap(vmap(everything))(torch.stack([z, 2 * z])[None])
+
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), apply(logits), equal_nan=True)
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_exports_with_dynamic_shapes(implementation, strict, place):
+    criterion = BonusCrossEntropyLoss(torch.rand(3, device=place), implementation=implementation)
+    logits, target = (x.detach() for x in batch(place, torch.float32))
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        criterion, (logits, target), strict=strict, dynamic_shapes={"input": {0: rows}, "target": {0: rows}}
+    )
+    assert any("bonus_ops.forward" in str(node.target) for node in program.graph.nodes)
+    for n_rows in (2, 7):
+        logits, target = (x.detach() for x in batch(place, torch.float32, n_rows=n_rows))
+        torch.testing.assert_close(program.module()(logits, target), criterion(logits, target))
