@@ -181,9 +181,11 @@ class CrossEntropy(GapLoss):
 class Bonus(GapLoss):
     """Cross-entropy plus ``strength`` times a bonus ``b(p) <= 0``, with the paper's window on p.
 
-    ``L = -log p + strength (b(p) - b(start)) [start <= p <= abrupt]``. Subclasses give ``b`` and ``-db/dgap``.
+    ``L = -log p + strength (b(p) - b(start)) [start <= p <= abrupt]``. Subclasses give ``b`` and ``-db/dgap``,
+    and for targets that are shares of classes ``b`` and the odds ``-p db/dp`` as functions of p.
     """
 
+    adds_to_cross_entropy: ClassVar[bool] = True
     strength: float = 1.0
     start: float = 0.0
     abrupt: float = 1.0

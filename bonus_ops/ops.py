@@ -39,9 +39,10 @@ class RowResult(NamedTuple):
 
 @functools.cache
 def _kernels() -> dict[str, ModuleType]:
-    from .kernels import backward, forward, gap_losses, launch
+    from .kernels import backward, class_terms, dense, forward, gap_losses, launch
 
-    return {"forward": forward, "backward": backward, "gap_losses": gap_losses, "launch": launch}
+    modules = (backward, class_terms, dense, forward, gap_losses, launch)
+    return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
 @functools.cache
@@ -95,8 +96,8 @@ def _halves(x: float) -> tuple[float, float]:
     return high, x - high
 
 
-def _params(loss: GapLoss) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    halves = [_halves(x) for x in loss.parameters()]
+def _halved(numbers: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    halves = [_halves(x) for x in numbers]
     return tuple(h for h, _ in halves), tuple(low for _, low in halves)
 
 
@@ -137,13 +138,13 @@ def _launch_forward(
             kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
                 strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index,
-                loss_params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                loss_params=_halved(loss.parameters()), VALUE=value, ROWS=how.rows, LANES=how.lanes,
                 VECTOR=_vector(logits, out.softmax), num_warps=how.num_warps,
             )  # fmt: skip
         elif how.parts == 1:
             kernels.forward_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, outputs=outputs, shape=shape, strides=strides,
-                ignore_index=ignore_index, loss_params=_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                ignore_index=ignore_index, loss_params=_halved(loss.parameters()), VALUE=value, ROWS=how.rows, LANES=how.lanes,
                 VECTOR=_vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
         else:
@@ -155,7 +156,7 @@ def _launch_forward(
             )  # fmt: skip
             kernels.merge_kernel[(n_rows,)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
-                strides=strides, ignore_index=ignore_index, loss_params=_params(loss), VALUE=value, PARTS=how.parts,
+                strides=strides, ignore_index=ignore_index, loss_params=_halved(loss.parameters()), VALUE=value, PARTS=how.parts,
                 num_warps=1,
             )  # fmt: skip
     return out
@@ -176,7 +177,7 @@ def _launch_backward(
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
-            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_params(loss), SLOPE=slope,
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_halved(loss.parameters()), SLOPE=slope,
             ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad

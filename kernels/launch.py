@@ -43,6 +43,17 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     return Launch(1, 256, max(n_chunks // (256 * 8), 1), 256 // warp_size)
 
 
+def dense_forward(n_classes: int, warp_size: int = 32) -> Launch:
+    """Return the shape of a forward program for targets that are shares: rows are not split."""
+    n_chunks = max(n_classes // CHUNK, 1)
+    return _short_rows(n_chunks, warp_size) if n_chunks < 256 else Launch(1, 256, 1, 256 // warp_size)
+
+
+def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
+    """Return the shape of a backward program for targets that are shares: as `backward`."""
+    return backward(1, n_classes, warp_size)
+
+
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:
     lanes = _power_of_two(n_chunks)
     return Launch(max(128 // lanes, 1), lanes, 1, 128 // warp_size)

@@ -1,0 +1,99 @@
+"""What one class adds to a row whose target is shares of classes: ``(p, rest, log_p, share, params) -> value, pull``.
+
+``rest = 1 - p`` and ``pull = -p dvalue/dp``. Each repeats `class_value` and `class_pull` of the class it serves in
+``bonus_ops``; ``params`` is what that class's ``parameters()`` returns. A bonus leaves cross-entropy itself out.
+"""
+
+import triton
+import triton.language as tl
+
+from .scalar import HALF_PI, PI, exp, expm1, sigmoid, sin
+
+TINY = tl.constexpr(1e-38)
+
+
+# Bonuses: params = (strength, start, bonus at start, abrupt, ...) with start and abrupt as gaps.
+
+
+@triton.jit
+def bonus_terms(p, rest, bonus, odds, share, params):
+    inside = (p >= sigmoid(params[1])) & (rest >= sigmoid(-params[3]))
+    scale = tl.where(inside, params[0] * share, 0.0)
+    return scale * (bonus - params[2]), scale * odds
+
+
+@triton.jit
+def log_bonus_terms(p, rest, log_p, share, params):
+    inverse_rest_end, clamp = params[6], exp(params[7])
+    # min(p, LE) = 1 - max(1 - p, 1 - LE); at LE = 1 the clamp takes the place of 1 - LE and nothing is linear
+    conservative = inverse_rest_end < float("inf")
+    lowest = tl.maximum(tl.maximum(rest, TINY), tl.where(conservative, 1.0 / inverse_rest_end, clamp))
+    linear = tl.where(conservative, (lowest - rest) * tl.where(conservative, inverse_rest_end, 0.0), 0.0)
+    odds = tl.where(rest >= tl.where(conservative, 0.0, clamp), p / lowest, 0.0)
+    return bonus_terms(p, rest, tl.log(lowest) - linear, odds, share, params)
+
+
+@triton.jit
+def power_bonus_terms(p, rest, log_p, share, params):
+    power = exp(params[4] * log_p)
+    return bonus_terms(p, rest, -power, params[4] * power, share, params)
+
+
+@triton.jit
+def cosine_bonus_terms(p, rest, log_p, share, params):
+    half = sin(HALF_PI * p)
+    return bonus_terms(p, rest, -2.0 * half * half, PI * p * sin(PI * tl.minimum(p, rest)), share, params)
+
+
+@triton.jit
+def sub_data_bonus_terms(p, rest, log_p, share, params):
+    left = params[5] + params[4] * rest
+    clamp = tl.maximum(exp(params[6]), TINY)
+    odds = tl.where(left >= clamp, params[4] * p / tl.maximum(left, clamp), 0.0)
+    return bonus_terms(p, rest, tl.log(tl.maximum(left, clamp)), odds, share, params)
+
+
+# Losses of the gap that do not add to cross-entropy.
+
+
+@triton.jit
+def focal_terms(p, rest, log_p, share, params):
+    log_rest = tl.log(tl.maximum(rest, TINY))
+    pull = exp(params[0] * log_rest) - params[0] * p * tl.maximum(log_p, -1000.0) * exp((params[0] - 1.0) * log_rest)
+    return tl.where(share == 0.0, 0.0, -share * exp(params[0] * log_rest) * log_p), share * pull
+
+
+@triton.jit
+def poly1_terms(p, rest, log_p, share, params):
+    value = tl.where(share == 0.0, 0.0, -share * log_p) + share * params[0] * rest
+    return value, share * (1.0 + params[0] * p)
+
+
+@triton.jit
+def generalized_cross_entropy_terms(p, rest, log_p, share, params):
+    return -share * expm1(params[0] * log_p) / params[0], share * exp(params[0] * log_p)
+
+
+# Errors on all classes: params = (strength, gamma) of the mirror bonus.
+
+
+@triton.jit
+def mirror_terms(p, rest, log_p, share, params):
+    log_rest = tl.log(tl.maximum(rest, TINY))
+    value = share * exp(params[1] * log_p) + (1.0 - share) * exp(params[1] * log_rest)
+    pull = share * exp(params[1] * log_p) - (1.0 - share) * p * exp((params[1] - 1.0) * log_rest)
+    return -params[0] * value, params[0] * params[1] * pull
+
+
+@triton.jit
+def squared_error_terms(p, rest, log_p, share, params):
+    value, pull = mirror_terms(p, rest, log_p, share, params)
+    distance = (1.0 - share) * p - share * rest
+    return value + distance * distance, pull - 2.0 * p * distance
+
+
+@triton.jit
+def absolute_error_terms(p, rest, log_p, share, params):
+    value, pull = mirror_terms(p, rest, log_p, share, params)
+    distance = (1.0 - share) * p - share * rest
+    return value + tl.abs(distance), pull - p * tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))

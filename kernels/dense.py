@@ -1,0 +1,271 @@
+"""Targets that are shares of classes: forward by one sweep where algebra allows, by two where not; backward.
+
+    L = sum t_k (lse - z_k) + sum value_k        dL/dz_j = p_j (sum t_k + sum pull_k) - (t_j + pull_j)
+
+Label and runner-up are left out of the sums over classes and added from their gaps: only they can be near p = 1.
+
+Traffic a row of V logits of b bytes and, where given, V probabilities of c bytes: the one-sweep forward reads
+V (b + c), the two-sweep forward 2 V (b + c), the second time from cache as far as it reaches; both read label, runner-up
+and its chunk again, and 4 V bytes of each class weight. Backward reads V (b + c) and writes V b.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import exact_argmax, widen
+from .rest import absorb, across, empty, merge, origin
+from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
+from .scalar import exp, log_sigmoid, sigmoid
+from .scores import gap_of, scores_of
+from .shares import shares_at, shares_in_chunks, target_of
+
+TINY = tl.constexpr(1e-38)
+
+
+@triton.jit
+def chunk_classes(rows, chunk):
+    """Return the classes [ROWS, LANES, CHUNK] of chunk numbers [1, LANES]."""
+    return rows.head[:, None, None] + (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+
+
+@triton.jit
+def paid(t, z, z_target):
+    """Return the sums over the last axis of t and of t (z_target - z); a class without a share pays nothing."""
+    anchor = tl.where(z_target == -float("inf"), 0.0, z_target)[:, None, None]
+    return tl.sum(t, 2), tl.sum(tl.where(t == 0.0, 0.0, t * (anchor - z)), 2)
+
+
+@triton.jit
+def powers(v, z, maximum, gamma):
+    """Return the sum of v exp(gamma (z - max)) over the last axis."""
+    return tl.sum(v * exp(gamma * (z - origin(maximum)[:, :, None])), 2)
+
+
+@triton.jit
+def first_sweep(
+    rows, target, z_target, n_classes, class_stride, gamma, ROWS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """Return RestStats, sums of t and of t (z_target - z), and of v exp(gamma (z - max)), all without the label."""
+    lane = tl.arange(0, LANES)[None, :]
+    rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
+    total, cost, power = tl.zeros_like(rest.max), tl.zeros_like(rest.max), tl.zeros_like(rest.max)
+    for tile in range(0, tl.cdiv(n_classes // CHUNK, LANES)):
+        chunk = tile * LANES + lane
+        mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
+        classes = chunk_classes(rows, chunk)
+        z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
+        others = mask & (classes != rows.target[:, None, None])
+        t, v = shares_in_chunks(target, classes, chunk, mask, z, VECTOR)
+        z, t, v = tl.where(others, z, -float("inf")), tl.where(others, t, 0.0), tl.where(others, v, 0.0)
+        before = rest.max
+        rest = absorb(rest, z, chunk)
+        tile_total, tile_cost = paid(t, z, z_target)
+        total += tile_total
+        cost += tile_cost
+        if POWER:
+            power = power * exp(gamma * (before - origin(rest.max))) + powers(v, z, rest.max, gamma)
+    lanes_max = rest.max
+    rest = exact_argmax(across(rest), rows, class_stride)
+    power = tl.sum(power * exp(gamma * (lanes_max - origin(rest.max)[:, None])), 1)
+
+    classes = edge_classes(rows)
+    mask = (classes < n_classes) & rows.active[:, None]
+    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
+    others = mask & (classes != rows.target[:, None])
+    t, v = shares_at(target, classes, mask, z)
+    z, t, v = tl.where(others, z, -float("inf")), tl.where(others, t, 0.0), tl.where(others, v, 0.0)
+    edge_total, edge_cost = paid(t[:, :, None], z[:, :, None], z_target)
+    both = merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
+    if POWER:
+        at_max = tl.zeros_like(z) + both.max[:, None]
+        power = power * exp(gamma * (rest.max - origin(both.max)))
+        power += tl.sum(powers(v[:, :, None], z[:, :, None], at_max, gamma), 1)
+    return both, tl.sum(total, 1) + tl.sum(edge_total, 1), tl.sum(cost, 1) + tl.sum(edge_cost, 1), power
+
+
+@triton.jit
+def second_sweep(
+    rows, target, rest, gap, n_classes, class_stride, params, TERMS: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of exp(z - max), of value and of pull over all classes but label and runner-up."""
+    lane = tl.arange(0, LANES)[None, :]
+    at = origin(rest.max)
+    sum_exp = tl.maximum(rest.sum_exp, 1.0)
+    scale, log_scale = sigmoid(-gap) / sum_exp, log_sigmoid(-gap) - tl.log(sum_exp)
+    zero = accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty))
+    sum_exp, value, pull = zero, zero, zero
+    for tile in range(0, tl.cdiv(n_classes // CHUNK, LANES)):
+        chunk = tile * LANES + lane
+        mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
+        classes = chunk_classes(rows, chunk)
+        z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
+        _, v = shares_in_chunks(target, classes, chunk, mask, z, VECTOR)
+        others = mask & (classes != rows.target[:, None, None]) & (classes != rest.argmax[:, None, None])
+        d = z - at[:, None, None]
+        e = exp(d)
+        p = e * scale[:, None, None]
+        tile_value, tile_pull = TERMS(p, 1.0 - p, d + log_scale[:, None, None], v, params)
+        sum_exp += tl.sum(tl.where(others, e, 0.0), 2)
+        value += tl.sum(tl.where(others, tile_value, 0.0), 2)
+        pull += tl.sum(tl.where(others, tile_pull, 0.0), 2)
+
+    classes = edge_classes(rows)
+    mask = (classes < n_classes) & rows.active[:, None]
+    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
+    _, v = shares_at(target, classes, mask, z)
+    others = mask & (classes != rows.target[:, None]) & (classes != rest.argmax[:, None])
+    d = z - at[:, None]
+    e = exp(d)
+    p = e * scale[:, None]
+    edge_value, edge_pull = TERMS(p, 1.0 - p, d + log_scale[:, None], v, params)
+    sum_exp = tl.sum(sum_exp, 1) + tl.sum(tl.where(others, e, 0.0), 1)
+    value = tl.sum(value, 1) + tl.sum(tl.where(others, edge_value, 0.0), 1)
+    return sum_exp, value, tl.sum(pull, 1) + tl.sum(tl.where(others, edge_pull, 0.0), 1)
+
+
+@triton.jit
+def dense_forward_kernel(
+    logits_ptr, targets, outputs, shape, strides, target_strides, ignore_index, loss_params, share_params,
+    TERMS: tl.constexpr, POWER: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Whole rows, several a program; with POWER the bonus is ``-p^gamma`` and one sweep does."""
+    n_rows, n_classes, class_stride = shape[0], shape[1], strides[2]
+    row = row_index(ROWS)
+    rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
+    z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
+    params = widen(loss_params[0], loss_params[1], z_target)
+    target = target_of(rows, row, shape[2], targets, target_strides, widen(share_params[0], share_params[1], z_target))
+    gamma = params[4] if POWER else 0.0
+    rest, total, cost, power = first_sweep(
+        rows, target, z_target, n_classes, class_stride, gamma, ROWS, LANES, VECTOR, POWER
+    )
+    gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
+    if POWER:
+        log_scale = log_sigmoid(-gap) - tl.log(tl.maximum(rest.sum_exp, 1.0))
+        power = params[0] * exp(gamma * log_scale) * power
+        others, value, pull = tl.maximum(rest.sum_exp - 1.0, 0.0), -power, gamma * power
+    else:
+        others, value, pull = second_sweep(
+            rows, target, rest, gap, n_classes, class_stride, params, TERMS, ROWS, LANES, VECTOR
+        )
+
+    # the label, from its gap
+    t_label, v_label = shares_at(target, rows.target[:, None], rows.active[:, None], z_target)
+    t_label, v_label = tl.sum(t_label, 1), tl.sum(v_label, 1)
+    p, u = sigmoid(gap), sigmoid(-gap)
+    label_value, label_pull = TERMS(p, tl.maximum(u, TINY), log_sigmoid(gap), v_label, params)
+    # the runner-up, from its own: against the label and all others
+    known = rows.active & (rest.argmax >= 0) & (rest.argmax < n_classes)
+    runner_up = tl.where(known, rest.argmax, 0)
+    t_next, v_next = shares_at(target, runner_up[:, None], known[:, None], z_target)
+    t_next, v_next = tl.sum(t_next, 1), tl.sum(v_next, 1)
+    gap_next = -tl.log(others + exp(z_target - origin(rest.max)))
+    gap_next = tl.where(rest.max == -float("inf"), -float("inf"), gap_next)
+    p_next, u_next = sigmoid(gap_next), sigmoid(-gap_next)
+    next_value, next_pull = TERMS(p_next, tl.maximum(u_next, TINY), log_sigmoid(gap_next), v_next, params)
+    next_value, next_pull = tl.where(known, next_value, 0.0), tl.where(known, next_pull, 0.0)
+
+    # t (lse - z) of the others, from the label's logit; where that is -inf they were counted from 0
+    lse = tl.where(z_target == -float("inf"), rest.max + tl.log(rest.sum_exp), -log_sigmoid(gap))
+    loss = tl.where(total == 0.0, 0.0, total * lse) + cost + tl.where(t_label == 0.0, 0.0, t_label * -log_sigmoid(gap))
+    mass = total - t_next + pull
+    if POWER:
+        loss += value + label_value
+        mass -= next_pull
+    else:
+        loss += value + label_value + next_value
+    label_pull += t_label
+    next_pull += t_next
+    at_label = p * (mass + next_pull) - u * label_pull
+    at_next = p_next * (mass + label_pull) - u_next * next_pull
+    scale = u / tl.maximum(rest.sum_exp, 1.0)
+
+    loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
+    inside = row < n_rows
+    missing = tl.where(rows.active, 0.0, float("nan"))
+    tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
+    tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
+    if scores_ptr is not None:
+        column = scores_ptr + row
+        for score in tl.static_range(5):
+            tl.store(column, scores_of(z_target, gap, rest)[score] + missing, inside)
+            column += n_rows
+    column = saved_ptr + row
+    tl.store(column, rest.max, inside)
+    tl.store(column + n_rows, scale, inside)
+    tl.store(column + 2 * n_rows, mass + label_pull + next_pull + missing, inside)
+    tl.store(column + 3 * n_rows, at_label, inside)
+    tl.store(column + 4 * n_rows, at_next, inside)
+
+
+@triton.jit
+def dense_backward_kernel(
+    logits_ptr, targets, saved, grad_ptr, shape, strides, target_strides, grad_strides, ignore_index, loss_params,
+    share_params, TERMS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Some rows (axis 0) and a share of their tiles (axis 1); ``saved`` is (columns, runner_up, upstream gradient)."""
+    n_rows, n_classes, class_stride = shape[0], shape[1], strides[2]
+    row = row_index(ROWS)
+    inside = row < n_rows
+    rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
+    column = saved[0] + row
+    rest_max, scale = tl.load(column, inside, 0.0), tl.load(column + n_rows, inside, 0.0)
+    params = widen(loss_params[0], loss_params[1], scale)
+    target = target_of(rows, row, shape[2], targets, target_strides, widen(share_params[0], share_params[1], scale))
+    grad_loss = tl.where(rows.ignored, 0.0, tl.load(saved[2] + row, inside, 0.0).to(scale.dtype))
+    mass = tl.load(column + 2 * n_rows, inside, 0.0) * grad_loss
+    at_label = tl.load(column + 3 * n_rows, inside, 0.0) * grad_loss
+    at_next = tl.load(column + 4 * n_rows, inside, 0.0) * grad_loss
+    runner_up = tl.load(saved[1] + row, inside, -1)
+    mass, at_label = tl.where(rows.ignored, 0.0, mass), tl.where(rows.ignored, 0.0, at_label)
+    special = rows.target, at_label, runner_up, tl.where(rows.ignored, 0.0, at_next)
+    of_row = rest_max, scale, tl.log(tl.maximum(scale, TINY)), mass, grad_loss
+
+    out = row_ptr(grad_ptr, row, shape[2], grad_strides)
+    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
+    share = tl.cdiv(n_tiles, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    for tile in range(first, tl.minimum(first + share, n_tiles)):
+        chunk = tile * LANES + tl.arange(0, LANES)[None, :]
+        mask = ((chunk < rows.n_chunks[:, None]) & inside[:, None])[:, :, None]
+        classes = chunk_classes(rows, chunk)
+        z = load_chunks(rows, chunk, mask & rows.active[:, None, None], class_stride, VECTOR)
+        t, v = shares_in_chunks(target, classes, chunk, mask & rows.active[:, None, None], z, VECTOR)
+        x = dense_gradient(z, classes, t, v, of_row, special, params, TERMS)
+        store_chunks(out, rows, classes, x, mask, grad_strides[2], VECTOR)
+
+    if tl.program_id(1) == 0:
+        classes = edge_classes(rows)
+        mask = (classes < n_classes) & inside[:, None]
+        z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask & rows.active[:, None])
+        t, v = shares_at(target, classes, mask & rows.active[:, None], z)
+        x = dense_gradient(z[:, :, None], classes[:, :, None], t[:, :, None], v[:, :, None], of_row, special, params,
+                           TERMS)  # fmt: skip
+        x = tl.reshape(x, [ROWS, 2 * CHUNK])
+        at = out[:, None] + classes.to(tl.int64) * grad_strides[2]
+        tl.store(at, x.to(grad_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def dense_gradient(z, classes, t, v, of_row, special, params, TERMS: tl.constexpr):
+    """Return the gradient of the classes [ROWS, n, k]."""
+    rest_max, scale, log_scale, mass, grad_loss = of_row
+    d = z - origin(rest_max)[:, None, None]
+    p = exp(d) * scale[:, None, None]
+    _, pull = TERMS(p, 1.0 - p, d + log_scale[:, None, None], v, params)
+    x = p * mass[:, None, None] - tl.where(grad_loss == 0.0, 0.0, grad_loss)[:, None, None] * (t + pull)
+    x = tl.where(classes == special[2][:, None, None], special[3][:, None, None], x)
+    return tl.where(classes == special[0][:, None, None], special[1][:, None, None], x)
+
+
+@triton.jit
+def store_chunks(out_ptr, rows, classes, x, mask, out_class_stride, VECTOR: tl.constexpr):
+    """Store [ROWS, LANES, CHUNK]; with VECTOR > 1 the rows of ``out_ptr`` are as aligned as the logits'."""
+    x = x.to(out_ptr.dtype.element_ty)
+    if VECTOR == 1:
+        tl.store(out_ptr[:, None, None] + classes.to(tl.int64) * out_class_stride, x, mask)
+    else:
+        body = tl.multiple_of(out_ptr + rows.head, 16)[:, None, None]
+        tl.store(body + (classes - rows.head[:, None, None]), x, mask)

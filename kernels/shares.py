@@ -1,0 +1,63 @@
+"""Shares of the classes in a target: ``t_k = weight_k (keep h_k + off)``, with h the one-hot label or probabilities."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .rows import Rows, load, load_chunks, row_ptr
+
+
+class Target(NamedTuple):
+    """The target of a block of rows; what is None was not given."""
+
+    rows: Rows  # of the probabilities where given, else of the logits
+    probabilities: tl.tensor  # None, or anything: whether they are given
+    class_stride: tl.tensor
+    weight_ptr: tl.tensor
+    bonus_weight_ptr: tl.tensor
+    params: tl.tuple  # keep and off of cross-entropy, keep and off of the bonus
+
+
+@triton.jit
+def target_of(rows, row, inner, targets, strides, share_params):
+    """Return the Target of ``rows``; ``targets`` are the pointers (label, probabilities, weight, bonus weight)."""
+    if targets[1] is None:
+        return Target(rows, None, strides[2], targets[2], targets[3], share_params)
+    else:
+        ptr = row_ptr(targets[1], row, inner, strides)
+        of_probabilities = Rows(ptr, rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
+        return Target(of_probabilities, targets[1], strides[2], targets[2], targets[3], share_params)
+
+
+@triton.jit
+def shares_of(hard, classes, mask, target):
+    """Return the shares (t, v) of cross-entropy and bonus, 0 where masked."""
+    keep, off, bonus_keep, bonus_off = target.params
+    t, v = keep * hard + off, bonus_keep * hard + bonus_off
+    if target.weight_ptr is not None:
+        t *= tl.load(target.weight_ptr + classes, mask, 0.0).to(t.dtype)
+    if target.bonus_weight_ptr is not None:
+        v *= tl.load(target.bonus_weight_ptr + classes, mask, 0.0).to(v.dtype)
+    return tl.where(mask, t, 0.0), tl.where(mask, v, 0.0)
+
+
+@triton.jit
+def shares_in_chunks(target, classes, chunk, mask, like, VECTOR: tl.constexpr):
+    """Return (t, v) of the classes [ROWS, LANES, CHUNK] of ``chunk`` [1, LANES], in the dtype of ``like``."""
+    if target.probabilities is None:
+        hard = tl.where(classes == target.rows.target[:, None, None], 1.0, 0.0).to(like.dtype)
+    else:
+        hard = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
+    return shares_of(hard, classes, mask, target)
+
+
+@triton.jit
+def shares_at(target, classes, mask, like):
+    """Return (t, v) of the classes [ROWS, n], in the dtype of ``like``."""
+    if target.probabilities is None:
+        hard = tl.where(classes == target.rows.target[:, None], 1.0, 0.0).to(like.dtype)
+    else:
+        ptr = target.rows.ptr[:, None] + classes.to(tl.int64) * target.class_stride
+        hard = load(ptr, mask).to(like.dtype)
+    return shares_of(hard, classes, mask, target)
