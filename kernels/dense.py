@@ -214,13 +214,12 @@ def dense_backward_kernel(
     rest_max, scale = tl.load(column, inside, 0.0), tl.load(column + n_rows, inside, 0.0)
     params = widen(loss_params[0], loss_params[1], scale)
     target = target_of(rows, row, shape[2], targets, target_strides, widen(share_params[0], share_params[1], scale))
-    grad_loss = tl.where(rows.ignored, 0.0, tl.load(saved[2] + row, inside, 0.0).to(scale.dtype))
+    grad_loss = tl.load(saved[2] + row, inside, 0.0).to(scale.dtype)
     mass = tl.load(column + 2 * n_rows, inside, 0.0) * grad_loss
     at_label = tl.load(column + 3 * n_rows, inside, 0.0) * grad_loss
     at_next = tl.load(column + 4 * n_rows, inside, 0.0) * grad_loss
     runner_up = tl.load(saved[1] + row, inside, -1)
-    mass, at_label = tl.where(rows.ignored, 0.0, mass), tl.where(rows.ignored, 0.0, at_label)
-    special = rows.target, at_label, runner_up, tl.where(rows.ignored, 0.0, at_next)
+    special = rows.target, at_label, runner_up, at_next
     of_row = rest_max, scale, tl.log(tl.maximum(scale, TINY)), mass, grad_loss
 
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
@@ -234,6 +233,7 @@ def dense_backward_kernel(
         z = load_chunks(rows, chunk, mask & rows.active[:, None, None], class_stride, VECTOR)
         t, v = shares_in_chunks(target, classes, chunk, mask & rows.active[:, None, None], z, VECTOR)
         x = dense_gradient(z, classes, t, v, of_row, special, params, TERMS)
+        x = tl.where(rows.ignored[:, None, None], 0.0, x)
         store_chunks(out, rows, classes, x, mask, grad_strides[2], VECTOR)
 
     if tl.program_id(1) == 0:
@@ -243,7 +243,7 @@ def dense_backward_kernel(
         t, v = shares_at(target, classes, mask & rows.active[:, None], z)
         x = dense_gradient(z[:, :, None], classes[:, :, None], t[:, :, None], v[:, :, None], of_row, special, params,
                            TERMS)  # fmt: skip
-        x = tl.reshape(x, [ROWS, 2 * CHUNK])
+        x = tl.where(rows.ignored[:, None], 0.0, tl.reshape(x, [ROWS, 2 * CHUNK]))
         at = out[:, None] + classes.to(tl.int64) * grad_strides[2]
         tl.store(at, x.to(grad_ptr.dtype.element_ty), mask)
 
@@ -255,7 +255,7 @@ def dense_gradient(z, classes, t, v, of_row, special, params, TERMS: tl.constexp
     d = z - origin(rest_max)[:, None, None]
     p = exp(d) * scale[:, None, None]
     _, pull = TERMS(p, 1.0 - p, d + log_scale[:, None, None], v, params)
-    x = p * mass[:, None, None] - tl.where(grad_loss == 0.0, 0.0, grad_loss)[:, None, None] * (t + pull)
+    x = p * mass[:, None, None] - grad_loss[:, None, None] * (t + pull)
     x = tl.where(classes == special[2][:, None, None], special[3][:, None, None], x)
     return tl.where(classes == special[0][:, None, None], special[1][:, None, None], x)
 
