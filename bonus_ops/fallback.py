@@ -237,10 +237,11 @@ def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
 def _spread(e: Tensor, slope: Tensor, sum_exp: Tensor, label: Tensor, counts: Tensor | None) -> Tensor:
     """Turn exp(z - max) into the gradient: slope / sum_exp times it, -slope at the label, 0 where ignored.
 
-    A sum below 1 is 0: a row with no rest, which teaches nothing.
+    A sum below 1 is 0: a row with no rest, which teaches nothing. At the label an infinite slope is NaN, as torch's.
     """
     e.mul_(slope / sum_exp.clamp(min=1.0))
-    e.scatter_(1, label, -slope * sum_exp.clamp(max=1.0))
+    pull = slope * sum_exp.clamp(max=1.0)
+    e.scatter_(1, label, pull * 0.0 - pull)
     return e if counts is None else e.masked_fill_(~counts[:, None], 0.0)
 
 

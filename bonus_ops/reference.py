@@ -72,8 +72,8 @@ def rows(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss) -> Te
     cleaned, z_target, rest, counts = _masked(logits, target, ignore_index)
     _, origin, sum_exp = _rest(rest)
     value = loss.value(_gap(z_target, origin, sum_exp))
-    # where every logit is -inf the gradient is NaN too, as torch's
-    nothing = (sum_exp == 0) & (z_target == -math.inf)
+    # where no logit is finite the gradient is NaN too, as torch's
+    nothing = (sum_exp == 0) & ~z_target.isfinite()
     value = value + (
         cleaned.masked_fill(~nothing[..., None], 0.0) * torch.where(nothing, math.nan, 0.0)[..., None]
     ).sum(-1)
@@ -93,7 +93,8 @@ def gradient(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, g
     scale = slope / torch.where(sum_exp == 0, 1.0, sum_exp)
     others = scale[..., None] * torch.exp(rest - origin[..., None])
     is_label = torch.arange(logits.shape[-1], device=logits.device) == target[..., None]
-    return torch.where(is_label & counts[..., None], -slope[..., None], others).to(logits.dtype)
+    pull = slope * 0.0 - slope  # an infinite slope is NaN at the label, as torch's
+    return torch.where(is_label & counts[..., None], pull[..., None], others).to(logits.dtype)
 
 
 def softmax(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -37,5 +37,6 @@ def backward_kernel(
     n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
     share = tl.cdiv(n_tiles, n_parts)
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
-    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest_max, scale, 0.0 - slope,
+    # an infinite slope is NaN at the label, as torch's
+    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest_max, scale, slope * 0.0 - slope,
                part * share, tl.minimum(part * share + share, n_tiles), part == 0, ROWS, LANES, VECTOR)  # fmt: skip
