@@ -130,7 +130,7 @@ def comparable(error: tuple[type, str] | None) -> tuple[type, str] | None:
 
 
 def assert_no_further_than_torch(actual: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
-    """Compare with float64: allowed are torch's own error and 2^-22 of the largest element, or a half's one rounding."""
+    """Compare with float64: allowed are torch's own error and 2^-22 of the largest element (a half: one rounding)."""
     limits = torch.finfo(actual.dtype)
     floor = {torch.float32: FLOAT32_FLOOR, torch.float64: FLOAT64_FLOOR}.get(actual.dtype, 0.51 * limits.eps)
     actual, eager, truth = (x.as_subclass(Tensor) for x in (actual, eager, truth))

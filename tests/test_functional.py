@@ -375,7 +375,13 @@ def test_autocast_computes_in_float32_as_in_torch(dtype, autocast_dtype, weight_
     if weight_dtype is not None:
         weight = torch.linspace(0.5, 2, 5, dtype=dtype if weight_dtype == "logits" else weight_dtype)
         if dtype == torch.float64 and weight.dtype != dtype:
-            pytest.skip("torch refuses it too")
+            for function in (bonus_cross_entropy, F.cross_entropy):
+                with (
+                    torch.autocast("cpu", dtype=autocast_dtype),
+                    pytest.raises(RuntimeError, match="^expected scalar type Double but found Float"),
+                ):
+                    function(logits, target, weight, reduction=reduction)
+            return
     with torch.autocast("cpu", dtype=autocast_dtype):
         ours = value_and_grad(bonus_cross_entropy, logits, target, weight, reduction=reduction, bonus=None)
         theirs = value_and_grad(F.cross_entropy, logits, target, weight, reduction=reduction)
