@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,15 +13,17 @@ from torch.nn.functional import cross_entropy
 
 from .losses import GapLoss
 
-__all__ = ["check_bonus", "check_call", "checked_ignore_index", "checked_label_smoothing"]
+__all__ = ["check_bonus", "check_call", "check_validate", "checked_ignore_index", "checked_label_smoothing"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_bonus(bonus: Any) -> None:
-    """Raise TypeError unless ``bonus`` is a `GapLoss` instance or None."""
-    if bonus is not None and not isinstance(bonus, GapLoss):
-        kind = type(bonus)
+    """Raise TypeError unless ``bonus`` is None or a `GapLoss` instance: a dataclass whose fields are numbers."""
+    if bonus is None:
+        return
+    kind = type(bonus)
+    if not isinstance(bonus, GapLoss):
         came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         if isinstance(bonus, type):
             came = f"the class {bonus.__name__}"
@@ -28,28 +31,45 @@ def check_bonus(bonus: Any) -> None:
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
         )
+    if not is_dataclass(bonus):
+        raise TypeError(
+            f"bonus must be a dataclass of numbers, but {kind.__name__} is not one\nExpected a subclass of GapLoss "
+            "decorated with @dataclass(frozen=True)."
+        )
+    for field in fields(bonus):
+        value = getattr(bonus, field.name)
+        if value is not None and not isinstance(value, (int, float)):
+            raise TypeError(
+                f"bonus must have fields that are numbers or None, but {kind.__name__}.{field.name} is "
+                f"{type(value).__name__}"
+            )
+
+
+def check_validate(validate: Any) -> None:
+    """Raise TypeError unless ``validate`` is a bool."""
+    if not isinstance(validate, bool):
+        raise TypeError(f"validate must be True or False, got {type(validate).__name__}")
+
+
+def _ask_torch(**option: Any) -> None:
+    """Raise what torch raises for the option alone, if it does."""
+    cross_entropy(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), **option)
 
 
 def checked_ignore_index(ignore_index: Any) -> int:
-    """Return ``ignore_index`` as an int, or raise torch's TypeError."""
-    if isinstance(ignore_index, int) and not isinstance(ignore_index, bool):  # a symbol under dynamic compilation
-        return ignore_index
-    if isinstance(ignore_index, (bool, str, float)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(
-            f"cross_entropy_loss(): argument 'ignore_index' (position 5) must be int, not {type(ignore_index).__name__}"
-        )
-    return ignore_index if type(ignore_index) is int else operator.index(ignore_index)
+    """Return ``ignore_index`` as an int, or raise torch's error."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -(2**63) <= ignore_index < 2**63:
+        _ask_torch(ignore_index=ignore_index)
+        return operator.index(ignore_index)
+    return ignore_index  # a symbol under dynamic compilation
 
 
 def checked_label_smoothing(label_smoothing: Any) -> float:
     """Return ``label_smoothing`` as a float in [0, 1]; unlike torch, refuse negative numbers and NaN."""
     if isinstance(label_smoothing, float) and 0 <= label_smoothing <= 1:  # a symbol under dynamic compilation
         return label_smoothing
-    if isinstance(label_smoothing, str) or not hasattr(label_smoothing, "__float__"):
-        raise TypeError(
-            "cross_entropy_loss(): argument 'label_smoothing' (position 6) must be float, not "
-            f"{type(label_smoothing).__name__}"
-        )
+    if not isinstance(label_smoothing, (int, float)):
+        _ask_torch(label_smoothing=label_smoothing)
     if not 0 <= float(label_smoothing) <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing)}")
     return float(label_smoothing)

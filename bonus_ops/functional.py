@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import autograd, ops, reference
-from .checks import check_bonus, check_call, checked_ignore_index, checked_label_smoothing
+from .checks import check_bonus, check_call, check_validate, checked_ignore_index, checked_label_smoothing
 from .losses import CrossEntropy, GapLoss, LogBonus
 from .scores import Scores
 
@@ -187,6 +187,7 @@ class _Call:
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         check_bonus(bonus)
+        check_validate(validate)
         self.bonus: GapLoss = CrossEntropy() if bonus is None else bonus
         self.ignore_index = checked_ignore_index(ignore_index)
         self.label_smoothing = checked_label_smoothing(label_smoothing)
