@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_bonus
 from .losses import CrossEntropy, GapLoss
 
 __all__ = ["SCORES", "Score", "Scores"]
@@ -107,6 +108,9 @@ class Scores(NamedTuple):
 
     def prediction(self, target: Tensor) -> Tensor:
         """Return the predicted class (int64), lowest index on ties, -1 where ignored."""
+        self._check_rows("target", target)
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise RuntimeError(f"target must hold class indices, got {target.dtype}")
         runner_up = self.runner_up.to(torch.int64)
         label_wins = (self.margin > 0) | ((self.margin == 0) & (target < runner_up))
         return torch.where(self.margin.isnan(), -1, torch.where(label_wins, target, runner_up))
@@ -114,6 +118,13 @@ class Scores(NamedTuple):
     def correct(self, target: Tensor) -> Tensor:
         """Return whether the label is the prediction (bool), False where ignored."""
         return (self.prediction(target) == target) & ~self.margin.isnan()
+
+    def _check_rows(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(x).__name__}")
+        one_row = self.loss.dim() == 0 and x.numel() == 1  # as torch, which takes a target (1) for logits (C)
+        if x.shape != self.loss.shape and not one_row:
+            raise RuntimeError(f"{name} must be shaped like the scores, {list(self.loss.shape)}, got {list(x.shape)}")
 
     def _gap(self) -> Tensor:
         """Return the log-odds of the label, ``log p - log(1 - p)``."""
@@ -128,7 +139,14 @@ class Scores(NamedTuple):
 
         Returns:
             float32, [0, inf); higher is harder.
+
+        Raises:
+            TypeError: ``bonus`` is no `GapLoss` instance, or ``weight`` no Tensor.
+            RuntimeError: ``weight`` is not shaped like the scores.
         """
+        check_bonus(bonus)
+        if weight is not None:
+            self._check_rows("weight", weight)
         loss = CrossEntropy() if bonus is None else bonus
         rest = -torch.expm1(-self.loss)  # 1 - p
         # el2n = (1 - p) sqrt(1 + Q2); where p is 1 to the last bit Q2 is lost and its lower bound 0 stands in
@@ -136,7 +154,7 @@ class Scores(NamedTuple):
         norm = loss.slope(self._gap()).abs() * length
         norm = torch.where(self.margin == math.inf, 0.0, norm)  # a row with no rest teaches nothing
         norm = torch.where(self.loss.isnan(), math.nan, norm)
-        return norm if weight is None else norm * weight.abs()
+        return norm if weight is None else norm * weight.abs().to(norm.dtype)
 
     def difficulty(self, name: str, target: Tensor | None = None, bonus: GapLoss | None = None) -> Tensor:
         """Return the score ``name`` times its direction: higher is harder, whichever score is asked for.
@@ -148,6 +166,7 @@ class Scores(NamedTuple):
 
         Raises:
             ValueError: the name is unknown or the score orders nothing.
+            TypeError: ``bonus`` is no `GapLoss` instance.
         """
         ordered = [s.name for s in SCORES.values() if s.direction]
         if name not in ordered:
