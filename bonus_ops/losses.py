@@ -195,6 +195,7 @@ class Bonus(GapLoss):
         _check(self, "strength", math.isfinite(self.strength), "finite")
         _check(self, "start", 0 <= self.start < 1, "in [0, 1)")
         _check(self, "abrupt", 0 < self.abrupt <= 1, "in (0, 1]")
+        _check(self, "start", self.start < self.abrupt, f"below abrupt={self.abrupt!r}")
 
     def bonus(self, gap: Tensor) -> Tensor:
         """Return b as a function of the gap."""
