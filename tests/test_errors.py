@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import FrozenInstanceError, dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ import torch.nn.functional as F
 
 from bonus_ops import (
     BonusCrossEntropyLoss,
+    CosineBonus,
+    CrossEntropy,
+    Focal,
+    GapLoss,
+    GeneralizedCrossEntropy,
     LogBonus,
+    Poly1,
+    PowerBonus,
+    Scores,
+    SubDataBonus,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
@@ -105,6 +115,10 @@ REFUSED = {
     "ignore_index float": (logits(), labels(), {"ignore_index": 1.0}),
     "ignore_index bool": (logits(), labels(), {"ignore_index": True}),
     "ignore_index str": (logits(), labels(), {"ignore_index": "1"}),
+    "ignore_index 2^70": (logits(), labels(), {"ignore_index": 2**70}),
+    "ignore_index numpy float": (logits(), labels(), {"ignore_index": np.float64(1)}),
+    "ignore_index tensor of two": (logits(), labels(), {"ignore_index": torch.tensor([1, 2])}),
+    "ignore_index float tensor": (logits(), labels(), {"ignore_index": torch.tensor(1.0)}),
     "reduction unknown": (logits(), labels(), {"reduction": "foo"}),
     "reduction None": (logits(), labels(), {"reduction": None}),
     "reduction int": (logits(), labels(), {"reduction": 1}),
@@ -113,6 +127,13 @@ REFUSED = {
     "label_smoothing 1.1, probabilities": (logits(), probabilities(), {"label_smoothing": 1.1}),
     "label_smoothing str": (logits(), labels(), {"label_smoothing": "0.1"}),
     "label_smoothing None": (logits(), labels(), {"label_smoothing": None}),
+    "label_smoothing list": (logits(), labels(), {"label_smoothing": [0.1]}),
+    "label_smoothing complex": (logits(), labels(), {"label_smoothing": 0.1j}),
+    "label_smoothing numpy array": (logits(), labels(), {"label_smoothing": np.array([0.1, 0.2])}),
+    "label_smoothing tensor of two": (logits(), labels(), {"label_smoothing": torch.tensor([0.1, 0.2])}),
+    "label_smoothing that requires grad": (
+        logits(), labels(), {"label_smoothing": torch.tensor(0.1, requires_grad=True)},
+    ),
     "weight (4)": (logits(), labels(), {"weight": torch.ones(4)}),
     "weight (1, 5)": (logits(), labels(), {"weight": torch.ones(1, 5)}),
     "weight (4), smoothing": (logits(), labels(), {"weight": torch.ones(4), "label_smoothing": 0.1}),
@@ -126,6 +147,10 @@ REFUSED = {
     "weight requires_grad, smoothing": (
         logits(), labels(), {"weight": torch.ones(5, requires_grad=True), "label_smoothing": 0.1},
     ),
+    "weight float": (logits(), labels(), {"weight": 1.0}),
+    "weight ()": (logits(), labels(), {"weight": torch.tensor(1.0)}),
+    "weight complex": (logits(), labels(), {"weight": torch.ones(5).to(torch.complex64)}),
+    "weight sparse": (logits(), labels(), {"weight": torch.ones(5).to_sparse()}),
     "weight list": (logits(), labels(), {"weight": [1.0] * 5}),
     "weight on meta": (logits(), labels(), {"weight": torch.ones(5, device="meta")}),
 }  # fmt: skip
@@ -295,3 +320,202 @@ def test_our_options_are_keyword_only():
         bonus_cross_entropy(logits(), labels(), None, None, -100, None, "mean", 0.0, LogBonus())
     with pytest.raises(TypeError, match="positional"):
         difficulty_scores(logits(), labels(), -100)
+
+
+class Undecorated(GapLoss):
+    """Neither a dataclass nor numbers."""
+
+
+@dataclass(frozen=True)
+class Worded(GapLoss):
+    """A field that is no number."""
+
+    word: str = "log"
+
+
+@dataclass(frozen=True)
+class Formulas(GapLoss):
+    """No kernel."""
+
+    def value(self, gap):
+        return -gap
+
+    def slope(self, gap):
+        return torch.ones_like(gap)
+
+
+def scores_of_four() -> Scores:
+    return difficulty_scores(logits(), labels())
+
+
+def called(**options):
+    """Return what calls every function in turn with the options; all must fail alike."""
+    return lambda input, target: [error_of(function, input, target, **options) for function in FUNCTIONS]
+
+
+# (name, what fails, class, its whole first line); a `called` runs through the three functions
+OWN = (
+    # losses: each parameter's range, type, NaN and bool
+    ("LogBonus log_end above", lambda: LogBonus(1.01), ValueError, r"LogBonus: log_end must be in \[0, 1\], got 1.01"),
+    ("LogBonus log_end NaN", lambda: LogBonus(math.nan), ValueError, r"LogBonus: log_end must be in \[0, 1\], got nan"),
+    ("LogBonus log_end bool", lambda: LogBonus(False), TypeError, "LogBonus: log_end must be a number, got bool"),
+    ("LogBonus log_end list", lambda: LogBonus([0.5]), TypeError, "LogBonus: log_end must be a number, got list"),
+    ("LogBonus clamp NaN", lambda: LogBonus(clamp=math.nan), ValueError,
+     r"LogBonus: clamp must be in \(0, 1\) or None, got nan"),
+    ("LogBonus clamp bool", lambda: LogBonus(clamp=True), TypeError, "LogBonus: clamp must be a number, got bool"),
+    ("LogBonus clamp positional third", lambda: LogBonus(0.5, 1e-5, 1.0), TypeError,
+     ".* positional arguments but 4 .*"),
+    ("LogBonus unknown", lambda: LogBonus(gamma=1), TypeError, ".* unexpected keyword argument 'gamma'"),
+    ("LogBonus is frozen", lambda: setattr(LogBonus(), "log_end", 0.5), FrozenInstanceError,
+     "cannot assign to field 'log_end'"),
+    ("strength NaN", lambda: PowerBonus(strength=math.nan), ValueError, "PowerBonus: strength must be finite, got nan"),
+    ("strength -inf", lambda: CosineBonus(strength=-math.inf), ValueError,
+     "CosineBonus: strength must be finite, got -inf"),
+    ("strength None", lambda: SubDataBonus(strength=None), TypeError,
+     "SubDataBonus: strength must be a number, got NoneType"),
+    ("strength tensor", lambda: LogBonus(strength=torch.ones(5)), TypeError,
+     "LogBonus: strength must be a number, got Tensor"),
+    ("start below", lambda: PowerBonus(start=-0.1), ValueError, r"PowerBonus: start must be in \[0, 1\), got -0.1"),
+    ("start NaN", lambda: LogBonus(start=math.nan), ValueError, r"LogBonus: start must be in \[0, 1\), got nan"),
+    ("start above abrupt", lambda: LogBonus(start=0.8, abrupt=0.2), ValueError,
+     "LogBonus: start must be below abrupt=0.2, got 0.8"),
+    ("start is abrupt", lambda: CosineBonus(start=0.5, abrupt=0.5), ValueError,
+     "CosineBonus: start must be below abrupt=0.5, got 0.5"),
+    ("abrupt above", lambda: SubDataBonus(abrupt=1.5), ValueError,
+     r"SubDataBonus: abrupt must be in \(0, 1\], got 1.5"),
+    ("abrupt NaN", lambda: CosineBonus(abrupt=math.nan), ValueError,
+     r"CosineBonus: abrupt must be in \(0, 1\], got nan"),
+    ("PowerBonus gamma NaN", lambda: PowerBonus(math.nan), ValueError,
+     "PowerBonus: gamma must be a positive finite number, got nan"),
+    ("PowerBonus gamma bool", lambda: PowerBonus(True), TypeError, "PowerBonus: gamma must be a number, got bool"),
+    ("SubDataBonus k NaN", lambda: SubDataBonus(math.nan), ValueError, r"SubDataBonus: k must be in \(0, 1\], got nan"),
+    ("SubDataBonus clamp str", lambda: SubDataBonus(clamp="1"), TypeError,
+     "SubDataBonus: clamp must be a number, got str"),
+    ("SubDataBonus clamp 0", lambda: SubDataBonus(clamp=0), ValueError,
+     r"SubDataBonus: clamp must be in \(0, 1\) or None, got 0"),
+    ("CosineBonus takes none", lambda: CosineBonus(1.0), TypeError, ".* takes 1 positional argument but 2 were given"),
+    ("CrossEntropy takes none", lambda: CrossEntropy(1.0), TypeError,
+     ".* takes 1 positional argument but 2 were given"),
+    ("Focal gamma inf", lambda: Focal(math.inf), ValueError, "Focal: gamma must be a finite number >= 0, got inf"),
+    ("Focal gamma complex", lambda: Focal(1j), TypeError, "Focal: gamma must be a number, got complex"),
+    ("Focal gamma bool", lambda: Focal(True), TypeError, "Focal: gamma must be a number, got bool"),
+    ("Poly1 epsilon inf", lambda: Poly1(math.inf), ValueError, "Poly1: epsilon must be a finite number >= -1, got inf"),
+    ("Poly1 epsilon NaN", lambda: Poly1(math.nan), ValueError, "Poly1: epsilon must be a finite number >= -1, got nan"),
+    ("Poly1 epsilon None", lambda: Poly1(None), TypeError, "Poly1: epsilon must be a number, got NoneType"),
+    ("GCE q above", lambda: GeneralizedCrossEntropy(1.1), ValueError,
+     r"GeneralizedCrossEntropy: q must be in \(0, 1\], got 1.1"),
+    ("GCE q NaN", lambda: GeneralizedCrossEntropy(math.nan), ValueError,
+     r"GeneralizedCrossEntropy: q must be in \(0, 1\], got nan"),
+    ("GapLoss has no value", lambda: GapLoss().value(logits()), NotImplementedError,
+     r"GapLoss does not define value\(gap\)"),
+    ("GapLoss has no slope", lambda: GapLoss().slope(logits()), NotImplementedError,
+     r"GapLoss does not define slope\(gap\)"),
+    # bonus, implementation, validate: every function, the module and the scores
+    ("bonus list", called(bonus=[]), TypeError, "bonus must be a GapLoss instance .*, not list"),
+    ("bonus complex", called(bonus=1j), TypeError, "bonus must be a GapLoss instance .*, not complex"),
+    ("bonus a function", called(bonus=LogBonus.value), TypeError, "bonus must be a GapLoss instance .*, not function"),
+    ("bonus a module", called(bonus=torch.nn.CrossEntropyLoss()), TypeError,
+     "bonus must be a GapLoss instance .*, not torch.nn.modules.loss.CrossEntropyLoss"),
+    ("bonus the base class", called(bonus=GapLoss()), TypeError,
+     "bonus must be a dataclass of numbers, but GapLoss is not one"),
+    ("bonus no dataclass", called(bonus=Undecorated()), TypeError,
+     "bonus must be a dataclass of numbers, but Undecorated is not one"),
+    ("bonus with a word", called(bonus=Worded()), TypeError,
+     "bonus must have fields that are numbers or None, but Worded.word is str"),
+    ("bonus with a tensor", called(bonus=Worded(torch.ones(()))), TypeError,
+     "bonus must have fields that are numbers or None, but Worded.word is Tensor"),
+    ("bonus without a kernel", called(bonus=Formulas(), implementation="triton"), NotImplementedError,
+     "Formulas has no kernel."),
+    ("implementation list", called(implementation=["torch"]), ValueError,
+     r"implementation must be None, .*, got \['torch'\]"),
+    ("implementation bytes", called(implementation=b"torch"), ValueError,
+     "implementation must be None, .*, got b'torch'"),
+    ("implementation NaN", called(implementation=math.nan), ValueError, "implementation must be None, .*, got nan"),
+    ("validate str", called(validate="yes"), TypeError, "validate must be True or False, got str"),
+    ("validate int", called(validate=1), TypeError, "validate must be True or False, got int"),
+    ("validate None", called(validate=None), TypeError, "validate must be True or False, got NoneType"),
+    ("unknown option", called(temperature=2.0), TypeError, ".* unexpected keyword argument 'temperature'"),
+    ("smoothing NaN with a bonus", called(bonus=Focal(), label_smoothing=math.nan), RuntimeError,
+     "label_smoothing must be between 0.0 and 1.0. Got: nan"),
+    ("smoothing has no kernel", called(label_smoothing=0.1, implementation="triton"), NotImplementedError,
+     "implementation='triton' has no kernel .*"),
+    ("validated labels", lambda input, target: bonus_cross_entropy(input, target + 2, validate=True), IndexError,
+     "Target 5 is out of bounds."),
+    ("meta in triton", lambda: bonus_cross_entropy(logits().to("meta"), labels().to("meta"), implementation="triton"),
+     RuntimeError, "implementation='triton' cannot run: there are no kernels for device type meta"),
+    ("module, bonus a class", lambda input, target: BonusCrossEntropyLoss(bonus=LogBonus)(input, target), TypeError,
+     "bonus must be a GapLoss instance .*, not the class LogBonus"),
+    ("module, bonus positional", lambda: BonusCrossEntropyLoss(None, None, -100, None,
+     "mean", 0.0, LogBonus()), TypeError,
+     ".* positional arguments but 8 were given"),
+    ("module, unknown option", lambda: BonusCrossEntropyLoss(gamma=2), TypeError,
+     ".* unexpected keyword argument 'gamma'"),
+    ("module, weight list", lambda: BonusCrossEntropyLoss([1.0] * 5), TypeError,
+     "cannot assign 'list' object to buffer .*"),
+    ("module, validate str", lambda input, target: BonusCrossEntropyLoss(validate="no")(input, target), TypeError,
+     "validate must be True or False, got str"),
+    ("difficulty_scores, reduction", lambda input, target: difficulty_scores(input, target, reduction="sum"), TypeError,
+     ".* unexpected keyword argument 'reduction'"),
+    ("difficulty_scores, validate", lambda input, target: difficulty_scores(input, target, validate=2), TypeError,
+     "validate must be True or False, got int"),
+    ("difficulty_scores, probabilities", lambda input, target: difficulty_scores(input, probabilities()),
+     NotImplementedError, "scores of probability targets are not defined."),
+    ("difficulty_scores, label C", lambda input, target: difficulty_scores(input, target + 2), IndexError,
+     "Target 5 is out of bounds."),
+    # scores
+    ("difficulty of an unknown name", lambda: scores_of_four().difficulty("Loss"), ValueError,
+     "difficulty: name must be one of loss, .*, got 'Loss'"),
+    ("difficulty of what orders nothing", lambda: scores_of_four().difficulty("runner_up"), ValueError,
+     "difficulty: name must be one of loss, .*, got 'runner_up'"),
+    ("difficulty of None", lambda: scores_of_four().difficulty(None), ValueError,
+     "difficulty: name must be one of loss, .*, got None"),
+    ("difficulty of a list", lambda: scores_of_four().difficulty(["loss"]), ValueError,
+     r"difficulty: name must be one of loss, .*, got \['loss'\]"),
+    ("difficulty, bonus a class", lambda: scores_of_four().difficulty("grad_norm", bonus=LogBonus), TypeError,
+     "bonus must be a GapLoss instance .*, not the class LogBonus"),
+    ("grad_norm, bonus str", lambda: scores_of_four().grad_norm("log"), TypeError,
+     "bonus must be a GapLoss instance .*, not str"),
+    ("grad_norm, class weights", lambda: scores_of_four().grad_norm(weight=torch.ones(5)), RuntimeError,
+     r"weight must be shaped like the scores, \[4\], got \[5\]"),
+    ("grad_norm, column of weights", lambda: scores_of_four().grad_norm(weight=torch.ones(4, 1)), RuntimeError,
+     r"weight must be shaped like the scores, \[4\], got \[4, 1\]"),
+    ("grad_norm, weight float", lambda: scores_of_four().grad_norm(weight=2.0), TypeError,
+     "weight must be a Tensor, not float"),
+    ("prediction, target (3)", lambda: scores_of_four().prediction(labels(3)), RuntimeError,
+     r"target must be shaped like the scores, \[4\], got \[3\]"),
+    ("correct, column of targets", lambda: scores_of_four().correct(labels(4, 1)), RuntimeError,
+     r"target must be shaped like the scores, \[4\], got \[4, 1\]"),
+    ("correct, target list", lambda: scores_of_four().correct([0, 1, 2, 3]), TypeError,
+     "target must be a Tensor, not list"),
+    ("prediction, target float", lambda: scores_of_four().prediction(labels().float()), RuntimeError,
+     "target must hold class indices, got torch.float32"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "error", "first_line"), [case[1:] for case in OWN], ids=[case[0] for case in OWN])
+def test_our_own_options_fail_clearly_and_leave_everything_as_it_was(make, error, first_line, request):
+    if "kernel" in first_line:
+        request.getfixturevalue("kernel_device")
+    input, target = logits().requires_grad_(), labels()
+    input.grad = torch.full_like(input, 3.0)
+    before = [x.detach().clone() for x in (input, target, input.grad)]
+    arguments = make.__code__.co_argcount * (1,) and (input, target)
+    if make.__qualname__.startswith("called"):
+        came = make(*arguments)
+        assert came == [came[0]] * 3 or "unexpected keyword" in first_line
+    else:
+        came = [error_of(make, *arguments)]
+    for kind, line in came:
+        assert kind is error
+        assert re.fullmatch(first_line, line)
+    assert all(map(torch.equal, before, (input, target, input.grad)))
+    assert input._version == 0 and target._version == 0 and input.grad_fn is None
+
+
+def test_there_are_forty_of_them():
+    assert len({case[0] for case in OWN}) == len(OWN) >= 40
+
+
+def test_a_score_takes_the_target_of_one_row_either_way():
+    scores = difficulty_scores(logits(5), labels(1))
+    assert scores.correct(labels(1)).tolist() == [scores.correct(labels(1)[0]).item()]
