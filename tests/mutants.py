@@ -233,7 +233,7 @@ MUTANTS = (
     ),
     Mutant(
         "the reference's gradient leaves the label's entry as any class's", "bonus_ops/reference.py",
-        "torch.where(is_label & counts[..., None], -slope[..., None], others)", "others",
+        "torch.where(is_label & counts[..., None], pull[..., None], others)", "others",
         "tests/test_reference.py::test_closed_form_gradient_is_autograd_of_rows",
     ),
 )  # fmt: skip
