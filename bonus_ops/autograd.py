@@ -125,7 +125,8 @@ def rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
 ) -> ops.RowResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
-    if torch.compiler.is_compiling() and _is_deep():
+    # reading the level makes the compiler guard it
+    if torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _is_deep()):
         return _plain_rows(logits, target, ignore_index, loss, scores, softmax)
     name, fields = encode(loss)
     return _apply(logits, target, fields, ignore_index, name, scores, softmax, implementation)
@@ -133,13 +134,13 @@ def rows(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_deep() -> bool:
-    """Return whether the compiler is inside forward mode or nested transforms, where it cannot follow `_Rows`.
+    """Return whether the compiler is inside jvp or nested transforms, where it cannot follow `_Rows`.
 
     It would take the tangents of an operator for zeros, in silence.
     """
     stack = torch._C._functorch.get_interpreter_stack() or ()
     forward_mode = any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
-    return len(stack) > 1 or forward_mode or forward_ad._current_level >= 0
+    return len(stack) > 1 or forward_mode
 
 
 def _plain_rows(
