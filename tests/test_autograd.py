@@ -304,9 +304,9 @@ def test_autocast_gives_the_dtypes_of_torch(implementation, reduction, dtype, au
 def test_a_gradient_scaler_keeps_what_would_underflow(dtype):
     """Scaled before it is rounded: a gradient of 1.5e-8 is 0 in float16, 2^14 times it is not."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    logits = torch.tensor([[18.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
+    logits = torch.tensor([[18.0, 0.0, 0.0]], requires_grad=True)
     optimizer = torch.optim.SGD([logits], lr=1.0)
-    scaler.scale(bonus_cross_entropy(logits, torch.tensor([0]), bonus=None)).backward()
+    scaler.scale(bonus_cross_entropy(logits.to(dtype), torch.tensor([0]), bonus=None)).backward()
     truth = 2.0**14 * math.exp(-18) / (1 + 2 * math.exp(-18))
     # the gap of 18 is known to half an ulp, 1e-6, and so is its exponential
     torch.testing.assert_close(logits.grad[0, 1].item(), truth, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
@@ -316,7 +316,7 @@ def test_a_gradient_scaler_keeps_what_would_underflow(dtype):
     with torch.no_grad():
         logits.copy_(torch.tensor([[math.inf, 0.0, 0.0]]))
     before = logits.detach().clone()
-    scaler.scale(bonus_cross_entropy(logits, torch.tensor([0]), bonus=None)).backward()
+    scaler.scale(bonus_cross_entropy(logits.to(dtype), torch.tensor([0]), bonus=None)).backward()
     scaler.step(optimizer)  # NaN gradients: skipped
     scaler.update()
     assert torch.equal(logits.detach(), before) and scaler.get_scale() == 2.0**13
