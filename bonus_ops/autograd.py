@@ -95,8 +95,8 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, target, scale, saved = ctx.saved_tensors
-        batched = not _is_plain_eager() or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
-        if torch.is_grad_enabled() or batched:
+        watched = not _is_plain_eager(grad_loss) or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+        if torch.is_grad_enabled() or watched:
             upstream = _upstream(grad_loss, scale, target)
             return _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
         grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
@@ -162,15 +162,17 @@ def reduced_rows(
 ) -> ops.RowResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
     on_cpu = implementation == "torch" and logits.device.type == "cpu"
-    if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager():
+    if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         return ops.RowResult._make((*visited, logits.new_empty(0)))
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))
 
 
-def _is_plain_eager() -> bool:
-    """Return whether no compiler, transform of `torch.func` or forward-mode level needs a rule `_Visit` lacks."""
+def _is_plain_eager(logits: Tensor) -> bool:
+    """Return whether only the tape watches: no compiler, `torch.func`, forward mode, dispatch mode or such subclass."""
     if torch.compiler.is_compiling():
         return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    dispatched = torch._C._len_torch_dispatch_stack() > 0
+    return not (transformed or dispatched) and type(logits).__torch_dispatch__ is Tensor.__torch_dispatch__

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bonus_ops import (
     BonusCrossEntropyLoss,
@@ -251,6 +253,37 @@ def test_scores_and_probabilities_pass_a_compiled_transform(transform):
 
     compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits), apply(logits), equal_nan=True)
+
+
+# --- tracing without the compiler -------------------------------------------------------------------------------------
+
+
+@EVERY_IMPLEMENTATION
+@EVERY_REDUCTION
+def test_shapes_are_found_without_data(implementation, reduction, place):
+    logits, target = (x.detach() for x in batch(place, torch.float32))
+    with FakeTensorMode() as mode:
+        logits, target = mode.from_tensor(logits).requires_grad_(), mode.from_tensor(target)
+        loss = bonus_cross_entropy(logits, target, reduction=reduction, implementation=implementation)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert type(loss) is type(grad) is FakeTensor
+    assert loss.shape == (target.shape if reduction == "none" else ()) and grad.shape == logits.shape
+
+
+@EVERY_REDUCTION
+@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+def test_a_traced_step_runs_the_operators_on_other_data(reduction, tracing_mode):
+    def step(z, y):
+        z = z.detach().requires_grad_()
+        loss = bonus_cross_entropy(z, y, reduction=reduction).sum()
+        return loss, torch.autograd.grad(loss, z)[0]
+
+    logits, target = (x.detach() for x in batch("cpu", torch.float32))
+    traced = make_fx(step, tracing_mode=tracing_mode)(logits, target)
+    calls = [str(node.target) for node in traced.graph.nodes if "bonus_ops" in str(node.target)]
+    assert calls == ["bonus_ops.forward.default", "bonus_ops.backward.default"]
+    other = torch.randn_like(logits), target.flip(0)
+    torch.testing.assert_close(traced(*other), step(*other))
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
