@@ -80,17 +80,19 @@ class _Visit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, row_weight, divisor, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
-        scale = (
-            logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype)) if row_weight is None else row_weight
-        )
-        if divisor is not None:
-            scale = scale / divisor
+        if row_weight is None and divisor is None:
+            scale = logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype))
+        elif row_weight is None:
+            scale = divisor.reciprocal().view(1)
+        else:
+            scale = row_weight if divisor is None else row_weight / divisor
         out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale)
         ctx.save_for_backward(logits, target, scale, out.saved)
         ctx.ignore_index, ctx.loss, ctx.grad = ignore_index, loss, grad
-        rest = tuple(logits.new_empty(0) if x is None else x for x in (out.scores, out.runner_up, out.saved))
-        ctx.mark_non_differentiable(*rest)
-        return reduced(out.loss, row_weight, divisor), *rest
+        if not scores:
+            return reduced(out.loss, row_weight, divisor)
+        ctx.mark_non_differentiable(out.scores, out.runner_up)
+        return reduced(out.loss, row_weight, divisor), out.scores, out.runner_up
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
@@ -164,7 +166,9 @@ def reduced_rows(
     on_cpu = implementation == "torch" and logits.device.type == "cpu"
     if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
-        return ops.RowResult._make((*visited, logits.new_empty(0)))
+        nothing = target.new_empty(0)
+        loss_sum, columns, runner_up = visited if scores else (visited, nothing, nothing)
+        return ops.RowResult(loss_sum, columns, runner_up, nothing, nothing)
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))
 
