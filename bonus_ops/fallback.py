@@ -198,13 +198,14 @@ def _repair(logits: Tensor, label: Tensor, columns: _Columns) -> None:
 
 def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
     """Turn a sweep's columns into loss and scores, once for all rows."""
-    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c[:, 0] for c in columns)
+    gap, maximum, sum_exp = (c[:, 0] for c in columns[:3])
     value = loss.value(gap)
     if counts is not None:
         value = value.masked_fill_(~counts, 0.0)
     saved = torch.stack([gap, maximum, sum_exp])
     if not scores:
         return RowOutputs(value, None, None, saved)
+    z_target, sum_exp2, sum_exp_z, runner_up = (c[:, 0] for c in columns[3:])
     total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
     rest_lse = total.log()
     p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
@@ -280,7 +281,7 @@ def visit(
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
                 grads[i].copy_(_as_rows(source, e))
-    columns = _Columns(*map(torch.cat, zip(*found, strict=True)))
+    columns = found[0] if len(found) == 1 else _Columns(*map(torch.cat, zip(*found, strict=True)))
     if scores:
         _repair(logits, label, columns)
     return _finish(columns, counts, loss, scores), grad

@@ -262,7 +262,10 @@ class Bonus(GapLoss):
         return -logsigmoid(gap) if self.strength == 0 else -logsigmoid(gap) + self.excess(gap)
 
     def excess(self, gap: Tensor) -> Tensor:
-        return self.strength * self._in_window(gap, self.bonus(gap) - self._bonus_at_start())
+        bonus = self.bonus(gap)
+        if self.start > 0:
+            bonus = bonus - self._bonus_at_start()
+        return self.strength * self._in_window(gap, bonus)
 
     def slope(self, gap: Tensor) -> Tensor:
         p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
