@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import fallback, ops, reference
 from .losses import GapLoss, decode, encode
@@ -163,7 +164,7 @@ def reduced_rows(
     loss: GapLoss, scores: bool, softmax: bool, implementation: str,
 ) -> ops.RowResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
-    on_cpu = implementation == "torch" and logits.device.type == "cpu"
+    on_cpu = implementation == "torch" and logits.device.type == "cpu" and not is_traceable_wrapper_subclass(logits)
     if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         nothing = target.new_empty(0)
