@@ -1,0 +1,217 @@
+"""Two gloo ranks: DistributedDataParallel, and DTensors by rows. Run as a script, this file is one rank."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from bonus_ops import LogBonus, PowerBonus, bonus_cross_entropy, bonus_cross_entropy_with_softmax
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+N_RANKS = 2
+TIMEOUT = 120  # seconds for both ranks, of which importing torch takes 3 to 10
+
+# name: shape of the logits, how they are sharded ("R", or the axis), options
+CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
+    "mean": ((6, 7), 0, {}),
+    "sum": ((6, 7), 0, {"reduction": "sum"}),
+    "none": ((6, 7), 0, {"reduction": "none"}),
+    "uneven": ((5, 7), 0, {}),
+    "a-rank-without-rows": ((1, 7), 0, {"reduction": "none"}),
+    "plain": ((6, 7), 0, {"bonus": None}),
+    "power": ((6, 7), 0, {"bonus": PowerBonus(gamma=2.0, strength=0.5)}),
+    "weight": ((5, 7), 0, {"weight": (torch.arange(7) + 1.0) / 4}),
+    "replicated": ((5, 7), "R", {}),
+    "classes": ((5, 7), 1, {}),
+    "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
+    "extra-dimension-uneven": ((5, 7, 3), 0, {"reduction": "none"}),
+    "extra-dimension-sharded": ((4, 7, 3), 2, {}),
+}
+
+
+def example(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and labels, the second label ignored; the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(shape, generator=generator) * 4
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
+    if shape[0] > 1:
+        target[1] = -100
+    return logits, target
+
+
+def model() -> torch.nn.Module:
+    layer = torch.nn.Linear(7, 5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 1, 35).view(5, 7).sin())
+        layer.bias.copy_(torch.linspace(0, 1, 5))
+    return layer
+
+
+def rank_main(rank: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    assert "bonus_ops.distributed" not in sys.modules, "bonus_ops must not import its rule"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=N_RANKS, init_method=f"file://{folder}/store")
+    results = {**sharded_results(), "ddp": data_parallel_gradients(rank)}
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def data_parallel_gradients(rank: int) -> list[torch.Tensor]:
+    inputs, _ = example((8, 7))
+    target = torch.arange(8) % 5
+    parallel = torch.nn.parallel.DistributedDataParallel(model())
+    mine = slice(4 * rank, 4 * rank + 4)
+    bonus_cross_entropy(parallel(inputs[mine]), target[mine]).backward()
+    return [p.grad for p in parallel.parameters()]
+
+
+def sharded_results() -> dict[str, Any]:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from bonus_ops.distributed import register_row_sharding
+
+    mesh = init_device_mesh("cpu", (N_RANKS,))
+
+    def spread(shape: tuple[int, ...], where: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, target = example(shape)
+        placement = Replicate() if where == "R" else Shard(where)
+        rows = placement if where in ("R", 0) else Replicate()
+        logits = distribute_tensor(logits, mesh, [placement])
+        return logits.requires_grad_(), distribute_tensor(target, mesh, [rows])
+
+    def error(*args: Any) -> tuple[str, str]:
+        try:
+            bonus_cross_entropy(*args)
+        except Exception as raised:
+            return type(raised).__name__, str(raised)
+        return "nothing", ""
+
+    results: dict[str, Any] = {"unregistered": error(*spread((6, 7), 0))}
+    register_row_sharding()
+    register_row_sharding()  # once is enough, twice is harmless
+    for name, (shape, where, options) in CASES.items():
+        options = dict(options)
+        if "weight" in options:
+            options["weight"] = distribute_tensor(options["weight"], mesh, [Replicate()])
+        logits, target = spread(shape, where)
+        with CommDebugMode() as sent:
+            loss = bonus_cross_entropy(logits, target, **options)
+            loss.sum().backward()
+        placements = (str(loss.placements[0]), str(logits.grad.placements[0]))
+        counts = {str(op): n for op, n in sent.get_comm_counts().items()}
+        results[name] = loss.full_tensor().detach(), logits.grad.full_tensor(), placements, counts
+    logits, target = spread((5, 7), 0)
+    loss, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
+    results["scores"] = [x.full_tensor() for x in (*scores, softmax)]
+    assert all(x.placements == (Shard(0),) for x in (*scores, softmax))
+    results["mixed"] = error(logits, example((5, 7))[1])
+    compiled = torch.compile(bonus_cross_entropy, backend="aot_eager", fullgraph=True)
+    logits, target = spread((6, 7), 0)
+    loss = compiled(logits, target)
+    loss.backward()
+    results["compiled"] = loss.full_tensor().detach(), logits.grad.full_tensor()
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name may not resolve
+    command = [sys.executable, __file__, str(folder)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in range(N_RANKS)
+    ]
+    try:
+        said = [rank.communicate(timeout=TIMEOUT)[0].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * N_RANKS, "\n".join(said)
+    loaded: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    return loaded
+
+
+def alone(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return loss and gradient of one process."""
+    logits, target = example(shape)
+    logits = logits.to(dtype).requires_grad_()
+    options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    loss = bonus_cross_entropy(logits, target, **options)
+    loss.sum().backward()
+    return loss.detach(), logits.grad
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dtensor_equals_one_process(results: dict[str, Any], name: str) -> None:
+    shape, _, options = CASES[name]
+    loss, grad, _, _ = results[name]
+    for what, got, eager, truth in zip(
+        ("loss", "grad"), (loss, grad), alone(shape, options, torch.float32), alone(shape, options, torch.float64),
+        strict=True,
+    ):  # fmt: skip
+        # 2^-22: ranks add their rows in another order
+        assert_within_budget(got, truth, eager, what=f"{name}: {what}")
+
+
+def test_rows_stay_where_they_are(results: dict[str, Any]) -> None:
+    for name in ("none", "a-rank-without-rows", "extra-dimension"):
+        assert results[name][2:] == (("S(0)", "S(0)"), {}), name
+    for name in ("mean", "uneven", "power", "weight"):
+        # the divisor, a scalar, forward and backward
+        assert results[name][2:] == (("P(sum)", "S(0)"), {"c10d_functional.all_reduce": 2}), name
+    assert results["sum"][2:] == (("P(sum)", "S(0)"), {})
+    assert results["replicated"][2:] == (("R", "R"), {})
+
+
+def test_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
+    _, _, placements, sent = results["classes"]
+    assert placements == ("P(sum)", "S(0)")
+    # once forward, once backward; gloo has no all-to-all, so DTensor gathers and keeps its part
+    assert sent in ({"c10d_functional.all_gather_into_tensor": 2}, {"c10d_functional.all_to_all_single": 2})
+
+
+def test_scores_are_sharded_as_the_rows(results: dict[str, Any]) -> None:
+    logits, target = example((5, 7))
+    _, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
+    for got, one in zip(results["scores"], (*scores, softmax), strict=True):
+        torch.testing.assert_close(got, one, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_compiled_dtensor(results: dict[str, Any]) -> None:
+    for got, truth in zip(results["compiled"], alone((6, 7), {}, torch.float64), strict=True):
+        assert_within_budget(got, truth, None, what="compiled")
+
+
+def test_errors_are_clear(results: dict[str, Any]) -> None:
+    kind, message = results["mixed"]
+    assert kind == "RuntimeError"
+    assert "mixed torch.Tensor and DTensor" in message and "got a plain tensor of shape [5, 1]" in message
+    assert results["unregistered"][0] == "NotImplementedError"
+
+
+def test_data_parallel_gradients_equal_one_process(results: dict[str, Any]) -> None:
+    inputs, _ = example((8, 7))
+    one = model().double()
+    bonus_cross_entropy(one(inputs.double()), torch.arange(8) % 5, bonus=LogBonus()).backward()
+    for got, parameter in zip(results["ddp"], one.parameters(), strict=True):
+        # 2^-20: float32 sums of 8 products of inputs up to 8 against float64
+        assert_within_budget(got, parameter.grad, None, floor=2.0**-20, what="DistributedDataParallel")
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[2]), sys.argv[1])
+else:
+    from .budget import assert_within_budget
