@@ -1,0 +1,179 @@
+"""The loss of next-token prediction, with the signature that Hugging Face transformers calls.
+
+`causal_lm_loss` takes the place of a model's ``loss_function``, `trainer_loss` is a Trainer's ``compute_loss_func``.
+transformers itself is not needed. Options are bound with `functools.partial`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
+from .losses import GapLoss, LogBonus
+from .scores import Scores
+
+__all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]
+
+_DEFAULT_BONUS = LogBonus()
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    label_smoothing: float = 0.0,
+    implementation: str | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute the loss of predicting token t + 1 from the logits at t; the twin of transformers' ``ForCausalLMLoss``.
+
+    The labels are shifted, not the logits, and the logits are read in their own dtype: no copy of them is made, where
+    transformers makes a float32 one. Half-precision logits still give a float32 loss, and a gradient in their dtype.
+
+    Args:
+        logits: [..., T, V], or [T, V].
+        labels: tokens [..., T], int64, aligned with the inputs; unused if ``shift_labels`` is given.
+        vocab_size: V, checked if given.
+        num_items_in_batch: what the sum of the losses is divided by, such as the tokens of all accumulation steps and
+            ranks; None divides by the tokens of this call that are not ignored.
+        ignore_index: label that costs nothing.
+        shift_labels: labels [..., T] already aligned with the logits, as sequence parallelism needs.
+        bonus: as in `bonus_cross_entropy`; None is what transformers computes.
+        label_smoothing: as in `bonus_cross_entropy`.
+        implementation: as in `bonus_cross_entropy`.
+        kwargs: whatever else a model hands its loss; ignored, as by transformers.
+
+    Returns:
+        A scalar in nats, float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: for a ``vocab_size`` other than V, or labels that do not fit the logits.
+        Otherwise as `bonus_cross_entropy`.
+
+    Example:
+        >>> import functools, torch
+        >>> from bonus_ops import LogBonus
+        >>> from bonus_ops.causal_lm import causal_lm_loss
+        >>> logits, labels = torch.zeros(2, 5, 11, dtype=torch.bfloat16), torch.arange(10).view(2, 5)
+        >>> causal_lm_loss(logits, labels, vocab_size=11, num_items_in_batch=8, bonus=None)  # log 11
+        tensor(2.3979)
+        >>> loss_function = functools.partial(causal_lm_loss, bonus=LogBonus(log_end=0.5))  # model.loss_function = ...
+    """
+    input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    with _float32_loss(logits):
+        loss = bonus_cross_entropy(
+            input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            bonus=bonus, implementation=implementation,
+        )  # fmt: skip
+    return _per_item(loss, num_items_in_batch)
+
+
+def causal_lm_loss_with_scores(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    *,
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    label_smoothing: float = 0.0,
+    implementation: str | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Scores]:
+    """Compute `causal_lm_loss` and the difficulty scores of every token from the same pass.
+
+    Args: as in `causal_lm_loss`.
+
+    Returns:
+        The loss, and `Scores` shaped like the labels: at t, those of predicting token t + 1. Where that token is
+        ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN.
+
+    Raises:
+        As `causal_lm_loss`.
+    """
+    input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    with _float32_loss(logits):
+        loss, scores = bonus_cross_entropy_with_scores(
+            input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            bonus=bonus, implementation=implementation,
+        )  # fmt: skip
+    return _per_item(loss, num_items_in_batch), Scores(*(column.view(logits.shape[:-1]) for column in scores))
+
+
+def trainer_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, shift: bool = True, **options: Any
+) -> Tensor:
+    """Compute the loss of a model's outputs: ``Trainer(..., compute_loss_func=trainer_loss)``.
+
+    Args:
+        outputs: has ``logits`` as an attribute or a key, or is a tuple whose first member they are.
+        labels: [..., T], or [N] for ``shift=False`` and logits [N, V].
+        num_items_in_batch: as in `causal_lm_loss`; the Trainer gives it.
+        shift: whether the label of a position is the token after it; False for masked language models and classifiers.
+        options: further options of `causal_lm_loss`, such as ``bonus``.
+
+    Returns:
+        A scalar, as `causal_lm_loss`.
+
+    Raises:
+        As `causal_lm_loss`.
+
+    Example:
+        >>> import functools
+        >>> from bonus_ops.causal_lm import trainer_loss
+        >>> classify = functools.partial(trainer_loss, shift=False)  # Trainer(..., compute_loss_func=classify)
+    """
+    if isinstance(outputs, dict):
+        logits = outputs["logits"]
+    else:
+        logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs.logits
+    aligned = None if shift else labels
+    return causal_lm_loss(logits, labels, None, num_items_in_batch, shift_labels=aligned, **options)
+
+
+def _aligned(
+    logits: Tensor, labels: Tensor | None, vocab_size: int | None, ignore_index: int, shift_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return input and target of cross-entropy: every position's logits and label, without a copy of the logits."""
+    if vocab_size is not None and logits.shape[-1] != vocab_size:
+        raise ValueError(f"expected logits [..., vocab_size = {vocab_size}], got shape {list(logits.shape)}")
+    target = shift_labels
+    if target is None:
+        if labels is None:
+            raise ValueError("expected labels or shift_labels, got neither")
+        target = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"expected labels of shape {list(logits.shape[:-1])} for logits of shape {list(logits.shape)}, got "
+            f"{list(target.shape)}"
+        )
+    target = target.to(logits.device)
+    if logits.is_contiguous():
+        return logits.view(-1, logits.shape[-1]), target.reshape(-1)
+    return (logits, target) if logits.dim() < 3 else (logits.movedim(-1, 1), target)  # a slice of a longer sequence
+
+
+def _float32_loss(logits: Tensor) -> Any:
+    """Return a context in which half-precision logits give a float32 loss without being converted: autocast."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.amp.is_autocast_available(logits.device.type):
+        return torch.autocast(logits.device.type, dtype=logits.dtype)
+    return contextlib.nullcontext()
+
+
+def _per_item(loss: Tensor, n_items: Tensor | int | None) -> Tensor:
+    if n_items is None:
+        return loss
+    return loss / (n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items)
