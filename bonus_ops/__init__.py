@@ -19,6 +19,7 @@ from .losses import (
 )
 from .modules import BonusCrossEntropyLoss
 from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
+from .patch import patch_cross_entropy
 from .scores import SCORES, Score, Scores
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",
     "difficulty_scores",
+    "patch_cross_entropy",
 ]

@@ -45,8 +45,7 @@ class patch_cross_entropy(contextlib.ContextDecorator):
 
     Example:
         >>> import torch
-        >>> from bonus_ops import LogBonus
-        >>> from bonus_ops.patch import patch_cross_entropy
+        >>> from bonus_ops import LogBonus, patch_cross_entropy
         >>> loss_fn = torch.nn.CrossEntropyLoss()
         >>> with patch_cross_entropy(bonus=LogBonus(log_end=0.75)):
         ...     loss_fn(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))

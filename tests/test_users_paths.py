@@ -12,9 +12,15 @@ from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as copied_before
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bonus_ops import BonusCrossEntropyLoss, LogBonus, PowerBonus, bonus_cross_entropy, difficulty_scores
+from bonus_ops import (
+    BonusCrossEntropyLoss,
+    LogBonus,
+    PowerBonus,
+    bonus_cross_entropy,
+    difficulty_scores,
+    patch_cross_entropy,
+)
 from bonus_ops.causal_lm import causal_lm_loss, causal_lm_loss_with_scores, trainer_loss
-from bonus_ops.patch import patch_cross_entropy
 
 from .budget import assert_within_budget
 
@@ -360,7 +366,7 @@ def assert_restored() -> None:
 
 
 def test_patch_reaches_the_function_and_the_module_and_restores() -> None:
-    assert_restored()  # importing bonus_ops.patch has patched nothing
+    assert_restored()  # importing bonus_ops has patched nothing
     plain = copied_before(LOGITS, LABELS)
     module = nn.CrossEntropyLoss()
     with patch_cross_entropy(bonus=LogBonus(log_end=0.5)):
