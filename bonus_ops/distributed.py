@@ -18,11 +18,9 @@ from . import ops  # noqa: F401  the operators must exist
 
 __all__ = ["register_row_sharding"]
 
-# the axis of rows in each tensor an operator takes and returns
-_AXES = {
-    "forward": ((0, 0), (0, 1, 0, 1, 0)),  # logits, target -> loss, scores, runner_up, saved, softmax
-    "backward": ((0, 0, 1, 0), (0,)),  # logits, target, saved, grad_loss -> grad
-}
+# the axis of rows: of the arguments that have one, and of the results
+_ROWS_IN = {"logits": 0, "target": 0, "saved": 1, "grad_loss": 0}
+_ROWS_OUT = {"forward": (0, 1, 0, 1, 0), "backward": (0,)}  # loss, scores, runner_up, saved, softmax; gradient
 
 
 @functools.cache
@@ -47,22 +45,20 @@ def register_row_sharding() -> None:
         >>> register_row_sharding()
         >>> bonus_cross_entropy(logits, target).backward()  # doctest: +SKIP
     """
-    for name, axes in _AXES.items():
-        torch.library.register_torch_dispatch(f"bonus_ops::{name}", DTensor, functools.partial(_run_by_rows, *axes))
+    for name, axes in _ROWS_OUT.items():
+        torch.library.register_torch_dispatch(f"bonus_ops::{name}", DTensor, functools.partial(_run_by_rows, axes))
 
 
-def _run_by_rows(
-    axes_in: Sequence[int], axes_out: Sequence[int], cls: type, op: Any, types: Any, args: Any, kwargs: Any
-) -> Any:
-    """Run ``op`` on this rank's rows of the leading arguments; the others are the same on every rank."""
-    tensors, options = args[: len(axes_in)], args[len(axes_in) :]
-    for x in tensors:
-        if not isinstance(x, DTensor):
+def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Run ``op`` on this rank's rows of the arguments that have rows; the others are the same on every rank."""
+    call = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    for name in _ROWS_IN:
+        if not isinstance(call.get(name, call["logits"]), DTensor):
             raise RuntimeError(
                 f"{op}: got mixed torch.Tensor and DTensor.\nExpected input and target to be DTensors on one mesh, got "
-                f"a plain tensor of shape {list(x.shape)}."
+                f"a plain tensor as {name}, of shape {list(call[name].shape)}."
             )
-    logits = tensors[0]
+    logits = call["logits"]
     mesh = logits.device_mesh
     n_outer, n_inner, _ = logits.shape
     # outer * inner rows are cut as the outer ones were only if every rank has as many
@@ -72,15 +68,19 @@ def _run_by_rows(
     def placements(axis: int) -> list[Placement]:
         return [Shard(axis) if c else Replicate() for c in is_cut]
 
-    local = [x.redistribute(mesh, placements(axis)).to_local() for x, axis in zip(tensors, axes_in, strict=True)]
-    out = op(*local, *options, **kwargs)
-    whole = op(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in tensors), *options,
-               **kwargs)  # fmt: skip
+    mine, whole = {}, {}  # this rank's arguments; their shapes on all ranks
+    for name, x in call.items():
+        if name in _ROWS_IN:
+            mine[name] = x.redistribute(mesh, placements(_ROWS_IN[name])).to_local()
+            whole[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        else:
+            mine[name] = whole[name] = x.to_local() if isinstance(x, DTensor) else x
 
-    def wrap(mine: Tensor, all_ranks: Tensor, axis: int) -> DTensor:
-        where = placements(axis) if all_ranks.numel() else [Replicate()] * mesh.ndim  # empty: was not asked for
-        return DTensor.from_local(mine, mesh, where, run_check=False, shape=all_ranks.shape, stride=all_ranks.stride())
+    def wrap(local: Tensor, like: Tensor, axis: int) -> DTensor:
+        where = placements(axis) if like.numel() else [Replicate()] * mesh.ndim  # empty: was not asked for
+        return DTensor.from_local(local, mesh, where, run_check=False, shape=like.shape, stride=like.stride())
 
-    if isinstance(out, Tensor):
-        return wrap(out, whole, axes_out[0])
-    return tuple(wrap(*each) for each in zip(out, whole, axes_out, strict=True))
+    local, like = op(**mine), op(**whole)
+    if isinstance(local, Tensor):
+        return wrap(local, like, axes[0])
+    return tuple(wrap(*each) for each in zip(local, like, axes, strict=True))

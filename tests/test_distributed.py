@@ -198,7 +198,7 @@ def test_compiled_dtensor(results: dict[str, Any]) -> None:
 def test_errors_are_clear(results: dict[str, Any]) -> None:
     kind, message = results["mixed"]
     assert kind == "RuntimeError"
-    assert "mixed torch.Tensor and DTensor" in message and "got a plain tensor of shape [5, 1]" in message
+    assert "mixed torch.Tensor and DTensor" in message and "got a plain tensor as target, of shape [5, 1]" in message
     assert results["unregistered"][0] == "NotImplementedError"
 
 

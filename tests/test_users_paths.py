@@ -175,15 +175,36 @@ def test_causal_lm_loss_equals_transformers() -> None:
             torch.testing.assert_close(mine, other)
 
 
-class LargestFloat32(TorchDispatchMode):
-    """Records how many elements the largest float32 result had."""
+def test_causal_lm_loss_inside_a_transformers_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    _, labels = tokens()
+    inputs = {"input_ids": labels.clamp(min=0), "labels": labels}
+    theirs = model(**inputs).loss, model(**inputs, num_items_in_batch=torch.tensor(13)).loss
+    model.loss_function = functools.partial(causal_lm_loss, bonus=None)
+    ours = model(**inputs).loss, model(**inputs, num_items_in_batch=torch.tensor(13)).loss
+    torch.testing.assert_close(ours, theirs)
 
-    n_elements = 0
+
+class LargeResults(TorchDispatchMode):
+    """Keeps the new storages that hold at least as many bytes as ``logits``."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.n_bytes, self.known = logits.numel() * logits.element_size(), {logits.untyped_storage().data_ptr()}
+        self.storages: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.dtype == torch.float32:
-            self.n_elements = max(self.n_elements, out.numel())
+        if isinstance(out, Tensor) and out.untyped_storage().nbytes() >= self.n_bytes:
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.known.add(storage.data_ptr())
+                self.storages.append(storage)  # alive, so that its address is not used again
         return out
 
 
@@ -193,15 +214,16 @@ def test_causal_lm_loss_makes_no_copy_of_half_precision_logits(sliced: bool) -> 
     logits = whole[:, :-1] if sliced else whole[:, :-1].contiguous()
     labels = torch.randint(0, 8192, (2, 64))
 
-    def seen(loss_fn: Any) -> float:
-        with LargestFloat32() as mode:
-            loss = loss_fn(logits.detach().requires_grad_(), labels)
-            loss.backward()
-        return mode.n_elements / logits.numel()
+    def large_results(loss_fn: Any) -> list[int]:
+        leaf = logits.detach().requires_grad_()
+        with LargeResults(leaf) as mode:
+            loss_fn(leaf, labels).backward()
+        return [storage.nbytes() for storage in mode.storages]
 
-    assert seen(lambda z, y: F.cross_entropy(z.float().transpose(1, 2), y)) >= 1, "the probe sees a copy"
-    # the gradient's bytes, used as a workspace, are half as many float32 numbers
-    assert seen(functools.partial(causal_lm_loss, vocab_size=8192)) <= 0.5
+    n_bytes = 2 * logits.numel()
+    copying = large_results(lambda z, y: F.cross_entropy(z.float().transpose(1, 2), y))
+    assert copying[0] == 2 * n_bytes, "the probe sees a float32 copy"
+    assert large_results(functools.partial(causal_lm_loss, vocab_size=8192)) == [n_bytes], "the gradient, nothing else"
 
 
 def test_scores_of_tokens() -> None:
@@ -254,6 +276,19 @@ def test_trainers_accumulation_counts_all_tokens() -> None:
     assert n_items == 2 + 5, "the steps differ in their tokens, so a mean of means would be wrong"
     steps = [trainer_loss({"logits": z}, y, n_items) for z, y in zip(logits.split(1), labels.split(1), strict=True)]
     torch.testing.assert_close(sum(steps), trainer_loss({"logits": logits}, labels))
+
+
+@pytest.mark.parametrize("n_items", [None, 13], ids=["mean", "int"])
+def test_a_trainer_may_scale_the_loss_in_place(n_items: Any) -> None:
+    logits, labels = tokens()
+
+    def scaled(leaf: Tensor) -> Tensor:
+        loss = trainer_loss((leaf,), labels, n_items)
+        loss *= 4  # average_tokens_across_devices
+        return loss
+
+    _, grad = loss_and_gradient(scaled, logits)
+    torch.testing.assert_close(grad, 4 * loss_and_gradient(causal_lm_loss, logits, labels, 11, n_items)[1])
 
 
 def test_trainer_loss_classifies() -> None:
