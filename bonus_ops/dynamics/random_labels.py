@@ -107,5 +107,6 @@ def quantile(counts: Tensor, p: float) -> Tensor:
     below = counts.to(torch.float64).cumsum(0)
     wanted = p * below[-1]
     bin = torch.searchsorted(below, wanted).clamp(max=BINS - 1)
-    inside = 1 - (below[bin] - wanted) / counts[bin]  # 0 / 0 is NaN where nothing was counted
+    # `take`, since indexing by a scalar tensor reads it on the host; 0 / 0 is NaN where nothing was counted
+    inside = 1 - (below.take(bin) - wanted) / counts.take(bin)
     return torch.expm1((bin + inside) / SCALE).to(torch.float32)

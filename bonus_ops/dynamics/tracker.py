@@ -219,6 +219,7 @@ class ExampleTracker:
             RuntimeError: the processes differ in data set, fields or epoch. On every process, before anything changes.
         """
         if not merge.several(group):
+            self._since_merge = None
             return
         gathered = self._since_merge == "gathered"
         merge.agree({**self._header(), "epoch": self.epoch, "update(group=...)": gathered}, group)
@@ -303,14 +304,13 @@ class ExampleTracker:
         if not isinstance(columns, dict) or columns.keys() != examples.keys():
             raise ValueError(f"load_state_dict: expected columns {', '.join(examples)}")
         for name, column in examples.items():
-            if columns[name].shape != column.shape or columns[name].dtype != column.dtype:
-                raise ValueError(
-                    f"load_state_dict: expected {name} {list(column.shape)} {column.dtype}, "
-                    f"got {list(columns[name].shape)} {columns[name].dtype}"
-                )
+            given = columns[name]
+            if not isinstance(given, Tensor) or given.shape != column.shape or given.dtype != column.dtype:
+                got = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(f"load_state_dict: expected {name} {list(column.shape)} {column.dtype}, got {got}")
         epoch, step = state_dict.get("epoch"), state_dict.get("step")
-        if not isinstance(epoch, int) or not isinstance(step, int):
-            raise ValueError(f"load_state_dict: expected whole numbers epoch and step, got {epoch} and {step}")
+        if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 1 or step < 0:
+            raise ValueError(f"load_state_dict: expected whole epoch >= 1 and step >= 0, got {epoch} and {step}")
         for name, column in examples.items():
             column.copy_(columns[name])
         self.epoch, self.step = epoch, step
