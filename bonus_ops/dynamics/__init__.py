@@ -6,7 +6,7 @@ from .fields import DEFAULT_FIELDS, FIELDS, STATISTICS
 from .means import Confidence, Mean
 from .random_labels import RandomLabelLosses, random_label_loss
 from .recent import RecentLosses
-from .report import Report
+from .report import KINDS, Report
 from .tracker import ExampleTracker
 from .unlabelled import label_free_scores
 from .weights import ExponentiatedGradient
@@ -14,6 +14,7 @@ from .weights import ExponentiatedGradient
 __all__ = [
     "DEFAULT_FIELDS",
     "FIELDS",
+    "KINDS",
     "STATISTICS",
     "Batch",
     "Column",
