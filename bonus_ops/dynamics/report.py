@@ -41,9 +41,10 @@ class Report:
     cuts are ranks, since no fixed value survives another noise rate or number of classes: above is among the given
     share of the largest. So a share is always flagged, of clean data too: a list to look at, not a verdict.
 
-    Which of the two suspect kinds it is, is the weaker half: with random labels on easy images 8 to 17 % of the flagged
-    ones read as bad input, on a synthetic set of many small clusters 43 % did, where early entropy rises with noise
-    instead of falling. Mean EL2N, and so ``suspects``, found the damage in both.
+    Tried with 15 % damage and these shares on five small tasks, two seeds each: 85 to 97 % of random or pair-flipped
+    labels are suspects, 44 to 68 % of Gaussian-noise inputs (the rest read as hard). Which kind of suspect is the
+    weaker half: 83 to 92 % of those labels and 93 to 97 % of those inputs are told right, but only 53 to 57 % of the
+    labels on a set of many small clusters, where early entropy rises with label noise instead of falling.
 
     Attributes:
         kind: position in `KINDS` of each example, int64 [num_examples], on the CPU.
