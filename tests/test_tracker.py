@@ -378,6 +378,29 @@ def test_nothing_waits_for_the_device(story):
     assert tracker.random_label_quantile(0.1).shape == ()
 
 
+def test_on_a_gpu_the_update_is_the_same_and_never_waits(story, device, tracked):
+    if device != "cuda":
+        pytest.skip("no GPU was found")
+    tracker = ExampleTracker(NUM, EVERY_FIELD, device=device)
+    for epoch in story:
+        moved = [
+            (
+                Scores._make(column.to(device) for column in scores),
+                index.to(device),
+                target.to(device),
+                randomly.to(device),
+            )
+            for scores, index, target, randomly in epoch
+        ]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(tracker, [moved])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name in tracked.statistics:
+        torch.testing.assert_close(tracker.statistic(name).cpu(), tracked.statistic(name), equal_nan=True)
+
+
 def test_off_a_cpu_rows_out_of_range_are_skipped(story):
     """The range is only checked where that costs no wait; the same rows without the check are skipped."""
     tracker, clean = (ExampleTracker(NUM, EVERY_FIELD) for _ in range(2))

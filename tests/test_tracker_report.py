@@ -1,0 +1,152 @@
+"""The map: kinds by the ranks of two axes, as a table and a plot; and the tracker's benchmark."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from bench import tracker as bench_tracker
+from bonus_ops import Scores
+from bonus_ops.dynamics import DEFAULT_FIELDS, ExampleTracker, Mean, Report
+
+NUM = 40
+EPOCH_ONE = ("mean_el2n", "mean_margin", Mean("entropy", (1, 1)))
+
+
+def scores(el2n: torch.Tensor, entropy: torch.Tensor) -> Scores:
+    rest = torch.linspace(0.0, 1.0, len(el2n))
+    return Scores(rest, el2n, -rest, entropy, rest, rest.to(torch.int32))
+
+
+def tracked(seed: int = 0, unseen: int = 3) -> ExampleTracker:
+    """Return a tracker whose two axes are two shuffles of 1 .. NUM; the last ``unseen`` were never observed."""
+    random = torch.Generator().manual_seed(seed)
+    el2n, entropy = (torch.randperm(NUM, generator=random).float() + 1 for _ in range(2))
+    tracker = ExampleTracker(NUM, EPOCH_ONE)
+    index = torch.arange(NUM)
+    index[NUM - unseen :] = -1
+    tracker.update(scores(el2n, entropy), index)
+    tracker.end_epoch()
+    tracker.el2n, tracker.entropy = el2n[: NUM - unseen], entropy[: NUM - unseen]
+    return tracker
+
+
+@pytest.mark.parametrize(("suspect", "uncertain"), [(0.15, 0.15), (0.1, 0.3), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("unseen", [0, 3])
+def test_kinds_are_the_quarters_of_the_map(suspect, uncertain, unseen):
+    tracker = tracked(unseen=unseen)
+    report, seen = tracker.report(suspect=suspect, uncertain=uncertain), NUM - unseen
+    by_el2n, by_entropy = sorted(tracker.el2n, reverse=True), sorted(tracker.entropy, reverse=True)
+    for example in range(seen):
+        high = tracker.el2n[example] in by_el2n[: int(suspect * seen)]
+        odd = tracker.entropy[example] in by_entropy[: int(uncertain * seen)]
+        expected = {(0, 0): "easy", (0, 1): "hard", (1, 0): "suspect_label", (1, 1): "suspect_input"}[high, odd]
+        assert example in report.of_kind(expected).tolist()
+    assert report.of_kind("unknown").tolist() == list(range(seen, NUM))
+    assert len(report.suspects) == int(suspect * seen)
+    assert report.columns["mean_el2n"][report.suspects].tolist() == [float(x) for x in by_el2n[: int(suspect * seen)]]
+    assert sum(int(word) for word in str(report).replace(",", "").split()[::2]) == NUM
+
+
+def test_ranks_do_not_move_with_the_scale():
+    tracker = tracked()
+    squeezed = ExampleTracker(NUM, EPOCH_ONE)
+    index = torch.arange(NUM - 3)
+    squeezed.update(scores((tracker.el2n / 1000).tanh(), tracker.entropy**3), index)
+    squeezed.end_epoch()
+    assert torch.equal(tracker.report().kind, squeezed.report().kind)
+
+
+def test_equal_examples_stay_together_unflagged():
+    tracker = ExampleTracker(NUM, EPOCH_ONE)
+    tracker.update(scores(torch.ones(NUM), torch.ones(NUM)), torch.arange(NUM))
+    assert (tracker.report().kind == 0).all() and len(tracker.report().suspects) == 0
+
+
+def test_table_goes_to_csv_as_it_is(tmp_path):
+    report = tracked().report()
+    report.to_csv(tmp_path / "map.csv")
+    with open(tmp_path / "map.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(NUM))
+    assert list(rows[0]) == ["index", "kind", "mean_el2n", "mean_margin", "early_entropy"]
+    for row in rows:
+        index = int(row["index"])
+        assert index in report.of_kind(row["kind"])
+        for name, column in report.columns.items():
+            assert row[name] == "" if column[index].isnan() else float(row[name]) == float(column[index])
+
+
+def test_table_goes_to_pandas():
+    pandas = pytest.importorskip("pandas")
+    report = tracked().report()
+    frame = report.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == NUM
+    assert (frame["kind"] == "unknown").sum() == 3 and frame["mean_el2n"].isna().sum() == 3
+
+
+def test_without_pandas_that_is_what_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match="pandas"):
+        tracked().report().to_pandas()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_plot_marks_the_examples_to_look_at(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    marked, titles = [], []
+    annotate, set_title = Axes.annotate, Axes.set_title
+    monkeypatch.setattr(
+        Axes, "annotate", lambda self, text, *a, **k: marked.append(text) or annotate(self, text, *a, **k)
+    )
+    monkeypatch.setattr(
+        Axes, "set_title", lambda self, text, *a, **k: titles.append(text) or set_title(self, text, *a, **k)
+    )
+    report = tracked().report(suspect=0.3, uncertain=0.6)
+    labels, inputs = report.of_kind("suspect_label"), report.of_kind("suspect_input")
+    assert len(labels) > 3 and len(inputs) > 3
+    expected = [str(i) for i in (*labels[:3].tolist(), *inputs[:3].tolist())]
+    report.plot(tmp_path / "map.png", images=torch.rand(NUM, 4, 4), captions=["a"] * NUM, shown=3)
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    assert marked == expected and [title for title in titles if title] == [f"{i}: a" for i in expected]
+    marked.clear()
+    report.plot(tmp_path / "map.svg", shown=0)  # no images, nobody marked
+    assert not marked and (tmp_path / "map.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tracked().report(suspect=1.5), r"suspect must be in \[0, 1\], got 1.5"),
+        (lambda: tracked().report(uncertain=-0.1), r"uncertain must be in \[0, 1\], got -0.1"),
+        (lambda: tracked().report(suspect=math.nan), "suspect must be in"),
+        (lambda: tracked().report().of_kind("noisy"), "expected one of easy, hard, .*got 'noisy'"),
+        (lambda: ExampleTracker(3, "mean_el2n").report(), "needs the field early_entropy, kept are mean_el2n"),
+        (lambda: ExampleTracker(3).report(), "no example has mean entropy in epochs 6 to 6; the epoch is 1"),
+    ],
+)
+def test_bad_arguments_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_what_the_report_needs_is_kept_by_default():
+    assert {"mean_el2n", "early_entropy"} <= set(DEFAULT_FIELDS)
+    assert isinstance(Report.of(tracked()), Report)
+
+
+def test_the_benchmark_runs_and_judges():
+    said: list[str] = []
+    results = bench_tracker.run(True, "cpu", said.append)
+    assert len(said) == 2 and results["bounds"] == []
+    for case in results["cases"].values():
+        assert case["ratios"]["all fields"]["median"] > 0 and case["base"] in case["time_ms"]
+    slow = {name: {"base": "b", "ratios": {"all fields": {"median": value}}} for name, value in (
+        ("beside a training step", 0.03), ("beside index_add_", 2.0)
+    )}  # fmt: skip
+    assert [verdict["passed"] for verdict in bench_tracker._verdicts(slow)] == [False, True]
