@@ -322,6 +322,24 @@ def test_resuming_equals_going_on(story, tracked, cut):
     states_equal(second, tracked)
 
 
+def test_a_state_goes_to_another_device_whole(story, tracked):
+    first = run(ExampleTracker(NUM, EVERY_FIELD), story[:3])
+    second = ExampleTracker(NUM, EVERY_FIELD)
+    second.load_state_dict(first.state_dict())
+    for tracker in (first, second):  # as it began, and with a copy at the last merge
+        moved = tracker.to("meta")
+        assert moved is tracker and moved.device.type == "meta"
+        assert all(t.device.type == "meta" for t in (*moved._state.values(), *(moved._base or {}).values()))
+    states_equal(run(ExampleTracker(NUM, EVERY_FIELD), story).to("cpu"), tracked)
+
+
+def test_the_order_of_the_fields_is_free(story, tracked):
+    other = ExampleTracker(NUM, EVERY_FIELD[::-1])
+    other.load_state_dict(tracked.state_dict())
+    for name in tracked.statistics:
+        assert torch.equal(other.statistic(name).nan_to_num(-7), tracked.statistic(name).nan_to_num(-7))
+
+
 def test_a_saved_state_is_a_copy(story):
     tracker = run(ExampleTracker(NUM, EVERY_FIELD), story[:2])
     state = tracker.state_dict()

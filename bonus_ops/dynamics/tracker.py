@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..scores import Scores
 from . import merge, random_labels
 from .field import Batch, Column, Field, State, Statistic
 from .fields import DEFAULT_FIELDS, resolve
 from .report import Report
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ExampleTracker"]
 
@@ -48,6 +50,8 @@ class ExampleTracker:
       but rounding; the order of the epochs does where a statistic is about order (forgetting, streaks, last losses).
     - Scores are of the model before the step, in training mode, on augmented input. Give forward-only passes (an
       evaluation, a second split) a tracker of their own.
+    - Epochs are counted by `end_epoch`, on the host: a CUDA graph that holds an update goes on in the epoch it was
+      captured in.
     - Token-level scores: reduce them to one value an example first; an index repeated over tokens counts the last one.
 
     Not an `nn.Module` on purpose: as part of a model its state would be broadcast from rank 0 at each forward of
@@ -318,7 +322,7 @@ class ExampleTracker:
 
     def _header(self) -> dict[str, Any]:
         """Return what a state must share with the tracker that takes it."""
-        fields = [repr(field) for field in self.fields]
+        fields = sorted(repr(field) for field in self.fields)
         return {"version": VERSION, "num_examples": self.num_examples, "fields": fields}
 
     def _mark_merged(self) -> None:
