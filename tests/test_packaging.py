@@ -158,4 +158,7 @@ def test_the_readme_has_code_to_run():
 
 @pytest.mark.parametrize("number", range(len(blocks_of_python())))
 def test_the_code_in_the_readme_runs_as_it_stands(number, tmp_path):
+    for extra in ("sklearn", "matplotlib"):
+        if extra in blocks_of_python()[number] or (extra == "matplotlib" and ".plot(" in blocks_of_python()[number]):
+            pytest.importorskip(extra)
     run(blocks_of_python()[number], tmp_path)
