@@ -42,7 +42,7 @@ class Report:
     share of the largest. So a share is always flagged, of clean data too: a list to look at, not a verdict.
 
     Tried with 15 % damage and these shares on five small tasks, two seeds each: 85 to 97 % of random or pair-flipped
-    labels are suspects, 44 to 68 % of Gaussian-noise inputs (the rest read as hard). Which kind of suspect is the
+    labels are suspects, 44 to 68 % of Gaussian-noise inputs (most others read as hard). Which kind of suspect is the
     weaker half: 83 to 92 % of those labels and 93 to 97 % of those inputs are told right, but only 53 to 57 % of the
     labels on a set of many small clusters, where early entropy rises with label noise instead of falling.
 
