@@ -7,14 +7,18 @@ from .functional import (
     difficulty_scores,
 )
 from .losses import (
+    AbsoluteError,
     CosineBonus,
     CrossEntropy,
     Focal,
+    FocalStar,
     GapLoss,
     GeneralizedCrossEntropy,
+    HaltedFocal,
     LogBonus,
     Poly1,
     PowerBonus,
+    SquaredError,
     SubDataBonus,
 )
 from .modules import BonusCrossEntropyLoss
@@ -22,17 +26,21 @@ from .scores import SCORES, Score, Scores
 
 __all__ = [
     "SCORES",
+    "AbsoluteError",
     "BonusCrossEntropyLoss",
     "CosineBonus",
     "CrossEntropy",
     "Focal",
+    "FocalStar",
     "GapLoss",
     "GeneralizedCrossEntropy",
+    "HaltedFocal",
     "LogBonus",
     "Poly1",
     "PowerBonus",
     "Score",
     "Scores",
+    "SquaredError",
     "SubDataBonus",
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
