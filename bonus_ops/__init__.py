@@ -23,10 +23,12 @@ from .losses import (
 )
 from .modules import BonusCrossEntropyLoss
 from .scores import SCORES, Score, Scores
+from .sigmoid import BonusBCEWithLogitsLoss, PositiveCount, bonus_binary_cross_entropy_with_logits
 
 __all__ = [
     "SCORES",
     "AbsoluteError",
+    "BonusBCEWithLogitsLoss",
     "BonusCrossEntropyLoss",
     "CosineBonus",
     "CrossEntropy",
@@ -37,11 +39,13 @@ __all__ = [
     "HaltedFocal",
     "LogBonus",
     "Poly1",
+    "PositiveCount",
     "PowerBonus",
     "Score",
     "Scores",
     "SquaredError",
     "SubDataBonus",
+    "bonus_binary_cross_entropy_with_logits",
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",

@@ -545,8 +545,8 @@ class _Error(GapLoss):
 class SquaredError(_Error):
     """The squared error with its mirror bonus: ``L = (1 - p)^2 - strength p^gamma``.
 
-    ``A = 2 p (1 - p)^2 + strength gamma p^gamma (1 - p)``. On a sigmoid this is the squared error ``(sigmoid(x) - t)^2``
-    and at ``strength=1, gamma=2`` twice the absolute error less 1. On softmax rows it is of the label's probability
+    ``A = 2 p (1 - p)^2 + strength gamma p^gamma (1 - p)``. On a sigmoid this is ``(sigmoid(x) - t)^2``, and
+    at ``strength=1, gamma=2`` twice the absolute error less 1. On softmax rows it is of the label's probability
     alone, not of the distance to the one-hot row.
 
     Args:
