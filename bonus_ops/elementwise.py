@@ -6,7 +6,8 @@ Any layout: the axes of all tensors are merged where they lie alike, and blocks 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from .reference import accumulation_dtype
 __all__ = ["Elements", "backward", "common_axes", "forward", "visit"]
 
 # Tuned by `python -m bench elementwise` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
-BLOCK_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 17
+TABLE_ELEMENTS = 1 << 20  # halves from which a table of all their values pays
 
 
 class Elements(NamedTuple):
@@ -76,48 +78,55 @@ class _Block:
     def __init__(self, of: Elements, x: Tensor, t: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> None:
         self.loss, self.scales, self.weight, self.pos_weight = of.loss, of.scales, weight, pos_weight
         self.x, self.t = x.to(of.dtype), t.to(of.dtype)
-        self.sign = self.t.mul(2.0).sub_(1.0)
-        low, high = self.sign.abs().aminmax()
-        self.hard = bool(low == 1.0) and bool(high == 1.0)
+        self.hard = _hard(t)
+        self.plain = weight is None and pos_weight is None
+        if self.hard:
+            self.gap = self._by_target(1.0, -1.0).mul_(self.x)
 
     def value(self) -> Tensor:
-        return self._value(self.loss.value(self.x * self.sign) if self.hard else None)
+        return self._value(self.loss.value(self.gap) if self.hard else None)
 
-    def gradient(self, factor: float = 1.0) -> Tensor:
-        return self._gradient(self.loss.slope(self.x * self.sign) if self.hard else None, factor)
+    def gradient_(self, out: Tensor, factor: float = 1.0, upstream: Tensor | None = None) -> None:
+        """Write the gradient times ``factor`` (and ``upstream``) into ``out``."""
+        self._gradient_(self.loss.slope(self.gap) if self.hard else None, out, factor, upstream)
 
-    def value_and_gradient(self, factor: float) -> tuple[Tensor, Tensor]:
-        if not self.hard:
-            return self.value(), self.gradient(factor)
-        value, slope = self.loss.value_and_slope(self.x * self.sign)
-        return self._value(value), self._gradient(slope, factor)
+    def sum_and_gradient_(self, out: Tensor, factor: float) -> float:
+        """Return the sum of the losses and write the gradient, both from terms they share."""
+        if self.hard:
+            value, slope = self.loss.value_and_slope(self.gap)
+            total = self._value(value).sum().item()
+            if math.isfinite(total):  # shared terms are for finite gaps
+                self._gradient_(slope, out, factor, None)
+                return total
+        self.gradient_(out, factor)
+        return self.value().sum().item()
 
     def _value(self, value: Tensor | None) -> Tensor:
         if value is None:
-            one, zero = (_times(share, x) for share, x in zip(self._shares(), self._both(self.loss.value), strict=True))
+            one, zero = (_times(w, v) for w, v in zip(self._weights(), self._both(self.loss.value), strict=True))
             return one + zero
-        if self._plain():
+        if self.plain:
             return value if self.scales == (1.0, 1.0) else value * self._by_target(*self.scales)
-        one, zero = self._shares()
+        one, zero = self._weights()
         return value * (one + zero)
 
-    def _gradient(self, slope: Tensor | None, factor: float) -> Tensor:
-        if slope is None:
-            one, zero = (share * x for share, x in zip(self._shares(), self._both(self.loss.slope), strict=True))
-            return (zero - one).mul_(factor)
-        if self._plain():
-            return slope * self._by_target(-self.scales[0] * factor, self.scales[1] * factor)
-        one, zero = self._shares()
-        return slope * (zero - one).mul_(factor)
-
-    def _plain(self) -> bool:
-        return self.weight is None and self.pos_weight is None
+    def _gradient_(self, slope: Tensor | None, out: Tensor, factor: float, upstream: Tensor | None) -> None:
+        if self.plain and slope is not None:
+            weight = self._by_target(-self.scales[0] * factor, self.scales[1] * factor)
+        else:
+            one, zero = self._weights()
+            if slope is None:
+                positive, negative = self._both(self.loss.slope)
+                slope, weight = zero * negative - one * positive, torch.tensor(factor)
+            else:
+                weight = (zero - one).mul_(factor)
+        torch.mul(slope, weight if upstream is None else weight * upstream, out=out)
 
     def _by_target(self, one: float, zero: float) -> Tensor:
         """Return ``one`` where a hard target is 1, ``zero`` where it is 0."""
         return torch.add(torch.tensor(zero, dtype=self.t.dtype), self.t, alpha=one - zero)
 
-    def _shares(self) -> tuple[Tensor, Tensor]:
+    def _weights(self) -> tuple[Tensor, Tensor]:
         """Return the weight of the positive and of the negative term."""
         one, zero = self.t * self.scales[0], self.t.neg().add_(1.0).mul_(self.scales[1])
         if self.pos_weight is not None:
@@ -126,8 +135,39 @@ class _Block:
             one, zero = one * self.weight, zero * self.weight
         return one, zero
 
-    def _both(self, formula: Any) -> tuple[Tensor, Tensor]:
+    def _both(self, formula: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         return formula(self.x), formula(-self.x)
+
+
+class _Table:
+    """A half has 65536 values: the loss of every one with target 0, then with target 1, and its gradient."""
+
+    def __init__(self, of: Elements, factor: float | None) -> None:
+        x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(of.input.dtype).to(of.dtype)
+        one, zero = of.scales
+        value = of.loss.value(x)
+        self.value = torch.cat([value.roll(1 << 15) * zero, value * one])  # half a turn flips the sign bit
+        if factor is not None:
+            slope = of.loss.slope(x) * factor
+            self.gradient = torch.cat([slope.roll(1 << 15) * zero, slope * -one]).to(of.input.dtype)
+
+    @staticmethod
+    def pays(of: Elements) -> bool:
+        half = of.input.dtype.itemsize == 2 and of.dtype == torch.float32
+        return half and of.weight is None and of.pos_weight is None and of.input.numel() >= TABLE_ELEMENTS
+
+    def sum_and_gradient_(self, x: Tensor, t: Tensor, out: Tensor | None = None) -> float:
+        """Return the sum of the losses; write the gradient if there is one."""
+        index = x.contiguous().view(torch.int16).int().add_(t.int(), alpha=1 << 16).add_(1 << 15).view(-1)
+        if out is not None:
+            out.copy_(self.gradient.index_select(0, index).view(out.shape))
+        return self.value.index_select(0, index).sum().item()
+
+
+def _hard(t: Tensor) -> bool:
+    """Return whether every target is 0 or 1."""
+    low, high = torch.addcmul(t, t, t, value=-1.0).aminmax()
+    return low.item() == high.item() == 0.0
 
 
 def _times(share: Tensor, value: Tensor) -> Tensor:
@@ -136,7 +176,7 @@ def _times(share: Tensor, value: Tensor) -> Tensor:
 
 
 def _walk(of: Elements, *outputs: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Return blocks, each with its part of the outputs."""
+    """Return blocks of (input, target, weight, pos_weight), each with its part of the outputs."""
     optional = [None if x is None else x.expand(of.input.shape) for x in (of.weight, of.pos_weight)]
     tensors = [of.input, of.target, *(x for x in optional if x is not None), *outputs]
     shape, strides = common_axes(of.input.shape, [x.stride() for x in tensors])
@@ -145,33 +185,30 @@ def _walk(of: Elements, *outputs: Tensor) -> Iterator[tuple[Any, ...]]:
         parts = iter([view[index] for view in views])
         x, t = next(parts), next(parts)
         weights = [None if w is None else next(parts) for w in optional]
-        yield _Block(of, x, t, *weights), *parts
+        yield (x, t, *weights), *parts
 
 
 def visit(of: Elements, factor: float | None) -> tuple[Tensor, Tensor | None]:
     """Return the sum of the losses and, with ``factor``, the gradient of ``factor`` times that sum."""
     grad = None if factor is None else torch.empty_like(of.input)
-    sums = []
+    total = 0.0
+    table = _Table(of, factor) if _Table.pays(of) else None
     if of.input.numel():
-        for block, *out in _walk(of, *(() if grad is None else (grad,))):
-            if factor is None:
-                sums.append(block.value().sum())
-                continue
-            value, gradient = block.value_and_gradient(factor)
-            total = value.sum()
-            if not total.isfinite():  # shared terms are for finite gaps
-                total, gradient = block.value().sum(), block.gradient(factor)
-            sums.append(total)
-            out[0].copy_(gradient)
-    total = torch.stack(sums).sum() if sums else of.input.new_zeros((), dtype=of.dtype)
-    return total, grad
+        for tensors, *out in _walk(of, *(() if grad is None else (grad,))):
+            if table is not None and _hard(tensors[1]):
+                total += table.sum_and_gradient_(*tensors[:2], *out)
+            elif factor is None:
+                total += _Block(of, *tensors).value().sum().item()
+            else:
+                total += _Block(of, *tensors).sum_and_gradient_(out[0], factor)
+    return of.input.new_full((), total, dtype=of.dtype), grad
 
 
 def forward(of: Elements, out: Tensor) -> Tensor:
     """Write the loss of each element into ``out``."""
     if out.numel():
-        for block, part in _walk(of, out):
-            part.copy_(block.value())
+        for tensors, part in _walk(of, out):
+            part.copy_(_Block(of, *tensors).value())
     return out
 
 
@@ -181,10 +218,10 @@ def backward(of: Elements, grad_loss: Tensor) -> Tensor:
     if not grad.numel():
         return grad
     if grad_loss.dim() == 0:
-        factor = float(grad_loss)
-        for block, part in _walk(of, grad):
-            part.copy_(block.gradient(factor))
+        factor = grad_loss.item()
+        for tensors, part in _walk(of, grad):
+            _Block(of, *tensors).gradient_(part, factor)
     else:
-        for block, part, upstream in _walk(of, grad, grad_loss.expand(grad.shape)):
-            part.copy_(block.gradient() * upstream)
+        for tensors, part, upstream in _walk(of, grad, grad_loss.expand(grad.shape)):
+            _Block(of, *tensors).gradient_(part, upstream=upstream)
     return grad

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _CLASSES: dict[str, type[GapLoss]] = {}
+_PRODUCTS = (1.0, 2.0, 3.0)  # powers that torch computes as products
 
 
 class GapLoss:
@@ -68,7 +69,7 @@ class GapLoss:
         raise NotImplementedError(f"{type(self).__name__} does not define slope(gap)")
 
     def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both for finite gaps; a loss may compute them from shared terms, where a few passes count."""
+        """Return both for finite gaps, not differentiable; a loss may share terms where passes count."""
         return self.value(gap), self.slope(gap)
 
     def parameters(self) -> tuple[float, ...]:
@@ -113,11 +114,6 @@ def _shared(gap: Tensor) -> tuple[Tensor, Tensor]:
     """Return (-log p, 1 - p) of finite gaps, the terms of most losses."""
     negative = -gap
     return softplus(negative, threshold=40.0), torch.sigmoid(negative)
-
-
-def _power(p: Tensor, log_p: Tensor, gamma: float) -> Tensor:
-    """Return p^gamma: small whole powers are products, and cheap."""
-    return p**gamma if gamma in (1, 2, 3) else torch.exp(gamma * log_p)
 
 
 @dataclass(frozen=True)
@@ -198,8 +194,8 @@ class _Bonus(GapLoss):
         bonus, slope = self._bonus_and_slope(gap, plain, rest)
         if self.start > 0:
             bonus = bonus - self._bonus_at_start()
-        value = torch.add(plain, self._in_window(gap, bonus), alpha=self.strength)
-        return value, torch.add(rest, self._in_window(gap, slope), alpha=self.strength)
+        value = plain.add_(self._in_window(gap, bonus), alpha=self.strength)
+        return value, rest.add_(self._in_window(gap, slope), alpha=self.strength)
 
     def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Return b and ``-db/dgap`` of finite gaps from plain = -log p and rest = 1 - p, exact beside these."""
@@ -263,14 +259,14 @@ class LogBonus(_Bonus):
         return p * (rest / (1 - self.log_end)).clamp(max=1.0)
 
     def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        p, log_rest = 1 - rest, -gap - plain
+        p, log_rest = 1 - rest, torch.neg(gap).sub_(plain)
         if self.log_end == 1:
             floor = self._floor()
             return log_rest.clamp(min=floor), p if self.clamp is None else torch.where(log_rest >= floor, p, 0.0)
         # b = log(1 - min(p, LE)) + share - 1, where share = min(1, (1 - p) / (1 - LE))
         rest_end = 1 - self.log_end
-        share = (rest * (1 / rest_end)).clamp(max=1.0)
-        return log_rest.clamp(min=math.log(rest_end)).add_(share).sub_(1.0), p * share
+        share = (rest * (1 / rest_end)).clamp_(max=1.0)
+        return log_rest.clamp_(min=math.log(rest_end)).add_(share).sub_(1.0), p.mul_(share)
 
     def bonus_parameters(self) -> tuple[float, ...]:
         rest_end = 1 - self.log_end
@@ -308,9 +304,13 @@ class PowerBonus(_Bonus):
     def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
         return self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * rest
 
-    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        power = _power(1 - rest, -plain, self.gamma)
-        return -power, power.mul(rest).mul_(self.gamma)
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        if self.start > 0 or self.abrupt < 1:
+            return super().value_and_slope(gap)
+        plain, rest = _shared(gap)
+        power = (1 - rest).pow_(self.gamma) if self.gamma in _PRODUCTS else (plain * -self.gamma).exp_()
+        slope = rest.addcmul_(power, rest, value=self.strength * self.gamma)
+        return plain.sub_(power, alpha=self.strength), slope
 
     def bonus_parameters(self) -> tuple[float, ...]:
         return (self.gamma,)
@@ -424,8 +424,9 @@ class Focal(GapLoss):
 
     def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
         plain, rest = _shared(gap)
-        damping = _power(rest, -gap - plain, self.gamma)
-        return damping * plain, torch.addcmul(rest, 1 - rest, plain, value=self.gamma).mul_(damping)
+        damping = rest**self.gamma if self.gamma in _PRODUCTS else ((gap + plain) * -self.gamma).exp_()
+        slope = rest.addcmul_(1 - rest, plain, value=self.gamma).mul_(damping)
+        return plain.mul_(damping), slope
 
 
 @dataclass(frozen=True)
@@ -536,7 +537,7 @@ class _Error(GapLoss):
         value, slope = self._error(p, rest)
         if self.strength == 0:
             return value, slope
-        power = p**self.gamma if self.gamma in (1, 2, 3) else torch.exp(self.gamma * logsigmoid(gap))
+        power = p**self.gamma if self.gamma in _PRODUCTS else torch.exp(self.gamma * logsigmoid(gap))
         mirror = torch.addcmul(slope, power, rest, value=self.strength * self.gamma)
         return torch.sub(value, power, alpha=self.strength), mirror
 
