@@ -74,7 +74,7 @@ def bonus_binary_cross_entropy_with_logits(
         >>> bonus_binary_cross_entropy_with_logits(logits, target, bonus=None)
         tensor(0.3778)
         >>> bonus_binary_cross_entropy_with_logits(logits, target, bonus=Focal(2.0), alpha=0.25, normalizer=1.0)
-        tensor(0.1471)
+        tensor(0.1474)
 
     References:
         Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,

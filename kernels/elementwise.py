@@ -58,6 +58,17 @@ def load(ptr, index, mask, shape, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
+def store(ptr, index, x, mask, shape, strides, WIDE: tl.constexpr):
+    if ptr.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)  # no conversion leads from float64 to bfloat16 at once
+    at = ptr + offset(index, shape, strides, WIDE)
+    if mask is None:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask)
+
+
+@triton.jit
 def load_elements(operands, index, mask, shape, strides, scales, WIDE: tl.constexpr):
     t = load(operands[1], index, mask, shape, strides[1], WIDE)
     x = load(operands[0], index, mask, shape, strides[0], WIDE) + tl.zeros((), t.dtype)  # float64 if t is
@@ -108,10 +119,10 @@ def elementwise_kernel(
     index = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:  # a mask would keep vectors apart
         loss = loss_of(operands, index, None, shape, strides, loss_params, scales, VALUE, WIDE)
-        tl.store(out_ptr + offset(index, shape, strides[4], WIDE), loss)
+        store(out_ptr, index, loss, None, shape, strides[4], WIDE)
     else:
         loss = loss_of(operands, index, index < n, shape, strides, loss_params, scales, VALUE, WIDE)
-        tl.store(out_ptr + offset(index, shape, strides[4], WIDE), loss, index < n)
+        store(out_ptr, index, loss, index < n, shape, strides[4], WIDE)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -133,6 +144,14 @@ def elementwise_sum_kernel(
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
+@triton.jit
+def load_upstream(ptr, index, mask, shape, strides, WIDE: tl.constexpr, ONE: tl.constexpr):
+    if ONE:
+        return accumulable(tl.load(ptr))
+    else:
+        return load(ptr, index, mask, shape, strides, WIDE)
+
+
 @triton.jit(do_not_specialize=["n"])
 def elementwise_backward_kernel(
     operands, upstream_ptr, grad_ptr, n, shape, strides, loss_params, scales,
@@ -142,16 +161,10 @@ def elementwise_backward_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:
+        upstream = load_upstream(upstream_ptr, index, None, shape, strides[5], WIDE, ONE_UPSTREAM)
         grad = gradient_of(operands, index, None, shape, strides, loss_params, scales, SLOPE, WIDE)
-        if ONE_UPSTREAM:
-            grad *= tl.load(upstream_ptr)
-        else:
-            grad *= load(upstream_ptr, index, None, shape, strides[5], WIDE)
-        tl.store(grad_ptr + offset(index, shape, strides[4], WIDE), grad)
+        store(grad_ptr, index, grad * upstream, None, shape, strides[4], WIDE)
     else:
+        upstream = load_upstream(upstream_ptr, index, index < n, shape, strides[5], WIDE, ONE_UPSTREAM)
         grad = gradient_of(operands, index, index < n, shape, strides, loss_params, scales, SLOPE, WIDE)
-        if ONE_UPSTREAM:
-            grad *= tl.load(upstream_ptr)
-        else:
-            grad *= load(upstream_ptr, index, index < n, shape, strides[5], WIDE)
-        tl.store(grad_ptr + offset(index, shape, strides[4], WIDE), grad, index < n)
+        store(grad_ptr, index, grad * upstream, index < n, shape, strides[4], WIDE)

@@ -71,10 +71,15 @@ def truth(x, t, loss, weight=None, pos_weight=None, scales=(1.0, 1.0)) -> tuple[
     return value, reference.elements_gradient(*wide, loss, scales, torch.ones((), dtype=torch.float64))
 
 
+def rewards(loss) -> bool:
+    """Return whether the slope is a sum of positive terms, so that its error is relative."""
+    return getattr(loss, "strength", 0) >= 0
+
+
 def allowance(x, loss, true, relative) -> Tensor:
     """Return the error allowed in the dtype of ``x``: of its arithmetic, relative to the gap, and of its rounding.
 
-    exp rounds relative to its argument, which powers multiply; a bonus is exact beside cross-entropy, not beside itself.
+    exp rounds relative to its argument, which powers multiply; a bonus is exact beside cross-entropy, not alone.
     """
     eps = torch.finfo(reference.accumulation_dtype(x.dtype)).eps
     power = max(1.0, getattr(loss, "gamma", 1.0))
@@ -89,9 +94,7 @@ def assert_exact(x, loss, actual, true, relative, what):
     error = (actual.detach().double().cpu() - true).abs()
     allowed = allowance(x, loss, true, relative)
     bad = ~(error <= allowed)
-    assert not bad.any(), (
-        f"{what}: {(error / allowed)[bad].max():.3g} times the budget at x={x.detach().cpu()[bad][:3]}"
-    )
+    assert not bad.any(), f"{what}: {(error / allowed)[bad].max():.3g} times the budget at {x[bad][:3].tolist()}"
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ def test_every_loss_is_exact_on_the_torch_path(loss, dtype, soft, small_blocks):
     relative = not soft and not hasattr(loss, "strength")
     assert_exact(x, loss, none, value, relative, "losses")
     (grad,) = torch.autograd.grad(none.sum(), x)
-    assert_exact(x, loss, grad, gradient, not soft, "gradient")
+    assert_exact(x, loss, grad, gradient, not soft and rewards(loss), "gradient")
     # the visit uses terms that losses share
     total = bonus_bce(x, t, bonus=loss, reduction="sum", implementation="torch")
     (grad,) = torch.autograd.grad(total, x)
@@ -129,7 +132,7 @@ def test_every_loss_is_exact_in_the_kernels(loss, kernel_device):
     assert_exact(x, loss, none, value, False, "losses")
     (grad,) = torch.autograd.grad(none.sum(), x)
     hard = torch.arange(1100) < 1050
-    assert_exact(x[hard], loss, grad[hard], gradient[hard], True, "gradient of hard targets")
+    assert_exact(x[hard], loss, grad[hard], gradient[hard], rewards(loss), "gradient of hard targets")
     assert_exact(x[~hard], loss, grad[~hard], gradient[~hard], False, "gradient of soft targets")
     total = bonus_bce(x, t, reduction="sum", **options)
     budget = allowance(x, loss, value, False).sum() + 11 * torch.finfo(torch.float32).eps * value.abs().sum()
@@ -325,7 +328,7 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_raise_what_torch_raises(name):
     args, options = BAD_CALLS[name]
-    with pytest.raises(Exception) as theirs:  # noqa: B017
+    with pytest.raises(Exception) as theirs:
         F.binary_cross_entropy_with_logits(*args, **options)
     with pytest.raises(type(theirs.value)) as ours:
         plain(*args, **options)
@@ -400,14 +403,19 @@ def test_backward_twice_and_from_any_upstream(how, upstream, dtype):
     x, t = draw((3, 5), dtype, device=how[1])
     loss = bonus_bce(x, t, implementation=how[0])
     first, second = (torch.autograd.grad(loss * upstream, x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first.nan_to_num(), second.nan_to_num()) and first is not second
+    assert first is not second
+    if upstream == math.inf:
+        assert not first.isfinite().any() and not second.isfinite().any()
+        return
+    # the first was made in forward, from shared terms
+    torch.testing.assert_close(first, second, rtol=torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
     true = truth(x, t, LogBonus())[1] / 15 * upstream
     torch.testing.assert_close(first.double().cpu(), true, rtol=torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
 
 
 def test_a_scaled_half_gradient_is_rounded_once(small_blocks):
     """The mean's gradient underflows float16; scaled as a gradient scaler does it must not."""
-    x, t = torch.full((1 << 9,), 8.0, dtype=torch.float16, requires_grad=True), torch.ones(1 << 9, dtype=torch.float16)
+    x, t = torch.full((1 << 9,), 8.0, dtype=torch.float16, requires_grad=True), torch.ones(1 << 9)
     (grad,) = torch.autograd.grad(plain(x, t, implementation="torch") * 2.0**16, x)
     expected = -torch.sigmoid(torch.tensor(-8.0, dtype=torch.float64)).item() * 2**7
     assert grad[0].item() == pytest.approx(expected, rel=1e-3)
@@ -571,7 +579,7 @@ def builds():
 
 
 def test_every_launch_binds_compiles_and_fits(builds):
-    assert len(builds) == 13
+    assert len(builds) == 14
     assert [x for x in builds if x["stack"] or x["spills"]] == []
     assert {x["kernel"] for x in builds} == {
         "elementwise_kernel", "elementwise_sum_kernel", "elementwise_backward_kernel",
