@@ -113,7 +113,7 @@ def logit(p: float) -> float:
 def _shared(gap: Tensor) -> tuple[Tensor, Tensor]:
     """Return (-log p, 1 - p) of finite gaps, the terms of most losses."""
     negative = -gap
-    return softplus(negative, threshold=40.0), torch.sigmoid(negative)
+    return softplus(negative, threshold=40.0), negative.sigmoid_()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bonus_ops
+from bench import elementwise as bench
 from bonus_ops import (
     AbsoluteError,
     BonusBCEWithLogitsLoss,
@@ -597,6 +598,27 @@ def test_tensors_in_order_move_by_128_bits(builds):
         assert x["loads"]["128"] >= 2 and sum(tail.values()) <= 2 * 8 + 2, x  # 8 elements a thread; the upstream twice
         if x["kernel"] != "elementwise_sum_kernel":
             assert x["stores"]["128"] >= 1, x
+
+
+# --- benchmark --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", bench.PAIRS)
+def test_the_benchmark_compares_like_with_like(name, dtype):
+    x, t = bench.inputs((16, 8, 16), dtype, "cpu")
+    bench._check(x, t, bench.PAIRS[name])
+    wrong = bench.PAIRS[name]._replace(options={"bonus": PowerBonus(1.5)})
+    with pytest.raises(bench.WrongResult):
+        bench._check(x, t, wrong)
+
+
+def test_the_benchmark_measures_a_case():
+    x, t = bench.inputs((4, 5), torch.float32, "cpu")
+    case = {"case": "tiny", "shape": [4, 5], "dtype": "float32", "loss": "None"}
+    case |= bench._measure(x, t, bench.PAIRS["None"], True, False)
+    assert case["eager / ours"]["median"] > 0 and "| tiny 4x5 float32 | None |" in bench.markdown({"cases": [case]})
+    assert not bench._verdict(case | {"eager / ours": {"median": 1.9}})["passed"]
 
 
 # --- module and normalizer --------------------------------------------------------------------------------------------
