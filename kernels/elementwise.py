@@ -137,7 +137,7 @@ def elementwise_sum_kernel(
     total = tl.zeros([BLOCK], sums_ptr.dtype.element_ty)
     for tile in range(0, tl.minimum(whole, TILES)):
         total += loss_of(operands, index + tile * BLOCK, None, shape, strides, loss_params, scales, VALUE, WIDE)
-    if (whole >= 0) & (whole < TILES) & (n % BLOCK > 0):
+    if (whole < TILES) & (n % BLOCK > 0):
         index += whole * BLOCK
         loss = loss_of(operands, index, index < n, shape, strides, loss_params, scales, VALUE, WIDE)
         total += tl.where(index < n, loss, 0.0)

@@ -206,6 +206,20 @@ def test_infinite_logits_cost_the_limit_and_nan_stays(how, small_blocks):
     assert losses == pytest.approx([0, inf, inf, 0, math.nan, math.nan, inf, math.nan], nan_ok=True)
 
 
+@over_losses
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_every_loss_of_an_infinite_logit_is_the_limit(loss, implementation, request):
+    device = request.getfixturevalue("kernel_device" if implementation == "triton" else "device")
+    x = torch.tensor([math.inf, math.inf, -math.inf, -math.inf], device=device, requires_grad=True)
+    t = torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+    value, gradient = truth(x, t, loss)
+    for i in range(4):  # apart: one infinite loss would hide the rest of a sum
+        total = bonus_bce(x[i], t[i], bonus=loss, reduction="sum", implementation=implementation)
+        torch.testing.assert_close(total.cpu(), value[i].float())
+        (grad,) = torch.autograd.grad(total, x)
+        torch.testing.assert_close(grad[i].cpu(), gradient[i].float(), rtol=1e-6, atol=1e-30)
+
+
 # --- as torch ---------------------------------------------------------------------------------------------------------
 
 
