@@ -124,7 +124,8 @@ def _check(x: Tensor, t: Tensor, pair: Pair) -> None:
     wide = x.detach().double().requires_grad_()
     loss, true = ours(x, t, pair), pair.eager(wide, t.double())
     grad, true_grad = (torch.autograd.grad(y, z)[0].double() for y, z in ((loss, x), (true, wide)))
-    error = max((loss.double() - true).abs() / (1 + true.abs()), (grad - true_grad).abs().max() * NORMALIZER)
+    loss, true = loss.detach().double(), true.detach()
+    error = max((loss - true).abs() / (1 + true.abs()), (grad - true_grad).abs().max() * NORMALIZER)
     if not error <= TOLERANCE[x.dtype]:
         raise WrongResult(f"off by {float(error):.1e}")
 

@@ -302,6 +302,8 @@ def _choose(of: Elements, requested: str | None) -> str:
         formula = "the gradient of target"
     elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         formula = "torch.func transforms"
+    elif not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        formula = "forward-mode derivatives"
     if requested == "triton":
         why = ops.why_not_triton(of.input.device.type)
         if why is not None:

@@ -408,6 +408,9 @@ def test_transforms_fall_to_the_formula():
     wanted = torch.func.grad(lambda x: bonus_bce(x, t, bonus=Focal(), implementation="reference"))(x)
     torch.testing.assert_close(torch.func.grad(f)(x, t), wanted)
     torch.testing.assert_close(torch.func.vmap(f)(x, t), torch.stack([f(a, b) for a, b in zip(x, t, strict=True)]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), t)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, wanted.sum())
     hessian = torch.func.hessian(f)(x, t).reshape(12, 12)
     assert (hessian.diagonal() != 0).any() and (hessian - hessian.diagonal().diag()).abs().max() == 0
 
