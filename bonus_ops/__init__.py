@@ -7,23 +7,30 @@ from .functional import (
     difficulty_scores,
 )
 from .losses import (
+    AbsoluteError,
     CosineBonus,
     CrossEntropy,
     Focal,
+    FocalStar,
     GapLoss,
     GeneralizedCrossEntropy,
+    HaltedFocal,
     LogBonus,
     Poly1,
     PowerBonus,
+    SquaredError,
     SubDataBonus,
 )
 from .modules import BonusCrossEntropyLoss
-from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
 from .patch import patch_cross_entropy
+from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
 from .scores import SCORES, Score, Scores
+from .sigmoid import BonusBCEWithLogitsLoss, PositiveCount, bonus_binary_cross_entropy_with_logits
 
 __all__ = [
     "SCORES",
+    "AbsoluteError",
+    "BonusBCEWithLogitsLoss",
     "BonusCrossEntropyLoss",
     "Cosine",
     "CosineBonus",
@@ -31,16 +38,21 @@ __all__ = [
     "Deferred",
     "Exponential",
     "Focal",
+    "FocalStar",
     "GapLoss",
     "GeneralizedCrossEntropy",
     "Linear",
+    "HaltedFocal",
     "LogBonus",
     "Poly1",
+    "PositiveCount",
     "PowerBonus",
     "Scheduled",
     "Score",
     "Scores",
+    "SquaredError",
     "SubDataBonus",
+    "bonus_binary_cross_entropy_with_logits",
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dense_path, ops, reference
-from .losses import Bonus, LogBonus, Loss, PowerBonus, decode
+from .losses import LogBonus, Loss, PowerBonus, decode
 from .shares import Shares
 
 __all__ = ["DenseResult", "backward", "forward", "has_terms"]
@@ -54,7 +54,7 @@ def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_in
         logits_ptr=logits, targets=(label.reshape(-1).contiguous(), given, *weights),
         shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(),
         target_strides=logits.stride() if given is None else given.stride(), ignore_index=ignore_index,
-        loss_params=ops._halved(loss.parameters()), share_params=ops._halved((*of_t, v.keep, v.off)),
+        loss_params=ops._loss_params(loss), share_params=ops._halved((*of_t, v.keep, v.off)),
     )  # fmt: skip
 
 

@@ -22,24 +22,29 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 if TYPE_CHECKING:
     from .shares import BlockShare
 
 __all__ = [
+    "AbsoluteError",
     "CosineBonus",
     "CrossEntropy",
     "Focal",
+    "FocalStar",
     "GapLoss",
     "GeneralizedCrossEntropy",
+    "HaltedFocal",
     "LogBonus",
     "Poly1",
     "PowerBonus",
+    "SquaredError",
     "SubDataBonus",
 ]
 
 _CLASSES: dict[str, type[Loss]] = {}
+_PRODUCTS = (1.0, 2.0, 3.0)  # powers that torch computes as products
 
 
 class Loss:
@@ -112,6 +117,10 @@ class GapLoss(Loss):
     def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return share * self.slope(log_p - torch.log(rest)) / rest
 
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both for finite gaps, not differentiable; a loss may share terms where passes count."""
+        return self.value(gap), self.slope(gap)
+
 
 def encode(loss: Loss) -> tuple[str, Tensor]:
     """Return the class name and fields of ``loss``, which is what an operator can carry.
@@ -148,6 +157,12 @@ def logit(p: float) -> float:
     return math.inf if p >= 1 else -math.inf if p <= 0 else math.log(p) - math.log1p(-p)
 
 
+def _shared(gap: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (-log p, 1 - p) of finite gaps, the terms of most losses."""
+    negative = -gap
+    return softplus(negative, threshold=40.0), negative.sigmoid_()
+
+
 @dataclass(frozen=True)
 class CrossEntropy(GapLoss):
     """Plain cross-entropy, what ``bonus=None`` means.
@@ -175,6 +190,9 @@ class CrossEntropy(GapLoss):
 
     def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return torch.zeros_like(p)
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        return _shared(gap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +289,20 @@ class Bonus(GapLoss):
         p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
         return torch.add(rest, self._in_window(gap, self.bonus_slope(gap, p, rest)), alpha=self.strength)
 
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = _shared(gap)
+        if self.strength == 0:
+            return plain, rest
+        bonus, slope = self._bonus_and_slope(gap, plain, rest)
+        if self.start > 0:
+            bonus = bonus - self._bonus_at_start()
+        value = plain.add_(self._in_window(gap, bonus), alpha=self.strength)
+        return value, rest.add_(self._in_window(gap, slope), alpha=self.strength)
+
+    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return b and ``-db/dgap`` of finite gaps from plain = -log p and rest = 1 - p, exact beside these."""
+        return self.bonus(gap), self.bonus_slope(gap, 1 - rest, rest)
+
 
 @dataclass(frozen=True)
 class LogBonus(Bonus):
@@ -347,6 +379,16 @@ class LogBonus(Bonus):
     def _lowest_rest(self) -> float:
         return 1 - self.log_end if self.log_end < 1 else self.clamp or torch.finfo(torch.float32).tiny
 
+    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        p, log_rest = 1 - rest, torch.neg(gap).sub_(plain)
+        if self.log_end == 1:
+            floor = self._floor()
+            return log_rest.clamp(min=floor), p if self.clamp is None else torch.where(log_rest >= floor, p, 0.0)
+        # b = log(1 - min(p, LE)) + share - 1, where share = min(1, (1 - p) / (1 - LE))
+        rest_end = 1 - self.log_end
+        share = (rest * (1 / rest_end)).clamp_(max=1.0)
+        return log_rest.clamp_(min=math.log(rest_end)).add_(share).sub_(1.0), p.mul_(share)
+
     def bonus_parameters(self) -> tuple[float, ...]:
         rest_end = 1 - self.log_end
         inverse, log_end = (1 / rest_end, math.log(rest_end)) if rest_end > 0 else (math.inf, -math.inf)
@@ -388,6 +430,14 @@ class PowerBonus(Bonus):
 
     def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
         return self.gamma * p**self.gamma
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        if self.start > 0 or self.abrupt < 1:
+            return super().value_and_slope(gap)
+        plain, rest = _shared(gap)
+        power = (1 - rest).pow_(self.gamma) if self.gamma in _PRODUCTS else (plain * -self.gamma).exp_()
+        slope = rest.addcmul_(power, rest, value=self.strength * self.gamma)
+        return plain.sub_(power, alpha=self.strength), slope
 
     def bonus_parameters(self) -> tuple[float, ...]:
         return (self.gamma,)
@@ -514,6 +564,174 @@ class Focal(GapLoss):
         damping = torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0))
         log_p = logsigmoid(gap).clamp(min=-1000.0)  # p log p is 0 at p = 0, not 0 * -inf
         return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * log_p)
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = _shared(gap)
+        damping = rest**self.gamma if self.gamma in _PRODUCTS else ((gap + plain) * -self.gamma).exp_()
+        slope = rest.addcmul_(1 - rest, plain, value=self.gamma).mul_(damping)
+        return plain.mul_(damping), slope
+
+
+@dataclass(frozen=True)
+class HaltedFocal(GapLoss):
+    """The halted focal loss: focal where the label is less likely than not, cross-entropy where it is more.
+
+        L = -(1 - p)^gamma log p                   A = (1 - p)^gamma ((1 - p) - gamma p log p)      p <= 1/2
+        L = -log p - log 2 (1 - 2^-gamma)          A = 1 - p                                        p > 1/2
+
+    The value is continuous at ``p = 1/2``, where the slope steps up to that of cross-entropy. The paper's detector code
+    switches on the sign of the logit instead, a defect: for negatives that is the reverse of the paper's figure.
+
+    Args:
+        gamma: exponent >= 0. Default 2.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, the halted focal loss.
+    """
+
+    kernel: ClassVar[Any] = "halted_focal"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+
+    def _step(self) -> float:
+        return math.log(2) * -math.expm1(-self.gamma * math.log(2))
+
+    def parameters(self) -> tuple[float, ...]:
+        return self.gamma, self._step()
+
+    def value(self, gap: Tensor) -> Tensor:
+        # each part sees its own side: the derivative of the other would be NaN at an infinite gap
+        low = Focal(self.gamma).value(gap.clamp(max=0.0))
+        return torch.where(gap > 0, -logsigmoid(gap.clamp(min=0.0)) - self._step(), low)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.where(gap > 0, torch.sigmoid(-gap), Focal(self.gamma).slope(gap.clamp(max=0.0)))
+
+
+@dataclass(frozen=True)
+class FocalStar(GapLoss):
+    """Focal loss star, focal's simpler twin: ``L = softplus(-(gamma gap + beta)) / gamma``.
+
+    ``A = sigmoid(-(gamma gap + beta))``; ``gamma=1, beta=0`` is cross-entropy.
+
+    Args:
+        gamma: steepness > 0. Default 4.
+        beta: shift of the gap. Default 0; the paper also uses ``gamma=2, beta=1``.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, https://arxiv.org/abs/1708.02002, appendix A.
+    """
+
+    kernel: ClassVar[Any] = "focal_star"
+    gamma: float = 4.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+        _check(self, "beta", math.isfinite(self.beta), "finite")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -logsigmoid(self.gamma * gap + self.beta) / self.gamma
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-(self.gamma * gap + self.beta))
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = _shared(self.gamma * gap + self.beta)
+        return plain.div_(self.gamma), rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Error(GapLoss):
+    """An error in p plus the mirror bonus ``-strength p^gamma``. Subclasses give the error and its slope."""
+
+    strength: float = 0.0
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check(self, "strength", math.isfinite(self.strength), "finite")
+        _check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+
+    def _error(self, p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} does not define _error(p, rest)")
+
+    def value(self, gap: Tensor) -> Tensor:
+        error, _ = self._error(torch.sigmoid(gap), torch.sigmoid(-gap))
+        return error - self.strength * torch.exp(self.gamma * logsigmoid(gap))
+
+    def slope(self, gap: Tensor) -> Tensor:
+        rest = torch.sigmoid(-gap)
+        _, slope = self._error(torch.sigmoid(gap), rest)
+        return slope + self.strength * self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * rest
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+        value, slope = self._error(p, rest)
+        if self.strength == 0:
+            return value, slope
+        power = p**self.gamma if self.gamma in _PRODUCTS else torch.exp(self.gamma * logsigmoid(gap))
+        mirror = torch.addcmul(slope, power, rest, value=self.strength * self.gamma)
+        return torch.sub(value, power, alpha=self.strength), mirror
+
+
+@dataclass(frozen=True)
+class SquaredError(_Error):
+    """The squared error with its mirror bonus: ``L = (1 - p)^2 - strength p^gamma``.
+
+    ``A = 2 p (1 - p)^2 + strength gamma p^gamma (1 - p)``. On a sigmoid this is ``(sigmoid(x) - t)^2``, and
+    at ``strength=1, gamma=2`` twice the absolute error less 1. On softmax rows it is of the label's probability
+    alone, not of the distance to the one-hot row.
+
+    Args:
+        strength: factor on the mirror bonus. Default 0, the plain squared error; the paper uses 1. Keyword only.
+        gamma: exponent > 0 of the mirror bonus. Default 2, the paper's. Keyword only.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, mirror bonus.
+    """
+
+    kernel: ClassVar[Any] = "squared_error"
+
+    def _error(self, p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        square = rest * rest
+        return square, 2 * p * square
+
+
+@dataclass(frozen=True)
+class AbsoluteError(_Error):
+    """The absolute error with its mirror bonus: ``L = (1 - p) - strength p^gamma``.
+
+    ``A = p (1 - p) (1 + strength gamma p^(gamma - 1))``. On a sigmoid this is ``|sigmoid(x) - t|``. On softmax rows it
+    is of the label's probability alone, half the distance to the one-hot row.
+
+    Args:
+        strength, gamma: as in `SquaredError`.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, mirror bonus.
+    """
+
+    kernel: ClassVar[Any] = "absolute_error"
+
+    def _error(self, p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        return rest, p * rest
 
 
 @dataclass(frozen=True)

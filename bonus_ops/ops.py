@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import fallback, reference
-from .losses import GapLoss, decode
+from .losses import GapLoss, Loss, decode
 
 __all__ = ["RowResult", "backward", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
 
@@ -101,6 +101,10 @@ def _halved(numbers: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float,
     return tuple(h for h, _ in halves), tuple(low for _, low in halves)
 
 
+def _loss_params(loss: Loss) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return _halved(loss.parameters())
+
+
 def _vector(*tensors: Tensor) -> int:
     """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
     first = tensors[0]
@@ -138,13 +142,13 @@ def _launch_forward(
             kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
                 strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index,
-                loss_params=_halved(loss.parameters()), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                loss_params=_loss_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
                 VECTOR=_vector(logits, out.softmax), num_warps=how.num_warps,
             )  # fmt: skip
         elif how.parts == 1:
             kernels.forward_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, outputs=outputs, shape=shape, strides=strides,
-                ignore_index=ignore_index, loss_params=_halved(loss.parameters()), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
                 VECTOR=_vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
         else:
@@ -156,7 +160,7 @@ def _launch_forward(
             )  # fmt: skip
             kernels.merge_kernel[(n_rows,)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
-                strides=strides, ignore_index=ignore_index, loss_params=_halved(loss.parameters()), VALUE=value, PARTS=how.parts,
+                strides=strides, ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value, PARTS=how.parts,
                 num_warps=1,
             )  # fmt: skip
     return out
@@ -177,7 +181,7 @@ def _launch_backward(
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
-            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_halved(loss.parameters()), SLOPE=slope,
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_loss_params(loss), SLOPE=slope,
             ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad

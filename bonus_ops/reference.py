@@ -15,7 +15,7 @@ from .losses import GapLoss, Loss
 from .scores import Scores
 from .shares import Shares
 
-__all__ = ["check_target", "dense_rows", "gradient", "rows", "scores", "softmax"]
+__all__ = ["check_target", "dense_rows", "elements", "elements_gradient", "gradient", "rows", "scores", "softmax"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -170,3 +170,37 @@ def dense_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, sha
 def _share_times(share: Tensor, value: Tensor) -> Tensor:
     """Return the product; a class without a share costs nothing even where its loss is infinite."""
     return share * torch.where((share == 0) & value.isinf(), 0.0, value)
+
+
+def elements(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: GapLoss,
+    scales: tuple[float, float],
+) -> Tensor:  # fmt: skip
+    """Return ``weight (positive pos_weight t L(x) + negative (1 - t) L(-x))`` of each element, unreduced.
+
+    For a logit x with target t in [0, 1] the gap is x for the positive share t and -x for the negative one;
+    ``scales`` are (positive, negative). With plain cross-entropy and scales 1 this is binary cross-entropy.
+    """
+    x, t = _wide(input, target)
+    one, zero = loss.value(x), loss.value(-x)
+    # no share costs nothing, even where the loss is infinite
+    one = torch.where((t == 0) & one.isinf(), 0.0, one) * (1.0 if pos_weight is None else pos_weight)
+    zero = torch.where((t == 1) & zero.isinf(), 0.0, zero)
+    value = scales[0] * t * one + scales[1] * (1 - t) * zero
+    return value if weight is None else value * weight
+
+
+def elements_gradient(
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: GapLoss,
+    scales: tuple[float, float], grad_loss: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of `elements` for ``input`` by the closed form, itself differentiable."""
+    x, t = _wide(input, target)
+    one = loss.slope(x) * (1.0 if pos_weight is None else pos_weight)
+    slope = scales[1] * (1 - t) * loss.slope(-x) - scales[0] * t * one
+    return ((slope if weight is None else slope * weight) * grad_loss).to(input.dtype)
+
+
+def _wide(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(torch.promote_types(input.dtype, target.dtype))
+    return input.to(dtype), target.to(dtype)

@@ -114,6 +114,50 @@ def focal_slope(gap, params):
 
 
 @triton.jit
+def halted_focal_value(gap, params):
+    return tl.where(gap > 0.0, -log_sigmoid(gap) - params[1], focal_value(gap, params))
+
+
+@triton.jit
+def halted_focal_slope(gap, params):
+    return tl.where(gap > 0.0, sigmoid(-gap), focal_slope(gap, params))
+
+
+@triton.jit
+def focal_star_value(gap, params):
+    return -log_sigmoid(params[0] * gap + params[1]) / params[0]
+
+
+@triton.jit
+def focal_star_slope(gap, params):
+    return sigmoid(-(params[0] * gap + params[1]))
+
+
+# Errors in p with a mirror bonus: params = (strength, gamma).
+
+
+@triton.jit
+def squared_error_value(gap, params):
+    return sigmoid(-gap) * sigmoid(-gap) - params[0] * exp(params[1] * log_sigmoid(gap))
+
+
+@triton.jit
+def squared_error_slope(gap, params):
+    rest = sigmoid(-gap)
+    return rest * (2.0 * sigmoid(gap) * rest + params[0] * params[1] * exp(params[1] * log_sigmoid(gap)))
+
+
+@triton.jit
+def absolute_error_value(gap, params):
+    return sigmoid(-gap) - params[0] * exp(params[1] * log_sigmoid(gap))
+
+
+@triton.jit
+def absolute_error_slope(gap, params):
+    return sigmoid(-gap) * (sigmoid(gap) + params[0] * params[1] * exp(params[1] * log_sigmoid(gap)))
+
+
+@triton.jit
 def poly1_value(gap, params):
     return -log_sigmoid(gap) + params[0] * sigmoid(-gap)
 

@@ -57,3 +57,18 @@ def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:
     lanes = _power_of_two(n_chunks)
     return Launch(max(128 // lanes, 1), lanes, 1, 128 // warp_size)
+
+
+class ElementwiseLaunch(NamedTuple):
+    block: int  # elements of a tile
+    tiles: int  # tiles a program of a sum adds up
+    num_warps: int
+
+
+def elementwise(n: int, warp_size: int = 32) -> ElementwiseLaunch:
+    """Return the shape of an elementwise program: 8 elements a thread, one 16-byte vector of a 2-byte type.
+
+    A sum is cut into some 2000 programs, fewer where there is less, whose numbers are added apart.
+    """
+    block = 1024
+    return ElementwiseLaunch(block, min(max(-(-n // (block * 2048)), 1), 1 << 16), block // 8 // warp_size)

@@ -204,6 +204,11 @@ LOSSES: dict[str, bonus_ops.GapLoss | None] = {
     "sub_data_bonus_exact": bonus_ops.SubDataBonus(1.0, clamp=None),
     "focal": bonus_ops.Focal(2.0),
     "focal_zero": bonus_ops.Focal(0.0),
+    "halted_focal": bonus_ops.HaltedFocal(1.5),
+    "focal_star": bonus_ops.FocalStar(2.0, 1.0),
+    "squared_error": bonus_ops.SquaredError(),
+    "squared_error_mirror": bonus_ops.SquaredError(strength=0.7, gamma=1.5),
+    "absolute_error_mirror": bonus_ops.AbsoluteError(strength=1.0, gamma=0.5),
     "poly1": bonus_ops.Poly1(1.5),
     "generalized_cross_entropy": bonus_ops.GeneralizedCrossEntropy(0.7),
 }

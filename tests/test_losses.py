@@ -14,14 +14,18 @@ from torch.nn.functional import logsigmoid
 
 import bonus_ops
 from bonus_ops import (
+    AbsoluteError,
     CosineBonus,
     CrossEntropy,
     Focal,
+    FocalStar,
     GapLoss,
     GeneralizedCrossEntropy,
+    HaltedFocal,
     LogBonus,
     Poly1,
     PowerBonus,
+    SquaredError,
     SubDataBonus,
     bonus_cross_entropy,
 )
@@ -74,6 +78,16 @@ def test_every_step_of_the_gap_is_rewarded(loss):
     if getattr(loss, "abrupt", 1) < 1:  # the paper's ablation takes the bonus away at once
         steps[(GAPS[:-1] < logit(loss.abrupt)) & (GAPS[1:] > logit(loss.abrupt))] = 0
     assert (steps <= 1e-15).all()
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shared_terms_give_the_value_and_slope_of_finite_gaps(loss, dtype):
+    gap = torch.cat([GAPS, torch.tensor([0.0, 100, -100, 1e4, -1e4])]).to(dtype)
+    (value, slope), eps = loss.value_and_slope(gap), 4 * torch.finfo(dtype).eps
+    # a bonus and 1 - p are exact beside cross-entropy and 1; exp rounds relative to the gap
+    torch.testing.assert_close(value, loss.value(gap), rtol=eps * 20, atol=eps)
+    torch.testing.assert_close(slope, loss.slope(gap), rtol=eps * 20, atol=eps)
 
 
 @EVERY_LOSS
@@ -138,6 +152,8 @@ def test_the_clamp_stops_the_bonus_without_a_jump(bonus, clamp):
         (PowerBonus(1.0), Poly1(1.0), -1.0),
         (LogBonus(0.0), Poly1(1.0), -1.0),
         (SubDataBonus(1.0), LogBonus(1.0), 0.0),
+        (FocalStar(1.0), CrossEntropy(), 0.0),
+        (HaltedFocal(0.0), CrossEntropy(), 0.0),
         (SubDataBonus(1.0, clamp=None), LogBonus(1.0, clamp=None), 0.0),
         (LogBonus(1.0, clamp=None, start=0.0, abrupt=1.0), LogBonus(1.0, clamp=1e-300), 0.0),
     ],
@@ -153,6 +169,20 @@ def test_log_end_one_without_clamp_is_the_negative_gap(dtype):
     loss, gap = LogBonus(log_end=1.0, clamp=None), GAPS.to(dtype)
     torch.testing.assert_close(loss.value(gap), -gap)
     torch.testing.assert_close(loss.slope(gap), torch.ones_like(gap))
+
+
+@pytest.mark.parametrize("loss", [SquaredError(strength=1.0, gamma=2.0), AbsoluteError(strength=1.0, gamma=1.0)])
+def test_a_mirrored_error_is_twice_the_absolute_error_less_one(loss):
+    plain = AbsoluteError()
+    torch.testing.assert_close(loss.value(GAPS), 2 * plain.value(GAPS) - 1, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(loss.slope(GAPS), 2 * plain.slope(GAPS), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
+def test_halted_focal_halts_without_a_jump(gamma):
+    loss = HaltedFocal(gamma)
+    assert value(loss, -1e-9) == pytest.approx(value(loss, 1e-9), abs=1e-8)
+    assert slope(loss, -1.0) == slope(Focal(gamma), -1.0) and slope(loss, 1.0) == slope(CrossEntropy(), 1.0)
 
 
 @pytest.mark.parametrize("q", [1e-3, 1e-6])
@@ -247,6 +277,12 @@ def test_the_jit_pair_agrees_at_infinite_gaps(loss, kernel_device):
         (lambda: SubDataBonus(1.1), ValueError, r"SubDataBonus: k must be in \(0, 1\], got 1.1"),
         (lambda: Focal(-1.0), ValueError, "Focal: gamma must be a finite number >= 0, got -1.0"),
         (lambda: Focal(math.nan), ValueError, "Focal: gamma must be a finite number >= 0, got nan"),
+        (lambda: HaltedFocal(-1.0), ValueError, "HaltedFocal: gamma must be a finite number >= 0, got -1.0"),
+        (lambda: FocalStar(0.0), ValueError, "FocalStar: gamma must be a positive finite number, got 0.0"),
+        (lambda: FocalStar(1.0, math.inf), ValueError, "FocalStar: beta must be finite, got inf"),
+        (lambda: SquaredError(gamma=0.0), ValueError, "SquaredError: gamma must be a positive finite number, got 0.0"),
+        (lambda: SquaredError(strength=math.nan), ValueError, "SquaredError: strength must be finite, got nan"),
+        (lambda: AbsoluteError(gamma="2"), TypeError, "AbsoluteError: gamma must be a number, got str"),
         (lambda: Poly1(-1.1), ValueError, "Poly1: epsilon must be a finite number >= -1, got -1.1"),
         (lambda: GeneralizedCrossEntropy(0.0), ValueError, r"GeneralizedCrossEntropy: q must be in \(0, 1\], got 0.0"),
         (lambda: GeneralizedCrossEntropy([1]), TypeError, "GeneralizedCrossEntropy: q must be a number, got list"),

@@ -11,14 +11,18 @@ import torch.nn.functional as F
 
 import bonus_ops
 from bonus_ops import (
+    AbsoluteError,
     CosineBonus,
     CrossEntropy,
     Focal,
+    FocalStar,
     GapLoss,
     GeneralizedCrossEntropy,
+    HaltedFocal,
     LogBonus,
     Poly1,
     PowerBonus,
+    SquaredError,
     SubDataBonus,
     bonus_cross_entropy,
     reference,
@@ -52,6 +56,14 @@ FORMULAS = [
     (SubDataBonus(1.0), lambda p: -p.log() + (1 - p).clamp(min=1e-5).log()),
     (Focal(2.0), lambda p: -((1 - p) ** 2) * p.log()),
     (Focal(0.5), lambda p: -((1 - p) ** 0.5) * p.log()),
+    (
+        HaltedFocal(2.0),
+        lambda p: -p.log() * torch.where(p > 0.5, 1, (1 - p) ** 2) - 0.75 * math.log(2) * (p > 0.5).to(p),
+    ),
+    (FocalStar(3.0, 0.5), lambda p: -torch.sigmoid(3 * p.logit() + 0.5).log() / 3),
+    (SquaredError(), lambda p: (1 - p) ** 2),
+    (SquaredError(strength=0.7, gamma=3.0), lambda p: (1 - p) ** 2 - 0.7 * p**3),
+    (AbsoluteError(strength=1.0, gamma=2.0), lambda p: 1 - p - p**2),
     (Poly1(-0.5), lambda p: -p.log() - 0.5 * (1 - p)),
     (GeneralizedCrossEntropy(0.7), lambda p: (1 - p**0.7) / 0.7),
 ]

@@ -1,0 +1,318 @@
+"""Losses on a sigmoid, element by element: multi-label classification and detection."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from . import ops, reference, sigmoid_ops
+from .checks import FLOATS, check_bonus
+from .elementwise import Elements
+from .functional import _DEFAULT_BONUS
+from .losses import CrossEntropy, GapLoss
+
+__all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
+
+
+def bonus_binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    alpha: float | None = None,
+    normalizer: float | Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute binary cross-entropy with a bonus for well-classified elements, or any other loss of the gap.
+
+    A drop-in for `torch.nn.functional.binary_cross_entropy_with_logits`, whose signature is the prefix of this one;
+    with ``bonus=None`` it is that function. A logit x with target 1 has the gap x, with target 0 the gap -x, and
+    ``p = sigmoid(gap)`` is the probability of its target, so every loss of the gap is a loss on a sigmoid:
+
+        L = weight (pos_weight t value(x) + (1 - t) value(-x))        dL/dx = -weight pos_weight slope(x)  for t = 1
+
+    Detectors' losses are ``bonus=Focal(gamma)``, `FocalStar`, `HaltedFocal`, `PowerBonus` and `LogBonus` with ``alpha``
+    and ``normalizer``; `SquaredError` and `AbsoluteError` are those of ``sigmoid(x) - t``.
+
+    Args:
+        input: logits of any shape, float16, bfloat16, float32 or float64, any strides. Not written.
+        target: shaped like ``input``, of a floating type, in [0, 1]: 1 positive, 0 negative, between them soft.
+        weight: factor of each element, broadcastable to ``input``.
+        size_average: deprecated, as in torch.
+        reduce: deprecated, as in torch.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        pos_weight: factor of the positive share of each element, broadcastable to ``input``.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        alpha: balance in [0, 1]: factor alpha of the positive share, 1 - alpha of the negative one. None: both 1.
+        normalizer: what ``"mean"`` divides the sum by, instead of the number of elements: a number > 0 or a 0-d tensor.
+            Detectors take the number of positives, see `PositiveCount`.
+        implementation: None chooses; ``"triton"``, ``"torch"`` and ``"reference"`` run or raise.
+
+    Returns:
+        Loss in nats in the dtype of ``target``, as torch (half types give float32 under autocast): a scalar, or shaped
+        like ``input`` for ``"none"``. Differentiable twice in ``input``, once in ``target``. An infinite logit costs
+        the limit, where torch's value may be NaN beside a gradient that is this limit's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: what torch raises for the same fault;
+            NotImplementedError also where ``implementation="triton"`` has no kernel for what was asked.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import Focal, bonus_binary_cross_entropy_with_logits
+        >>> logits, target = torch.tensor([[2.0, -1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+        >>> bonus_binary_cross_entropy_with_logits(logits, target, bonus=None)
+        tensor(0.3778)
+        >>> bonus_binary_cross_entropy_with_logits(logits, target, bonus=Focal(2.0), alpha=0.25, normalizer=1.0)
+        tensor(0.1474)
+
+    References:
+        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
+        AAAI 2022, https://arxiv.org/abs/2110.06537, the object-detection experiments.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    check_bonus(bonus)
+    _check_call(input, target, weight, reduction, pos_weight)
+    reduction = "mean" if reduction == "elementwise_mean" else reduction
+    divisor = _divisor(normalizer, reduction, input)
+    dtype = target.dtype
+    if dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.float32
+    loss = CrossEntropy() if bonus is None else bonus
+    of = Elements(input, target, _on(weight, input), _on(pos_weight, input), loss, _scales(alpha))
+    how = _choose(of, implementation)
+    if how == "reference":
+        value = reference.elements(*of)
+        if reduction != "none":
+            value = value.sum() / divisor
+    elif reduction == "none":
+        value = sigmoid_ops.element_losses(of, dtype, how)
+    else:
+        value = sigmoid_ops.element_sum(of, divisor, how)
+    return value.to(dtype)
+
+
+class BonusBCEWithLogitsLoss(nn.Module):
+    """Binary cross-entropy with a bonus; a drop-in for `torch.nn.BCEWithLogitsLoss`.
+
+    Args: as in `bonus_binary_cross_entropy_with_logits`, without input and target. ``weight`` and ``pos_weight`` are
+    buffers, so ``.to()`` moves them. ``normalizer`` may also be given to each call, where it changes by the batch.
+
+    Shape:
+        input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import BonusBCEWithLogitsLoss
+        >>> BonusBCEWithLogitsLoss(bonus=None)(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+        tensor(0.2201)
+    """
+
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        bonus: GapLoss | None = _DEFAULT_BONUS,
+        alpha: float | None = None,
+        normalizer: float | Tensor | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.bonus = bonus
+        self.alpha = alpha
+        self.normalizer = normalizer
+        self.implementation = implementation
+
+    def forward(self, input: Tensor, target: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return bonus_binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            bonus=self.bonus,
+            alpha=self.alpha,
+            normalizer=self.normalizer if normalizer is None else normalizer,
+            implementation=self.implementation,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options that differ between instances."""
+        return f"bonus={self.bonus}, alpha={self.alpha}, reduction={self.reduction!r}"
+
+
+class PositiveCount(nn.Module):
+    """Moving average of the number of positives in a batch, what detectors divide their loss by.
+
+    ``average = momentum average + (1 - momentum) max(count, 1)``, updated by each call in training mode. The average
+    is a buffer, so checkpoints keep it; nothing waits for the device.
+
+    Args:
+        momentum: in [0, 1). Default .9.
+        initial: average before the first batch, > 0. Default 100.
+
+    Shape:
+        target any shape, positive where > 1/2; output the average, a 0-d float32 tensor.
+
+    Raises:
+        ValueError: momentum or initial is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import PositiveCount
+        >>> positives = PositiveCount(momentum=0.9, initial=100.0)
+        >>> positives(torch.tensor([1.0, 0.0, 1.0]))
+        tensor(90.2000)
+    """
+
+    average: Tensor
+
+    def __init__(self, momentum: float = 0.9, initial: float = 100.0) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"PositiveCount: momentum must be in [0, 1), got {momentum!r}")
+        if not 0 < initial < math.inf:
+            raise ValueError(f"PositiveCount: initial must be a positive finite number, got {initial!r}")
+        self.momentum = momentum
+        self.register_buffer("average", torch.tensor(float(initial)))
+
+    @torch.no_grad()
+    def forward(self, target: Tensor) -> Tensor:
+        """Count ``target`` into the average and return it."""
+        if self.training:
+            count = (target > 0.5).sum().clamp(min=1)
+            # a new tensor: the last one may be awaiting its backward
+            self.average = self.average * self.momentum + count * (1 - self.momentum)
+        return self.average
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight: Any) -> None:
+    """Raise what torch raises for a wrong type, device, dtype or shape, nothing having been computed."""
+    try:
+        _reduction.get_enum(reduction)
+    except ValueError as error:
+        raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
+    fault = _fault(input, target, weight, pos_weight)
+    if fault is None:
+        return
+    try:
+        binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    except Exception as error:
+        first_line = str(error).split("\n")[0]
+        raise type(error)(f"{first_line}\n{fault}") from None
+    raise RuntimeError(fault)
+
+
+def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
+    for name, x in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        given = name in ("input", "target")
+        if x is None and not given:
+            continue
+        if not isinstance(x, Tensor):
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}."
+        if x.layout != torch.strided:
+            return f"Expected {name} to be dense (torch.strided), got {x.layout}."
+        if x.dtype not in FLOATS if given else x.is_complex():
+            return f"Expected {name} of float16, bfloat16, float32 or float64, got {x.dtype}."
+        if x.device != input.device and (given or x.dim() > 0):
+            return f"Expected {name} on the device of input, {input.device}, got {x.device}."
+        if given and x.shape != input.shape:
+            return f"Expected target of the shape of input, {list(input.shape)}, got {list(x.shape)}."
+        if not given and not _broadcasts(x.shape, input.shape):
+            return f"Expected {name} to broadcast to the shape of input, {list(input.shape)}, got {list(x.shape)}."
+        if not given and x.requires_grad and torch.is_grad_enabled():
+            return f"Expected {name} not to require a gradient."
+    return None
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    if len(shape) > len(to):
+        return False
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """Return a weight as kernels read it: floating, on the device of the input (torch takes 0-d ones from anywhere)."""
+    if weight is None:
+        return None
+    dtype = weight.dtype if weight.dtype in FLOATS else reference.accumulation_dtype(input.dtype)
+    return weight.to(input.device, dtype)
+
+
+def _scales(alpha: float | None) -> tuple[float, float]:
+    if alpha is None:
+        return 1.0, 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha!r}")
+    return float(alpha), 1 - float(alpha)
+
+
+def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
+    """Return what the sum of the losses is divided by."""
+    if normalizer is None:
+        return float(input.numel()) if reduction == "mean" else 1.0
+    if reduction != "mean":
+        raise ValueError(f"normalizer is what reduction='mean' divides by, got it with reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() > 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+        return normalizer
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")
+    if not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer must be a positive finite number, got {normalizer!r}")
+    return float(normalizer)
+
+
+def _choose(of: Elements, requested: str | None) -> str:
+    """Return the implementation; what only the formula can do falls to it, unless kernels were asked for."""
+    if requested not in (None, "triton", "torch", "reference"):
+        raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
+    formula = None
+    if of.target.requires_grad and torch.is_grad_enabled():
+        formula = "the gradient of target"
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        formula = "torch.func transforms"
+    elif not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        formula = "forward-mode derivatives"
+    if requested == "triton":
+        why = ops.why_not_triton(of.input.device.type)
+        if why is not None:
+            raise RuntimeError(f"implementation='triton' cannot run: {why}")
+        if formula is not None:
+            raise NotImplementedError(f"implementation='triton' has no kernel for {formula}; None computes it")
+        return requested
+    if formula is not None:
+        return "reference"
+    if requested is not None:
+        return requested
+    return "torch" if of.loss.kernel is None else ops.default_implementation(of.input.device.type)

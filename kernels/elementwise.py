@@ -1,0 +1,170 @@
+"""Losses of the gap on a sigmoid: input x and target t in [0, 1], element by element.
+
+    L = weight (positive pos_weight t value(x) + negative (1 - t) value(-x))        (positive, negative) = scales
+
+A hard target has one of the two terms, so the other is computed only in a tile that holds a soft one.
+
+Traffic an element, of b bytes a logit and c a target: forward reads b + c and writes its loss, or 4 bytes a program for
+a sum; backward reads b + c, and the upstream gradient if it is not one number, and writes b. Weights are read where
+they lie, broadcast.
+
+``operands`` are (input, target, weight or None, pos_weight or None). All tensors of a launch are walked over one
+``shape``, slowest axis first, by strides, or by None where their elements lie in order.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .forward import widen
+from .rows import accumulable
+
+
+class Elements(NamedTuple):
+    """A tile; the likelier target of an element is 1 where t > 1/2."""
+
+    likely: tl.tensor
+    gap: tl.tensor  # x where likely, else -x
+    share: tl.tensor  # weight of value(gap)
+    other: tl.tensor  # weight of value(-gap), 0 for a hard target
+
+
+@triton.jit
+def offset(index, shape, strides, WIDE: tl.constexpr):
+    """Return where the elements number ``index`` of a tensor lie."""
+    if strides is None:
+        return index
+    else:
+        if not WIDE:  # a 64-bit division takes some 100 instructions
+            index = index.to(tl.int32)
+        at = index * 0
+        for i in tl.static_range(len(shape) - 1):
+            axis: tl.constexpr = len(shape) - 1 - i
+            at += index % shape[axis] * strides[axis]
+            index = index // shape[axis]
+        return at + index * strides[0]
+
+
+@triton.jit
+def load(ptr, index, mask, shape, strides, WIDE: tl.constexpr):
+    """Load in the accumulation dtype: float64 stays, the rest becomes float32; masked lanes are 0."""
+    at = ptr + offset(index, shape, strides, WIDE)
+    if mask is None:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask, 0.0)
+    return accumulable(x)
+
+
+@triton.jit
+def store(ptr, index, x, mask, shape, strides, WIDE: tl.constexpr):
+    if ptr.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)  # no conversion leads from float64 to bfloat16 at once
+    at = ptr + offset(index, shape, strides, WIDE)
+    if mask is None:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask)
+
+
+@triton.jit
+def load_elements(operands, index, mask, shape, strides, scales, WIDE: tl.constexpr):
+    t = load(operands[1], index, mask, shape, strides[1], WIDE)
+    x = load(operands[0], index, mask, shape, strides[0], WIDE) + tl.zeros((), t.dtype)  # float64 if t is
+    scales = widen(scales[0], scales[1], x)
+    one, zero = t * scales[0], (1.0 - t) * scales[1]
+    if operands[3] is not None:
+        one *= load(operands[3], index, mask, shape, strides[3], WIDE)
+    if operands[2] is not None:
+        weight = load(operands[2], index, mask, shape, strides[2], WIDE)
+        one, zero = one * weight, zero * weight
+    likely = t > 0.5
+    return Elements(likely, tl.where(likely, x, -x), tl.where(likely, one, zero), tl.where(likely, zero, one))
+
+
+@triton.jit
+def any_soft(elements):
+    return tl.max((elements.other != 0.0).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def loss_of(operands, index, mask, shape, strides, loss_params, scales, VALUE: tl.constexpr, WIDE: tl.constexpr):
+    e = load_elements(operands, index, mask, shape, strides, scales, WIDE)
+    numbers = widen(loss_params[0], loss_params[1], e.gap)
+    loss = e.share * VALUE(e.gap, numbers)
+    if any_soft(e):
+        # no share costs nothing, even where the loss is infinite
+        loss += tl.where(e.other == 0.0, 0.0, e.other * VALUE(-e.gap, numbers))
+    return loss
+
+
+@triton.jit
+def gradient_of(operands, index, mask, shape, strides, loss_params, scales, SLOPE: tl.constexpr, WIDE: tl.constexpr):
+    e = load_elements(operands, index, mask, shape, strides, scales, WIDE)
+    numbers = widen(loss_params[0], loss_params[1], e.gap)
+    slope = e.share * SLOPE(e.gap, numbers)
+    if any_soft(e):
+        slope -= e.other * SLOPE(-e.gap, numbers)
+    return tl.where(e.likely, -slope, slope)
+
+
+@triton.jit(do_not_specialize=["n"])
+def elementwise_kernel(
+    operands, out_ptr, n, shape, strides, loss_params, scales,
+    VALUE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Loss of each element of one tile."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    index = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= n:  # a mask would keep vectors apart
+        loss = loss_of(operands, index, None, shape, strides, loss_params, scales, VALUE, WIDE)
+        store(out_ptr, index, loss, None, shape, strides[4], WIDE)
+    else:
+        loss = loss_of(operands, index, index < n, shape, strides, loss_params, scales, VALUE, WIDE)
+        store(out_ptr, index, loss, index < n, shape, strides[4], WIDE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def elementwise_sum_kernel(
+    operands, sums_ptr, n, shape, strides, loss_params, scales,
+    VALUE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sum of the losses of TILES tiles, one number a program: added lane by lane, then across lanes."""
+    first = tl.program_id(0) * TILES
+    whole = (n // BLOCK).to(tl.int32) - first  # tiles from here on that no mask cuts
+    index = first.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], sums_ptr.dtype.element_ty)
+    for tile in range(0, tl.minimum(whole, TILES)):
+        total += loss_of(operands, index + tile * BLOCK, None, shape, strides, loss_params, scales, VALUE, WIDE)
+    if (whole < TILES) & (n % BLOCK > 0):
+        index += whole * BLOCK
+        loss = loss_of(operands, index, index < n, shape, strides, loss_params, scales, VALUE, WIDE)
+        total += tl.where(index < n, loss, 0.0)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def load_upstream(ptr, index, mask, shape, strides, WIDE: tl.constexpr, ONE: tl.constexpr):
+    if ONE:
+        return accumulable(tl.load(ptr))
+    else:
+        return load(ptr, index, mask, shape, strides, WIDE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def elementwise_backward_kernel(
+    operands, upstream_ptr, grad_ptr, n, shape, strides, loss_params, scales,
+    SLOPE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ONE_UPSTREAM: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one tile from the upstream gradient: one number, or one for each element."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    index = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= n:
+        upstream = load_upstream(upstream_ptr, index, None, shape, strides[5], WIDE, ONE_UPSTREAM)
+        grad = gradient_of(operands, index, None, shape, strides, loss_params, scales, SLOPE, WIDE)
+        store(grad_ptr, index, grad * upstream, None, shape, strides[4], WIDE)
+    else:
+        upstream = load_upstream(upstream_ptr, index, index < n, shape, strides[5], WIDE, ONE_UPSTREAM)
+        grad = gradient_of(operands, index, index < n, shape, strides, loss_params, scales, SLOPE, WIDE)
+        store(grad_ptr, index, grad * upstream, index < n, shape, strides[4], WIDE)

@@ -1,0 +1,67 @@
+"""Every launch of sigmoid_ops.py through the JIT's own binder and compiler, for a GPU that is not here.
+
+Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to.
+"""
+
+import json
+import re
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+from bench.codegen import NVIDIA, describe, disassemble, parse
+from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus, sigmoid_ops
+from bonus_ops.elementwise import Elements
+from tests.compile_launches import Driver
+
+BUILT: list[dict] = []
+
+
+def launch(case: str, input, target, loss: GapLoss, only: str = "", weight=None, pos_weight=None, upstream=None):
+    """Make the launches of a sum, of single losses and of a gradient, or only one of them."""
+    of = Elements(input, target, weight, pos_weight, loss, (0.25, 0.75))
+    before = len(BUILT)
+    if only in ("", "sum"):
+        sigmoid_ops._launch_forward(of, True, input.new_empty((), dtype=of.dtype))
+    if only in ("", "losses"):
+        sigmoid_ops._launch_forward(of, False, torch.empty_like(target))
+    if only in ("", "gradient"):
+        sigmoid_ops._launch_backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
+    for built in BUILT[before:]:
+        built["case"] = case
+
+
+def main() -> None:
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        built = run(self, *args, grid=grid, warmup=True, **kwargs)
+        usage, text = disassemble(built.asm["cubin"])
+        registers, stack = map(int, re.findall(r"(?:REG|STACK):(\d+)", usage))
+        opcodes, loops = parse(text, NVIDIA)
+        found = describe(opcodes, NVIDIA, 1) | {"loops": [describe(loop, NVIDIA, 1) for loop in loops]}
+        BUILT.append({"kernel": self.__name__, "registers": registers, "stack": stack, **found})
+        return built
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(Driver())
+
+    def rows(dtype, *shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    launch("in order", rows(torch.bfloat16, 5, 1003), rows(torch.bfloat16, 5, 1003), LogBonus())
+    launch("in order", rows(torch.float32, 5, 1003), rows(torch.float32, 5, 1003), Focal())
+    launch("in order", rows(torch.bfloat16, 4, 1000), rows(torch.float32, 4, 1000), CrossEntropy(), "gradient")
+    launch("float64", rows(torch.float64, 70), rows(torch.float64, 70), CrossEntropy(), "gradient")
+    launch("one", rows(torch.float32), rows(torch.float32), CrossEntropy(), weight=rows(torch.float32))
+    weights = {"weight": rows(torch.float32, 600, 1), "pos_weight": rows(torch.float32, 80)}
+    launch("weights", rows(torch.float32, 600, 80), rows(torch.float32, 600, 80), CrossEntropy(), "sum", **weights)
+    launch("transposed", rows(torch.float16, 80, 600).t(), rows(torch.float16, 600, 80), CrossEntropy(), "gradient",
+           upstream=rows(torch.float16, 1, 80).expand(600, 80))  # fmt: skip
+    launch("wide", *(rows(torch.bfloat16, 1 << 15, 1).expand(1 << 15, 1 << 17),) * 2, CrossEntropy(), "sum")
+    print(json.dumps(BUILT))
+
+
+if __name__ == "__main__":
+    main()
