@@ -204,7 +204,7 @@ def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
 
 
 def _by_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the elementwise ``function`` of ``x`` [N] or [N, 1], by whole vectors: no element's bits tell its place."""
+    """Return the elementwise ``function`` of ``x`` [N] or [N, 1], by whole vectors: no bits tell a place."""
     return _first(function(_padded(x)), len(x))
 
 
