@@ -391,7 +391,7 @@ def _second_sweep(
         _exp_(e, e)
         _spread(e, scale[rows, None], sum_exp[rows, None], label[rows], None if counts is None else counts[rows])
         if at_label is not None:
-            keep = at_label[rows] if counts is None else at_label[rows] * counts[rows]
+            keep = at_label[rows] if counts is None else at_label[rows].masked_fill(~counts[rows], 0.0)
             e.scatter_(1, label[rows], keep[:, None])
         outs[i].copy_(_as_rows(outs[i], e))
     return out
