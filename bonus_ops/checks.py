@@ -51,7 +51,7 @@ def checked_label_smoothing(label_smoothing: Any) -> float:
             f"{type(label_smoothing).__name__}"
         )
     if not 0 <= float(label_smoothing) <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing)}")
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing):g}")
     return float(label_smoothing)
 
 
