@@ -163,10 +163,10 @@ def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device)
 
 
 @in_kernels
-@pytest.mark.parametrize("n_classes", [16392, 32784])
-def test_a_split_row_is_merged_by_one_tree(n_classes, kernel_device):
+def test_a_split_row_is_merged_by_one_tree(kernel_device):
     from bonus_ops.kernels import launch
 
-    assert len({launch.forward(n_rows, n_classes) for n_rows in (1, 7, 600, 10**6)}) == 1
-    logits, target = cases.typical(cases.generator(), 3, n_classes, torch.float32, kernel_device)
+    for n_classes in (16392, 32784, 10**6):
+        assert len({launch.forward(n_rows, n_classes) for n_rows in (1, 7, 600, 10**6)}) == 1
+    logits, target = cases.typical(cases.generator(), 2, 16392, torch.float32, kernel_device)
     assert_rows_stand_alone(logits, target, [slice(1, 2)], bonus=LogBonus(), implementation="triton")
