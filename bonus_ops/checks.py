@@ -71,7 +71,7 @@ def checked_label_smoothing(label_smoothing: Any) -> float:
     if not isinstance(label_smoothing, (int, float)):
         _ask_torch(label_smoothing=label_smoothing)
     if not 0 <= float(label_smoothing) <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing)}")
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {float(label_smoothing):g}")
     return float(label_smoothing)
 
 

@@ -3,12 +3,17 @@
 Same quantities as ``kernels/``: logits [outer, inner, C] in, one number a row out, rows counted outer * inner.
 `forward` and `backward` are the pair the kernels have; `visit` makes the gradient while a block is in cache, for an
 upstream gradient known in advance.
+
+A row's results do not depend, to the bit, on the rows around it. torch sees to that but for three things, met here: the
+last few elements of a loop it computes by other functions than whole vectors (`_exp_`, `_by_vectors`), the last few
+rows of a class-major block it adds up in another order (`_Plan.buffer`), and a single long row it splits over threads
+(`_row_sum`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +40,9 @@ WORKSPACE_SHARE_ALONE = 0.5  # where no gradient is made
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
 NUMPY_THREADS = 4  # up to here numpy's argmax on one of them is faster than chunks on all
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
+COLUMN_CLASSES_APART = 1024  # and up to here where classes lie apart; beyond, `VECTOR` rows of them would cost too much
+VECTOR = 64  # elements that torch's loops take whole: a multiple of their step in any dtype and on any CPU
+GRAIN = 1 << 15  # elements below which torch uses one thread
 
 
 class RowOutputs(NamedTuple):
@@ -65,7 +73,7 @@ class _Plan:
         share = WORKSPACE_SHARE_ALONE if unwritten is None else share
         n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
         n_own = min(max(n_elements // n_classes, 1), largest)
-        self.own = logits.new_empty(n_buffers * n_own * n_classes, dtype=dtype)
+        self.own = logits.new_empty(n_buffers * self.padded(n_own) * n_classes, dtype=dtype)
         self.tail = None
         if unwritten is not None and not self.by_class and n_inner == 1 and unwritten.is_contiguous():
             whole = unwritten.numel() * unwritten.element_size() // dtype.itemsize * dtype.itemsize
@@ -90,9 +98,13 @@ class _Plan:
             return x[:, 0].split_with_sizes(self.sizes)
         return [x[index] for index in self.indices]
 
+    def padded(self, n_rows: int) -> int:
+        """Return how many rows a buffer for so many has."""
+        return -(-n_rows // VECTOR) * VECTOR if self.by_class else n_rows
+
     def buffer(self, which: int, block: int) -> Tensor:
-        """Return buffer number ``which`` for a block, [rows, C]."""
-        n_rows = self.sizes[block]
+        """Return buffer number ``which`` for a block, [rows, C], class-major with rows up to a whole `VECTOR`."""
+        n_rows = self.padded(self.sizes[block])
         size = n_rows * self.n_classes
         if self.by_class:
             return self.own.as_strided((n_rows, self.n_classes), (1, n_rows), which * size)
@@ -103,14 +115,27 @@ class _Plan:
 
 
 def _by_class(logits: Tensor) -> bool:
-    return logits.shape[2] <= COLUMN_CLASSES or logits.stride(2) != 1
+    return logits.shape[2] <= (COLUMN_CLASSES if logits.stride(2) == 1 else COLUMN_CLASSES_APART)
 
 
 def _as_rows(piece: Tensor, rows: Tensor) -> Tensor:
-    """Return the buffer ``rows`` [N, C] shaped like a piece, which may be [outer, inner, C]."""
+    """Return the first rows of the buffer ``rows`` [N, C] shaped like a piece, which may be [outer, inner, C]."""
     if piece.dim() == 2:
-        return rows
+        return _first(rows, len(piece))
     return rows.as_strided(piece.shape, (rows.stride(0) * piece.shape[1], *rows.stride()), rows.storage_offset())
+
+
+def _first(x: Tensor, n_rows: int) -> Tensor:
+    """Return ``x`` [N, ...] without padding."""
+    return x if x.shape[0] == n_rows else x[:n_rows]
+
+
+def _fill(rows: Tensor, piece: Tensor) -> None:
+    """Copy a piece into the buffer ``rows``, whose other rows become 0."""
+    n_rows = piece.shape[:-1].numel()
+    if n_rows < len(rows):
+        rows[n_rows:].zero_()
+    _as_rows(piece, rows).copy_(piece)
 
 
 def _max(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,9 +179,48 @@ def _origin(maximum: Tensor) -> Tensor:
     return maximum.clamp(min=torch.finfo(maximum.dtype).min)
 
 
+def _threads(n: int) -> int:
+    """Return how many threads torch shares ``n`` elements among."""
+    return 1 if n <= GRAIN else min(torch.get_num_threads(), -(-n // GRAIN))
+
+
+def _whole(n: int) -> int:
+    """Return how many of ``n`` elements make whole vectors for every thread."""
+    threads = _threads(n)
+    whole = n - n % (VECTOR * threads)
+    return whole if _threads(whole) == threads else _whole(whole)
+
+
 def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
     """Return e^shifted by exp2: on CPUs several times faster than exp, as accurate once the max is subtracted."""
-    return torch.mul(shifted, LOG2_E, out=out).exp2_()
+    torch.mul(shifted, LOG2_E, out=out)
+    n = out.numel()
+    whole = _whole(n)
+    if whole == n:
+        return out.exp2_()
+    flat = out.as_strided((n,), (1,), out.storage_offset())
+    flat[:whole].exp2_()
+    last = flat[whole:]
+    last.copy_(_by_vectors(torch.exp2, last))
+    return out
+
+
+def _by_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the elementwise ``function`` of ``x`` [N] or [N, 1], by whole vectors: no bits tell a place."""
+    return _first(function(_padded(x)), len(x))
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Return ``x`` [N] or [N, 1] with zeros up to whole vectors for every thread."""
+    missing = -x.numel() % (VECTOR * _threads(x.numel()))
+    return torch.constant_pad_nd(x, (0, missing) if x.dim() == 1 else (0, 0, 0, missing)) if missing else x
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """Return the sum of each row [N, 1]; torch would split a single long row over threads, but not one of two."""
+    if len(x) == 1 and _threads(x.numel()) > 1:
+        return x.expand(2, -1).sum(1, keepdim=True)[:1]
+    return x.sum(1, keepdim=True)
 
 
 def _target_logits(logits: Tensor, label: Tensor) -> Tensor:
@@ -166,20 +230,25 @@ def _target_logits(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) -> _Columns:
-    """Summarise the rows ``z`` [N, C], which are overwritten; leave exp(z - max), 0 at the label, in ``e``."""
+    """Summarise the rows ``z`` [N, C], which are overwritten; leave exp(z - max), 0 at the label, in ``e``.
+
+    Rows of ``z`` and ``e`` beyond the labels are padding.
+    """
     z.scatter_(1, label, -math.inf)
     maximum, runner_up = _max(z) if scores else (z.amax(1, keepdim=True), label)
     z.sub_(_origin(maximum))
     z.scatter_(1, label, LOWEST)
-    sum_exp = _exp_(z, e).sum(1, keepdim=True)
+    sum_exp = _row_sum(_exp_(z, e))
+    if len(z) > len(label):
+        maximum, runner_up, sum_exp = (x[: len(label)] for x in (maximum, runner_up, sum_exp))
     gap = (z_target - maximum) - sum_exp.log()
     if not scores:
         return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
-    sum_exp_z = z.mul_(e).sum(1, keepdim=True)  # NaN if a logit is -inf: `_repair`
+    sum_exp_z = _first(_row_sum(z.mul_(e)), len(label))  # NaN if a logit is -inf: `_repair`
     if z.stride(1) == 1:
         sum_exp2 = torch.linalg.vector_norm(e, 2, 1, keepdim=True).square_()
     else:
-        sum_exp2 = torch.mul(e, e, out=z).sum(1, keepdim=True)
+        sum_exp2 = _first(torch.mul(e, e, out=z).sum(1, keepdim=True), len(label))
     return _Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
 
@@ -191,15 +260,16 @@ def _repair(logits: Tensor, label: Tensor, columns: _Columns) -> None:
     spoilt = (spoilt & ~columns.sum_exp.isnan())[:, 0].nonzero()[:, 0]
     n_inner = logits.shape[1]
     for index in torch.split(spoilt, max(BLOCK_ELEMENTS // (8 * logits.shape[2]), 1)):
-        z = logits[index // n_inner, index % n_inner].to(columns.gap.dtype)
+        z = logits[index // n_inner, index % n_inner].to(columns.gap.dtype).contiguous()
         z = (z - _origin(columns.maximum[index])).clamp_(min=LOWEST).scatter_(1, label[index], LOWEST)
-        columns.sum_exp_z[index] = z.mul_(_exp_(z, torch.empty_like(z))).sum(1, keepdim=True)
+        columns.sum_exp_z[index] = _row_sum(z.mul_(_exp_(z, torch.empty_like(z))))
 
 
 def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
     """Turn a sweep's columns into loss and scores, once for all rows."""
     gap, maximum, sum_exp = (c[:, 0] for c in columns[:3])
-    value = loss.value(gap)
+    padded = _padded(gap)
+    value = _first(loss.value(padded), len(gap))
     if counts is not None:
         value = value.masked_fill_(~counts, 0.0)
     saved = torch.stack([gap, maximum, sum_exp])
@@ -208,7 +278,7 @@ def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: boo
     z_target, sum_exp2, sum_exp_z, runner_up = (c[:, 0] for c in columns[3:])
     total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
     rest_lse = total.log()
-    p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
+    p, u = _first(torch.sigmoid(padded), len(gap)), _first(torch.sigmoid(-padded), len(gap))
     plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
     el2n = u * torch.sqrt(1 + sum_exp2 / (total * total))
     margin = z_target - maximum
@@ -240,6 +310,7 @@ def _spread(e: Tensor, slope: Tensor, sum_exp: Tensor, label: Tensor, counts: Te
 
     A sum below 1 is 0: a row with no rest, which teaches nothing. At the label an infinite slope is NaN, as torch's.
     """
+    e = _first(e, len(label))
     e.mul_(slope / sum_exp.clamp(min=1.0))
     pull = slope * sum_exp.clamp(max=1.0)
     e.scatter_(1, label, pull * 0.0 - pull)
@@ -274,10 +345,10 @@ def visit(
     for i, source in enumerate(sources):
         z = plan.buffer(0, i)
         e = grads[i] if in_place else plan.buffer(1, i)
-        _as_rows(source, z).copy_(source)
+        _fill(z, source)
         found.append(_sweep(z, labels[i], z_targets[i], e, scores))
         if grad is not None:
-            slope = loss.slope(found[i].gap) * weights[i]
+            slope = _by_vectors(loss.slope, found[i].gap) * weights[i]
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
                 grads[i].copy_(_as_rows(source, e))
@@ -291,13 +362,16 @@ def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss
 ) -> Tensor:
     """Return the gradient from the saved columns [3, N] and the upstream gradient [N]: one read, one write."""
-    slope = loss.slope(saved[0]) * grad_loss.to(saved.dtype)
+    slope = _by_vectors(loss.slope, saved[0]) * grad_loss.to(saved.dtype)
     return _second_sweep(logits, target, ignore_index, saved, slope, None)
 
 
 def softmax(logits: Tensor, target: Tensor, saved: Tensor, ignore_index: int) -> Tensor:
     """Return the probabilities in the dtype of the logits, 0 where ignored; the label's is sigmoid(gap)."""
-    return _second_sweep(logits, target, ignore_index, saved, torch.sigmoid(-saved[0]), torch.sigmoid(saved[0]))
+    gap = saved[0]
+    return _second_sweep(
+        logits, target, ignore_index, saved, _by_vectors(torch.sigmoid, -gap), _by_vectors(torch.sigmoid, gap)
+    )
 
 
 def _second_sweep(
@@ -316,11 +390,12 @@ def _second_sweep(
         rows = slice(row, row + n_rows)
         row += n_rows
         e = plan.buffer(0, i)
-        _as_rows(sources[i], e).copy_(sources[i])
-        _exp_(e.sub_(_origin(maximum[rows, None])), e)
+        _fill(e, sources[i])
+        _first(e, n_rows).sub_(_origin(maximum[rows, None]))
+        _exp_(e, e)
         _spread(e, scale[rows, None], sum_exp[rows, None], label[rows], None if counts is None else counts[rows])
         if at_label is not None:
-            keep = at_label[rows] if counts is None else at_label[rows] * counts[rows]
+            keep = at_label[rows] if counts is None else at_label[rows].masked_fill(~counts[rows], 0.0)
             e.scatter_(1, label[rows], keep[:, None])
         outs[i].copy_(_as_rows(outs[i], e))
     return out

@@ -22,15 +22,14 @@ def _power_of_two(n: int) -> int:
 def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
-    A long row gets 256 threads to itself, short ones share 128. Where rows alone leave multiprocessors idle, a row is
-    split; the split depends on sizes only, so results repeat bit by bit.
+    A long row gets 256 threads to itself, short ones share 128. A row of 8 tiles or more is split over up to 16
+    programs, whatever the number of rows, so that it is always merged by the same tree: its bits do not tell its batch.
     """
     n_chunks = max(n_classes // CHUNK, 1)
     if n_chunks < 256:
         return _short_rows(n_chunks, warp_size)
     parts = 1
-    # 528 programs of 256 threads fill 132 multiprocessors; a part below 4 tiles is not worth its merge
-    while parts * n_rows < 528 and n_chunks // (256 * parts * 2) >= 4:
+    while parts < 16 and n_chunks // (256 * parts * 2) >= 4:  # a part below 4 tiles is not worth its merge
         parts *= 2
     return Launch(1, 256, parts, 256 // warp_size)
 

@@ -34,7 +34,9 @@ def assert_within_budget(
     assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
     truth = truth.detach().cpu()
     got = actual.detach().cpu().double()
-    eager_error = 0.0 if eager is None else float(_error(eager.detach().cpu().double(), truth).nan_to_num().max())
+    eager_error = 0.0
+    if eager is not None and truth.numel() > 0:
+        eager_error = float(_error(eager.detach().cpu().double(), truth).nan_to_num().max())
     floor = torch.as_tensor(floor, dtype=torch.float64).cpu().expand(truth.shape)
     allowed = factor * eager_error + floor * truth.abs().clamp(min=unit)
     allowed = torch.where(truth.isfinite(), allowed, 0.0)

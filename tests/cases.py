@@ -127,7 +127,7 @@ CLASS_COUNTS = (
     2056,  # one full tile of 2048 and a partial one
 )
 MULTI_TILE = 5003  # two full tiles, a partial one, misaligned rows; one program a row
-SPLIT_FORWARD = 16391  # 8 tiles shared by 2 programs a row, for up to 263 rows
+SPLIT_FORWARD = 16391  # 8 tiles shared by 2 programs a row
 SPLIT_BOTH = 32779  # 17 tiles and a tail: 4 programs a row forward, 2 backward
 EMPTY_PART = 67595  # 34 tiles over 8 programs a row: the last one has none
 

@@ -1,9 +1,10 @@
 """Seeded faults: each is one real mistake of a peer or of the naive formula, and each must turn a test red.
 
-    python -m tests.mutants
+    python -m tests.mutants [PART OF A FAULT ...]
 
-applies every fault to its own copy of the tree and runs the few tests named beside it; exits 1 if one survives.
-Kernels are interpreted.
+applies every fault (or those named) to its own copy of the tree and runs the test named beside it; exits 1 if one
+survives. Kernels are interpreted. ``seen_in`` says where the fault, or one of the same kind, was found: an issue or
+pull request, or a peer run on the same input; without it, it is a mistake that the formula or the layout invites.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Mutant(NamedTuple):
     old: str  # occurs once in the file
     new: str
     test: str  # node that must fail
+    seen_in: str = ""  # the peer that had it
 
 
 def path(case: str) -> str:
@@ -63,15 +65,18 @@ MUTANTS = (
         "a row's alignment is that of the first row", "bonus_ops/ops.py",
         "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):", "if False:",
         f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
+        seen_in="linkedin/Liger-Kernel PR #1430: an alignment hint that does not hold",
     ),
     Mutant(
         "row offsets are int32", "kernels/rows.py",
         "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS", f"{KERNELS}::test_offsets_pass_int32",
+        seen_in="Dao-AILab/flash-attention #714, linkedin/Liger-Kernel #251, pytorch/pytorch #190139",
     ),
     # sums
     Mutant(
         "-inf - -inf is not guarded", "kernels/rest.py",
         'return tl.where(maximum == -float("inf"), 0.0, maximum)', "return maximum", path("fp32-masked-1003"),
+        seen_in="Dao-AILab/flash-attention #1930; linkedin/Liger-Kernel 0.8.5 when a row's first block is -inf",
     ),
     Mutant(
         "0 * -inf is not guarded", "kernels/rest.py",
@@ -95,11 +100,13 @@ MUTANTS = (
         "log2(e) is multiplied in before the max is subtracted", "kernels/rest.py",
         "e = exp(d)", "e = tl.exp2(z * 1.4426950408889634 - at[:, :, None] * 1.4426950408889634)",
         path("fp32-far_shifted-10"),
+        seen_in="pytorch/pytorch PR #195829: a common offset changes the loss",
     ),
     Mutant(
         "float64 is summed in float32", "kernels/rows.py",
         "if z.dtype == tl.float64:\n        return z\n", "if z.dtype == tl.float64:\n        return z.to(tl.float32)\n",
         path("fp64-typical-10"),
+        seen_in="linkedin/Liger-Kernel 0.8.5 and flash-attention: float64 to 1e-7 only",
     ),
     # the runner-up
     Mutant(
@@ -126,6 +133,7 @@ MUTANTS = (
         "the loss is lse - z", "kernels/scores.py",
         "gap = (z_target - rest.max) - tl.log(rest.sum_exp)", "gap = z_target - (rest.max + tl.log(rest.sum_exp))",
         path("fp32-shifted-10"),
+        seen_in="ml-explore/mlx PR #4188; Liger-Kernel and flash-attention: 1.3e-4 at an offset of 1e4",
     ),
     Mutant(
         "log(1 + x) stands for log1p", "kernels/scalar.py",
@@ -165,11 +173,13 @@ MUTANTS = (
         "labels past the last class are read", "kernels/rows.py",
         "(target >= 0) & (target < n_classes)", "(target >= 0)",
         f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10-10]",
+        seen_in="flash-attention: a plausible loss for label V; tenstorrent/tt-metal #53209",
     ),
     Mutant(
         "labels below 0 are read", "kernels/rows.py",
         "(target >= 0) & (target < n_classes)", "(target < n_classes)",
         f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10--1]",
+        seen_in="flash-attention: a plausible loss for label -1",
     ),
     # the gradient
     Mutant(
@@ -180,6 +190,7 @@ MUTANTS = (
         "ignored rows pass on what they hold", "kernels/backward.py",
         "slope = tl.where(rows.ignored, 0.0, slope)", "slope = slope",
         f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
+        seen_in="torch 2.13.0 and flash-attention: NaN gradient of an ignored row of NaN",
     ),
     Mutant(
         "the tail is not written", "kernels/spread.py",
@@ -194,32 +205,38 @@ MUTANTS = (
         "the upstream gradient is taken as contiguous", "kernels/backward.py",
         "grad_loss_ptr + row * grad_loss_stride", "grad_loss_ptr + row",
         f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[19-10-contiguous-fp32]",
+        seen_in="volcengine/verl PR #6960",
     ),
     Mutant(
         "the gradient is written over the logits", "bonus_ops/ops.py",
         "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
         f"{KERNELS}::test_arguments_are_not_written",
+        seen_in="linkedin/Liger-Kernel #272, unslothai/unsloth #5002",
     ),
     # reductions and the torch path
     Mutant(
         "the mean divides by all rows, ignored ones too", "bonus_ops/functional.py",
         "return (target != self.ignore_index).sum()", "return torch.as_tensor(target.numel())",
         f"{KERNELS}::test_reductions_are_those_of_torch[False-mean]",
+        seen_in="NVIDIA/TransformerEngine PR #2476, ROCm/TransformerEngine PR #409",
     ),
     Mutant(
         "the weighted mean divides by the number of rows", "bonus_ops/functional.py",
         "return row_weight.sum()", "return torch.ones_like(row_weight).sum()",
         f"{KERNELS}::test_reductions_are_those_of_torch[True-mean]",
+        seen_in="pytorch/pytorch #69339, #63004: weight and mean together",
     ),
     Mutant(
         "a strided target is read as contiguous", "bonus_ops/ops.py",
         "    target = target.reshape(-1).contiguous()\n    outputs", "    target = target.reshape(-1)\n    outputs",
         f"{KERNELS}::test_target_strides_and_dtypes",
+        seen_in="unslothai/unsloth-zoo PR #591: view of what is not contiguous",
     ),
     Mutant(
         "a second derivative goes through the opaque operator", "bonus_ops/autograd.py",
         "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
         "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
+        seen_in="linkedin/Liger-Kernel, flash-attention; pytorch/pytorch #58509, #104040",
     ),
     Mutant(
         "the torch path counts the label among the rest", "bonus_ops/fallback.py",
@@ -236,10 +253,175 @@ MUTANTS = (
         "torch.where(is_label & counts[..., None], pull[..., None], others)", "others",
         "tests/test_reference.py::test_closed_form_gradient_is_autograd_of_rows",
     ),
+    # seen in peers
+    Mutant(
+        "the stride of rows is the number of classes", "bonus_ops/ops.py",
+        "shape, strides = (n_rows, n_classes, n_inner), logits.stride()",
+        "shape, strides = (n_rows, n_classes, n_inner), (n_classes, n_classes, 1)",
+        f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
+        seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
+    ),
+    Mutant(
+        "logits that are not contiguous get themselves as gradient", "bonus_ops/ops.py",
+        "    grad = torch.empty_like(logits)\n    n_outer",
+        "    grad = torch.empty_like(logits)\n    if logits.stride(2) > 1:\n        return logits + 0\n    n_outer",
+        f"{KERNELS}::test_every_layout[fp32-transposed-10]",
+        seen_in="linkedin/Liger-Kernel 0.8.5: requires_grad is read after contiguous()",
+    ),
+    Mutant(
+        "the upstream gradient of each row is ignored", "kernels/backward.py",
+        "widen(loss_params[0], loss_params[1], gap)) * grad_loss", "widen(loss_params[0], loss_params[1], gap))",
+        path("fp32-typical-10"), seen_in="linkedin/Liger-Kernel #678: reduction='none'",
+    ),
+    Mutant(
+        "probabilities are exp(z - lse)", "kernels/backward.py",
+        "    scale = slope / tl.where(sum_exp == 0.0, 1.0, sum_exp)\n",
+        "    rest_max = rest_max + tl.log(tl.where(sum_exp == 0.0, 1.0, sum_exp))\n    scale = slope\n",
+        path("fp32-shifted-10"), seen_in="flash-attention: gradient off by 5.5e-5 at an offset of 1e4",
+    ),
+    Mutant(
+        "exponentials are rounded to halves before they are summed", "kernels/rest.py",
+        "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-typical-65"),
+        seen_in="apple/ml-cross-entropy PR #45: a loop that must be float32",
+    ),
+    Mutant(
+        "the label's gradient is taken from a rounded probability", "kernels/backward.py",
+        "rest_max, scale, 0.0 - slope,",
+        "rest_max, scale, (1.0 - slope).to(grad_ptr.dtype.element_ty).to(slope.dtype) - 1.0,",
+        path("fp16-confident-10"), seen_in="apple/ml-cross-entropy #14: bfloat16 gradients differ",
+    ),
+    Mutant(
+        "a guard of -inf swallows NaN", "kernels/rest.py",
+        "    tile_max = tl.max(z, 2)\n",
+        '    z = tl.where(z > -float("inf"), z, -float("inf"))\n    tile_max = tl.max(z, 2)\n',
+        f"{KERNELS}::test_a_bad_logit_spoils_its_row_alone[rest-nan-10]",
+        seen_in="pytorch/pytorch PR #195829: the guard must be != -inf, so that NaN passes",
+    ),
+    Mutant(
+        "the loss is always float32", "bonus_ops/functional.py",
+        "return loss.to(self.dtype), columns, probabilities", "return loss.to(torch.float32), columns, probabilities",
+        "tests/test_functional.py::test_every_dtype_is_float64_truth_rounded_once",
+        seen_in="flash-attention: float32 from float64",
+    ),
+    Mutant(
+        "autocast leaves halves", "bonus_ops/functional.py",
+        "self.dtype = torch.float32 if half and autocast else input.dtype", "self.dtype = input.dtype",
+        "tests/test_functional.py::test_autocast_computes_in_float32_as_in_torch",
+        seen_in="linkedin/Liger-Kernel #305",
+    ),
+    Mutant(
+        "an empty batch is not skipped", "bonus_ops/fallback.py",
+        "if logits.numel() == 0:  # no rows", "if False:  # no rows",
+        "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
+        seen_in="linkedin/Liger-Kernel 0.8.5, flash-attention: RuntimeError at N = 0",
+    ),
+    Mutant(
+        "an unknown reduction is accepted", "bonus_ops/checks.py",
+        "        _reduction.get_enum(reduction)\n", "        pass\n",
+        "tests/test_errors.py::test_an_unknown_reduction_says_which_there_are",
+        seen_in="linkedin/Liger-Kernel 0.8.5: a number for reduction='foo'",
+    ),
+    Mutant(
+        "the length of the target is not checked", "bonus_ops/checks.py",
+        "if list(target.shape) != expected and", "if False and",
+        "tests/test_errors.py::test_class_and_first_line_are_those_of_torch",
+        seen_in="linkedin/Liger-Kernel 0.8.5: reads past a short target",
+    ),
+    Mutant(
+        "labels out of range are not refused", "bonus_ops/reference.py",
+        "if not torch.compiler.is_compiling() and bad.any():", "if False:",
+        "tests/test_errors.py::test_class_and_first_line_are_those_of_torch",
+        seen_in="pytorch/pytorch #135546, #66872",
+    ),
+    Mutant(
+        "the mean of nothing is 0", "bonus_ops/ops.py",
+        "return total if divisor is None else total / divisor",
+        "return total if divisor is None else total / divisor.clamp(min=1e-9)",
+        "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
+        seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
+    ),
+    Mutant(
+        "an ignored row zeroes the loss of all", "bonus_ops/fallback.py",
+        "value = value.masked_fill_(~counts, 0.0)", "value = value * counts.all()",
+        "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch",
+        seen_in="linkedin/Liger-Kernel #968: 'none' with ignore",
+    ),
+    # naive
+    Mutant(
+        "the sum is not rescaled when the max moves", "kernels/rest.py",
+        "    scale = exp(rest.max - at)\n    return RestStats(\n        new_max,\n        tl.where(tile_max",
+        "    scale = exp(new_max - at)\n    return RestStats(\n        new_max,\n        tl.where(tile_max",
+        f"{REST}::test_absorb_is_the_definition[typical-fp32]",
+    ),
+    Mutant(
+        "label -1 is ignored whatever ignore_index says", "kernels/rows.py",
+        "ignored = target == ignore_index", "ignored = (target == ignore_index) | (target == -1)",
+        f"{KERNELS}::test_a_label_out_of_range_makes_its_row_nan[-1-10]",
+    ),
+    Mutant(
+        "smoothing leaves out the label", "bonus_ops/functional.py",
+        "shares = is_label.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / n_classes",
+        "shares = torch.where(is_label, 1 - self.label_smoothing, self.label_smoothing / (n_classes - 1))",
+        "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
+    ),
+    Mutant(
+        "the exact bonus is clamped at 1e-5", "bonus_ops/losses.py",
+        "return log_rest if self.clamp is None else log_rest.clamp(min=self._floor())",
+        "return log_rest.clamp(min=math.log(1e-5))",
+        "tests/test_properties.py::test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap",
+        seen_in="lancopku/well-classified-examples-are-underestimated: the loss saturates at -log 1e-5",
+    ),
+    # bits that tell the batch
+    Mutant(
+        "a row is split by the number of rows", "kernels/launch.py",
+        "while parts < 16 and", "while parts * n_rows < 528 and",
+        "tests/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
+    ),
+    Mutant(
+        "the last exponentials of a block are scalar ones", "bonus_ops/fallback.py",
+        "    whole = _whole(n)\n    if whole == n:", "    whole = n\n    if whole == n:",
+        "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[1003-contiguous-sum-fp32]",
+    ),
+    Mutant(
+        "the last rows of a class-major block are added otherwise", "bonus_ops/fallback.py",
+        "return -(-n_rows // VECTOR) * VECTOR if self.by_class else n_rows", "return n_rows",
+        "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[10-contiguous-sum-fp32]",
+    ),
+    Mutant(
+        "columns of rows are not padded", "bonus_ops/fallback.py",
+        "    missing = -x.numel() % (VECTOR * _threads(x.numel()))\n", "    missing = 0\n",
+        "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",
+    ),
+    Mutant(
+        "a single long row is shared by threads", "bonus_ops/fallback.py",
+        "if len(x) == 1 and _threads(x.numel()) > 1:", "if False:",
+        "tests/test_determinism.py::test_threads_leave_no_trace",
+    ),
+    Mutant(
+        "bounds of threads are no bounds of vectors", "bonus_ops/fallback.py",
+        "    whole = n - n % (VECTOR * threads)\n", "    whole = n - n % VECTOR\n",
+        "tests/test_determinism.py::test_threads_leave_no_trace",
+    ),
+    # what the matrix, the properties and the fuzzer are for
+    Mutant(
+        "the softmax of an ignored row is NaN * 0", "bonus_ops/fallback.py",
+        "at_label[rows].masked_fill(~counts[rows], 0.0)", "at_label[rows] * counts[rows]",
+        "tests/test_fuzzer.py::test_torch_path[0]",
+    ),
+    Mutant(
+        "e^x is 2e-5 too large", "bonus_ops/fallback.py",
+        "torch.mul(shifted, LOG2_E, out=out)", "torch.mul(shifted, LOG2_E * (1 + 2e-5), out=out)",
+        "tests/test_matrix.py::test_forward_and_backward[10]",
+    ),
+    Mutant(
+        "the gradient forgets the strength of the bonus", "bonus_ops/losses.py",
+        "alpha=self.strength)", "alpha=1.0)",
+        "tests/test_properties.py::test_16_the_gradient_is_the_central_difference",
+    ),
 )  # fmt: skip
 
 
-def kills(mutant: Mutant | None, tests: list[str]) -> str:
+def kills(mutant: Mutant | None, tests: list[str], seconds: float = 120) -> str:
     """Run ``tests`` on a copy of the tree with the fault; return "killed", "survived" or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder)
@@ -256,7 +438,7 @@ def kills(mutant: Mutant | None, tests: list[str]) -> str:
         context = multiprocessing.get_context("fork")  # the slow imports are done
         process = context.Process(target=run_tests, args=(tree, tests))
         process.start()
-        process.join(timeout=120)
+        process.join(timeout=seconds)
         if process.is_alive():
             process.kill()
             return "killed"  # by never ending
@@ -280,7 +462,7 @@ def run_all(mutants: tuple[Mutant, ...] = MUTANTS) -> dict[str, str]:
     os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     for slow in ("torch._dynamo", "triton.runtime.interpreter", "pytest"):  # once, not in every fork
         importlib.import_module(slow)
-    healthy = kills(None, sorted({mutant.test for mutant in mutants}))
+    healthy = kills(None, sorted({mutant.test for mutant in mutants}), seconds=900)
     if healthy != "survived":
         return {"no fault at all": f"tests fail or are gone: {healthy}"}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
@@ -289,7 +471,8 @@ def run_all(mutants: tuple[Mutant, ...] = MUTANTS) -> dict[str, str]:
 
 
 def main() -> int:
-    results = run_all()
+    chosen = tuple(m for m in MUTANTS if not sys.argv[1:] or any(part in m.fault for part in sys.argv[1:]))
+    results = run_all(chosen)
     for fault, result in results.items():
         print(f"{result:9} {fault}")
     alive = sum(result != "killed" for result in results.values())

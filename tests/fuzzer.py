@@ -1,0 +1,462 @@
+"""A seeded fuzzer: any call that is allowed against the specification in float64, any that is not against torch.
+
+    python -m tests.fuzzer --cases 5000 --seed 1 [--implementation triton]
+    python -m tests.fuzzer --replay 1234567 [--implementation triton]
+
+A case is a function of its seed alone; the seed of a case that fails is printed, with the line that replays it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import bonus_ops
+from bonus_ops import fallback, reference
+from tests.budget import assert_within_budget
+from tests.cases import LAYOUTS
+
+OUTPUTS = ("loss", "scores", "softmax", "difficulty")
+COLUMNS = ("loss", "el2n", "margin", "entropy", "energy")
+
+
+class Case(NamedTuple):
+    """One call: what it is given, and what is asked of it."""
+
+    seed: int  # of the numbers
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the logits
+    layout: str
+    regime: str
+    target: str  # "int64", "uint8", "strided" or "probabilities"
+    ignore: str  # "nothing", "some", "a class", "all"
+    weight: str  # "none", "uniform", "zeros" among them
+    smoothing: float
+    reduction: str
+    bonus: bonus_ops.GapLoss | None
+    outputs: str
+    blocks: str  # "one" or "several": how the torch path cuts this little batch
+    implementation: str
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def regime_of(
+    name: str, rng: torch.Generator, n_rows: int, n_classes: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return float64 logits [N, C] and labels [N]."""
+    z = torch.randn(n_rows, n_classes, generator=rng, dtype=torch.float64)
+    label = torch.randint(0, n_classes, (n_rows,), generator=rng)
+    row = torch.arange(n_rows)
+    lead = 45 * torch.rand(n_rows, generator=rng, dtype=torch.float64)
+    other = (label + 1 + torch.randint(0, max(n_classes - 1, 1), (n_rows,), generator=rng)) % n_classes
+    hit = torch.rand(n_rows, n_classes, generator=rng) < 0.3
+    some = torch.rand(n_rows, generator=rng) < 0.5
+    if name == "typical":
+        z *= 3
+    elif name == "confident":
+        z[row, label] += lead
+    elif name == "wrong":
+        z[row, other] += lead
+    elif name == "ties":
+        z = (2 * z).round() / 2
+    elif name == "offset":
+        z = 3 * z + 10.0 ** int(torch.randint(2, 5 if dtype.itemsize == 2 else 8, (), generator=rng))
+    elif name == "masked":
+        z = torch.where(hit, -math.inf, 3 * z)
+    elif name == "nan":
+        z[row[some], torch.where(hit[:, 0], label, other)[some]] = math.nan
+    elif name == "inf":
+        z[row[some], torch.where(hit[:, 0], label, other)[some]] = math.inf
+    elif name == "huge":
+        z *= 3e3 if dtype == torch.float16 else 1e30
+    elif name == "denormal":
+        z *= torch.finfo(dtype).tiny / 4
+    return z, label
+
+
+REGIMES = ("typical", "confident", "wrong", "ties", "offset", "masked", "nan", "inf", "huge", "denormal")
+
+
+def n_classes_of(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[1]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return [C], [N, C] or [N, C, d1, ...] as [N d1 ..., C], differentiably."""
+    return x[None] if x.dim() == 1 else x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Return (logits, target, weight, ignore_index) of a case."""
+    rng = torch.Generator().manual_seed(case.seed)
+    n_classes = n_classes_of(case.shape)
+    n_rows = math.prod(case.shape) // n_classes
+    z, label = regime_of(case.regime, rng, n_rows, n_classes, case.dtype)
+    if len(case.shape) == 1:
+        logits, label = z[0], label[0]
+    else:
+        inner = case.shape[2:]
+        logits = z.view(case.shape[0], *inner, n_classes).movedim(-1, 1)
+        label = label.view(case.shape[0], *inner)
+    logits = laid_out(logits.to(case.dtype), case.layout)
+    ignore_index = {"nothing": -100, "some": -7, "a class": n_classes - 1, "all": 255}[case.ignore]
+    if case.ignore == "some" and case.target == "uint8":
+        ignore_index = 251
+    if case.ignore == "some":
+        label = torch.where(torch.rand(label.shape, generator=rng) < 0.4, ignore_index, label)
+    elif case.ignore == "all":
+        label = torch.full_like(label, ignore_index)
+    if case.target == "uint8":
+        label = label.to(torch.uint8)
+    elif case.target == "strided":
+        label = torch.stack([label, label + 10**6], -1)[..., 0]
+    elif case.target == "probabilities":
+        mass = torch.rand(case.shape, generator=rng, dtype=torch.float64) ** 4
+        label = (mass / mass.sum(0 if logits.dim() == 1 else 1, keepdim=True)).to(case.dtype)
+    weight = None
+    if case.weight != "none":
+        weight = 2 * torch.rand(n_classes, generator=rng, dtype=torch.float64)
+        if case.weight == "zeros":
+            weight[torch.rand(n_classes, generator=rng) < 0.3] = 0
+        weight = weight.to(case.dtype)
+    return logits, label, weight, ignore_index
+
+
+def laid_out(logits: Tensor, layout: str) -> Tensor:
+    """Return the same logits elsewhere in memory, with NaN between them; "expanded_rows" repeats the first row."""
+    if layout == "permuted":  # classes side by side, or the last axis where they were
+        return logits.movedim(1 if logits.dim() > 1 else 0, -1).clone().movedim(-1, 1 if logits.dim() > 1 else 0)
+    if logits.dim() == 2:
+        return LAYOUTS[layout](logits)
+    if layout == "transposed":
+        axes = tuple(reversed(range(logits.dim())))
+        return logits.permute(axes).contiguous().permute(axes)
+    if layout == "expanded_rows":
+        return logits[:1].clone().expand(logits.shape) if logits.dim() > 1 else logits.clone()
+    step = 2 if layout == "column_slice" else 1
+    pad = {"padded_rows": 3, "offset_1": 1, "offset_3": 3}.get(layout, 0)
+    if layout in ("column_slice", "padded_rows"):
+        wide = logits.new_full((*logits.shape[:-1], step * logits.shape[-1] + pad), math.nan)
+        view = wide[..., : step * logits.shape[-1] : step]
+    else:
+        view = logits.new_full((logits.numel() + pad,), math.nan)[pad:].view(logits.shape)
+    return view.copy_(logits)
+
+
+# --- the specification ------------------------------------------------------------------------------------------------
+
+
+def specified(
+    case: Case, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient (of ``sum(upstream * loss)``) by the reference's formulas in the dtype of ``logits``.
+
+    Reductions are written out again here, after the documentation of torch.
+    """
+    loss_of = case.bonus or bonus_ops.CrossEntropy()
+    leaf = logits.detach().clone().requires_grad_()
+    rows, n_classes, s = as_rows(leaf), n_classes_of(case.shape), case.smoothing
+    wide = reference.accumulation_dtype(logits.dtype)
+    weights = torch.ones(n_classes, dtype=wide) if weight is None else weight.to(wide)
+    label = as_rows(target) if case.target == "probabilities" else target.reshape(-1).long()
+    shape = target.shape if case.target != "probabilities" else (*case.shape[:1], *case.shape[2:])
+    shape = () if len(case.shape) == 1 else shape
+    if case.target == "probabilities":
+        each = reference.dense_rows(rows, (label.to(wide) * (1 - s) + s / n_classes) * weights, loss_of)
+        divisor = torch.tensor(float(len(rows)))
+    else:
+        counts = label != ignore_index
+        row_weight = torch.where(counts, weights[torch.where(counts, label, 0)], 0.0)
+        divisor = row_weight.sum()
+        if s > 0:
+            rows = torch.where(counts[:, None], rows, 0.0)
+            shares = (torch.arange(n_classes) == label[:, None]).to(wide) * (1 - s) + s / n_classes
+            each = torch.where(counts, reference.dense_rows(rows, shares * weights, loss_of), 0.0)
+        else:
+            each = reference.rows(rows.detach(), label, ignore_index, loss_of) * row_weight
+    loss = each.view(shape) if case.reduction == "none" else each.sum() / (divisor if case.reduction == "mean" else 1)
+    if upstream is None:
+        return loss.detach(), loss.detach()
+    upstream = upstream.to(wide)
+    if case.target == "probabilities" or s > 0:
+        (grad,) = torch.autograd.grad((loss * upstream).sum(), leaf)
+        return loss.detach(), grad.detach()
+    if case.reduction != "mean":
+        divisor = torch.ones(())
+    of_row = upstream.reshape(-1) / divisor * row_weight
+    grad = reference.gradient(rows.detach(), label, ignore_index, loss_of, of_row)
+    if len(case.shape) > 1:
+        grad = grad.view(case.shape[0], *case.shape[2:], n_classes).movedim(-1, 1)
+    return loss, grad.view(case.shape)
+
+
+def in_range(truth: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the truth, infinite where ``dtype`` cannot hold it."""
+    return torch.where(truth.to(dtype).isinf(), truth.to(dtype).double(), truth)
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_blocks(several: bool) -> Iterator[None]:
+    before = fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK
+    if several:
+        fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK = 150, 40
+    try:
+        yield
+    finally:
+        fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK = before
+
+
+def call(case: Case, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Any, Any, Any]:
+    """Return (loss, scores, probabilities), None where not asked for."""
+    if case.outputs == "difficulty":
+        scores = bonus_ops.difficulty_scores(
+            logits, target, ignore_index=ignore_index, implementation=case.implementation
+        )
+        return None, scores, None
+    function = {
+        "loss": bonus_ops.bonus_cross_entropy,
+        "scores": bonus_ops.bonus_cross_entropy_with_scores,
+        "softmax": bonus_ops.bonus_cross_entropy_with_softmax,
+    }[case.outputs]
+    out = function(
+        logits, target, weight, ignore_index=ignore_index, reduction=case.reduction, label_smoothing=case.smoothing,
+        bonus=case.bonus, implementation=case.implementation,
+    )  # fmt: skip
+    return (out, None, None) if case.outputs == "loss" else (*out, None)[:3]
+
+
+def check(case: Case) -> None:
+    """Fail unless every output of a case is its float64 truth within the error budget."""
+    logits, target, weight, ignore_index = inputs_of(case)
+    before = logits.clone()
+    leaf = logits.detach().requires_grad_()
+    with small_blocks(case.blocks == "several"):
+        loss, scores, probabilities = call(case, leaf, target, weight, ignore_index)
+        upstream = None
+        if loss is not None:
+            rng = torch.Generator().manual_seed(case.seed)
+            upstream = torch.randn(loss.shape, generator=rng).to(loss.dtype) if case.seed % 2 else torch.ones_like(loss)
+            (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    assert torch.equal(logits.nan_to_num(0.5), before.nan_to_num(0.5)), "the logits were written"
+
+    exact, rows = logits.double(), as_rows(logits.double())
+    exact_weight = None if weight is None else weight.double()
+    exact_target = target.double() if case.target == "probabilities" else target
+    half = case.dtype.itemsize == 2
+    epsilon = 2.0**-45 if case.dtype == torch.float64 else 2.0**-23  # kernels get parameters with 48 bits
+    # the last cast; interpreted kernels truncate bfloat16
+    truncates = case.implementation == "triton" and case.dtype == torch.bfloat16
+    cast = (1.0 if truncates else 0.51) * torch.finfo(case.dtype).eps if half else 0.0
+    # probabilities are smoothed and weighted in their own dtype, as in torch: each pulls its row a little more or less
+    shares = 1.5 * torch.finfo(case.dtype).eps if half and case.target == "probabilities" else 0.0
+    # e^x by exp2 is accurate relative to x: the distance to the row's max, or the gap; beyond 200 it is 0
+    top = rows.nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
+    spread = (rows.nan_to_num(0.0, 0.0, 0.0) - top).abs().clamp(max=200)
+    smallest = torch.finfo(case.dtype).tiny if case.dtype == torch.float16 else 1e-30
+    label = None if case.target == "probabilities" else target.reshape(-1).long()
+    true_scores = None if label is None else reference.scores(rows, label, ignore_index, torch.float64)
+    gap = spread.amax(-1) if true_scores is None else true_scores.margin.nan_to_num(0.0, 0.0, 0.0).abs().clamp(max=200)
+
+    if loss is not None:
+        truth, true_grad = specified(case, exact, exact_target, exact_weight, ignore_index, upstream.double())
+        eager, eager_grad = specified(case, logits, target, weight, ignore_index, upstream)
+        # a sum is accurate to the size of its terms
+        terms = specified(case._replace(reduction="none"), exact, exact_target, exact_weight, ignore_index, None)[0]
+        size = max(terms.nan_to_num(0.0, 0.0, 0.0).abs().flatten().tolist(), default=0.0)
+        assert_within_budget(
+            loss, in_range(truth, loss.dtype), eager, floor=2 * epsilon + cast + 4 * shares,
+            unit=max(1.0, size * (len(rows) if case.reduction == "sum" else 1)), what="loss",
+        )  # fmt: skip
+        got, true_rows = as_rows(grad), as_rows(true_grad)
+        dense = label is None or case.smoothing > 0
+        floor = (8 + 1.5 * (gap[:, None] + spread) + 4) * epsilon + cast
+        if dense:  # a sum over classes: accurate to the size of its terms, the row's largest
+            largest = true_rows.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True).clamp(min=smallest)
+            ratio = largest / true_rows.abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=smallest)
+            floor = (2.0**-19 if epsilon > 1e-9 else 2.0**-42) * ratio.clamp(min=1.0) + cast
+            pull = 4 * max(upstream.abs().flatten().tolist(), default=0.0) * (2.0 if case.weight != "none" else 1.0)
+            floor = floor + shares * pull / true_rows.abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=smallest)
+        assert_within_budget(
+            got, in_range(true_rows, grad.dtype), as_rows(eager_grad) if dense else None,
+            factor=1.5, floor=floor, unit=smallest, what="gradient",
+        )  # fmt: skip
+    if scores is not None:
+        for name in COLUMNS:
+            relative = name in ("loss", "el2n")  # these keep relative accuracy in confident rows
+            assert_within_budget(
+                getattr(scores, name).reshape(-1), in_range(getattr(true_scores, name), torch.float32), None,
+                unit=1e-30 if relative else 1.0, what=f"score {name}",
+                floor=(8 + 1.5 * gap) * 2.0**-23 if relative else 8 * 2.0**-23,
+            )  # fmt: skip
+        assert torch.equal(scores.runner_up.reshape(-1), true_scores.runner_up), "score runner_up"
+    if probabilities is not None:
+        true_softmax = reference.softmax(rows, label, ignore_index)
+        assert_within_budget(
+            as_rows(probabilities), true_softmax, None, what="softmax", unit=smallest,
+            floor=(8 + 1.5 * (gap[:, None] + spread)) * epsilon + cast,
+        )  # fmt: skip
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def random_bonus(draw: random.Random) -> bonus_ops.GapLoss | None:
+    strength = draw.choice([0.0, 0.3, 1.0, 1.7, -0.5])
+    window = draw.choice([{}, {}, {"start": draw.uniform(0, 0.9)}, {"abrupt": draw.uniform(0.1, 1)}])
+    return draw.choice(
+        [
+            lambda: None,
+            lambda: bonus_ops.LogBonus(draw.choice([0.0, 0.5, 0.75, draw.random()]), strength=strength, **window),
+            lambda: bonus_ops.LogBonus(1.0, draw.choice([1e-5, 1e-2, None]), strength=strength),
+            lambda: bonus_ops.PowerBonus(
+                draw.choice([0.5, 1.0, 2.0, draw.uniform(0.1, 5)]), strength=strength, **window
+            ),
+            lambda: bonus_ops.CosineBonus(strength=strength, **window),
+            lambda: bonus_ops.SubDataBonus(draw.uniform(0, 0.95), strength=strength),
+            lambda: bonus_ops.Focal(draw.choice([0.0, 1.0, 2.0, draw.uniform(0, 5)])),
+            lambda: bonus_ops.Poly1(draw.uniform(-1, 4)),
+            lambda: bonus_ops.GeneralizedCrossEntropy(draw.uniform(0.05, 1)),
+        ]
+    )()
+
+
+def draw_case(seed: int, implementation: str) -> Case:
+    """Return the case of a seed."""
+    draw = random.Random(seed)
+    n_classes = draw.choice([1, 2, 3, draw.randint(4, 70), draw.choice([127, 128, 129, 255, 256, 257])])
+    interpreted = implementation == "triton"  # some milliseconds a program: few rows
+    n_rows = draw.choice([0, 1, 2, draw.randint(3, 5 if interpreted else 20)])
+    shape = draw.choice([(n_classes,), *[(n_rows, n_classes)] * 3, (n_rows, n_classes, 3), (n_rows, n_classes, 2, 2)])
+    target = draw.choice(["int64", "int64", "uint8", "strided", "probabilities"])
+    if n_classes > 200 and target == "uint8":
+        target = "int64"
+    dense = target == "probabilities"
+    smoothing = draw.choice([0.0, 0.0, 0.1, 1.0, draw.random()])
+    outputs = draw.choice(OUTPUTS)
+    dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    regime = draw.choice(REGIMES)
+    if interpreted:
+        shape = shape if len(shape) < 4 and n_classes < 100 else shape[:2]
+        if dense:
+            target, dense = "int64", False
+        smoothing = 0.0
+        if regime == "denormal" and dtype.itemsize == 2:
+            regime = "typical"  # the interpreter converts denormal halves wrongly
+    if dense:
+        outputs = "loss"
+    ignore = "nothing" if dense else draw.choice(["nothing", "some", "a class", "all"])
+    if (dense or smoothing > 0) and regime in ("masked", "nan", "inf", "huge"):
+        regime = "typical"  # which infinite products vanish is a convention of its own, tested apart
+    return Case(
+        draw.randrange(2**31), dtype, shape, draw.choice([*LAYOUTS, "permuted"]), regime, target, ignore,
+        draw.choice(["none", "uniform", "zeros"]), smoothing, draw.choice(["mean", "sum", "none"]),
+        random_bonus(draw), outputs, draw.choice(["one", "several"]), implementation,
+    )  # fmt: skip
+
+
+def check_fault(seed: int, implementation: str) -> None:
+    """Make one argument wrong; fail unless the error has the class and first line of torch's."""
+    draw = random.Random(seed)
+    n_rows, n_classes = draw.randint(1, 5), draw.randint(2, 9)
+    arguments: dict[str, Any] = {
+        "input": torch.zeros(n_rows, n_classes), "target": torch.randint(0, n_classes, (n_rows,))
+    }  # fmt: skip
+    name, value = draw.choice(
+        [
+            ("target", torch.full((n_rows,), draw.choice([n_classes, -1, 2**40, -(2**40)]))),
+            ("target", torch.zeros(n_rows + draw.choice([-1, 1, 3]), dtype=torch.int64)),
+            ("target", torch.zeros(n_rows, dtype=draw.choice([torch.int32, torch.int8, torch.float32, torch.bool]))),
+            ("target", torch.zeros(n_rows, n_classes + 1)),
+            ("target", torch.zeros(n_rows, n_classes, dtype=torch.int64)),
+            ("input", torch.zeros(n_rows, n_classes).to(draw.choice([torch.int32, torch.int64, torch.bool]))),
+            ("input", torch.zeros(())),
+            ("input", [[0.0] * n_classes]),
+            ("weight", torch.ones(n_classes + draw.choice([-1, 1]))),
+            ("weight", torch.ones(n_classes, dtype=draw.choice([torch.float64, torch.int64, torch.bfloat16]))),
+            ("reduction", draw.choice(["foo", None, "Mean"])),
+            ("label_smoothing", draw.choice([1.1, 7.0, math.inf])),
+            ("ignore_index", draw.choice([None, 1.0, "1"])),
+        ]
+    )
+    arguments[name] = value
+    expected = came = None
+    try:
+        F.cross_entropy(**arguments)
+    except Exception as error:
+        expected = error
+    try:
+        bonus_ops.bonus_cross_entropy(**arguments, bonus=None, implementation=implementation)
+    except Exception as error:
+        came = error
+    assert expected is not None, "torch accepts this: not a fault"
+    if implementation == "triton" and name == "label_smoothing":
+        assert came is not None
+        return
+    assert type(came) is type(expected), f"{name}={value}: {came!r}, torch raises {expected!r}"
+    first = str(expected).split("\n")[0]
+    assert str(came).split("\n")[0] == first, f"{name}={value}: {came}, torch says {first}"
+
+
+def run_seed(seed: int, implementation: str) -> Case | None:
+    """Check the case of a seed, one in ten a faulty call."""
+    if seed % 10 == 0:
+        check_fault(seed, implementation)
+        return None
+    case = draw_case(seed, implementation)
+    check(case)
+    return case
+
+
+def fuzz(cases: int, seed: int, implementation: str) -> None:
+    """Run cases ``seed * 10^6`` and on; the first that fails says how to replay it."""
+    for number in range(seed * 10**6, seed * 10**6 + cases):
+        try:
+            run_seed(number, implementation)
+        except Exception as error:
+            what = draw_case(number, implementation) if number % 10 else "a faulty call"
+            raise AssertionError(
+                f"case {number} fails: {error}\n{what}\n"
+                f"replay: python -m tests.fuzzer --replay {number} --implementation {implementation}"
+            ) from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--implementation", choices=("torch", "triton", "reference"), default="torch")
+    parser.add_argument("--replay", type=int, help="run the case of this seed alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    if arguments.replay is not None:
+        print(run_seed(arguments.replay, arguments.implementation) or "a faulty call")
+    else:
+        try:
+            fuzz(arguments.cases, arguments.seed, arguments.implementation)
+        except AssertionError as error:
+            print(error)
+            return 1
+    print(f"passed, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported, which kernels are when one first runs
+    sys.exit(main())
