@@ -1,5 +1,6 @@
 """bonus_ops: cross-entropy with a bonus for well-classified examples, and difficulty scores, in one pass."""
 
+from .class_losses import ClassLoss, SoftmaxAbsoluteError, SoftmaxSquaredError
 from .functional import (
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
@@ -32,6 +33,7 @@ __all__ = [
     "AbsoluteError",
     "BonusBCEWithLogitsLoss",
     "BonusCrossEntropyLoss",
+    "ClassLoss",
     "Cosine",
     "CosineBonus",
     "CrossEntropy",
@@ -50,6 +52,8 @@ __all__ = [
     "Scheduled",
     "Score",
     "Scores",
+    "SoftmaxAbsoluteError",
+    "SoftmaxSquaredError",
     "SquaredError",
     "SubDataBonus",
     "bonus_binary_cross_entropy_with_logits",

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import fallback, ops, reference
 from .losses import GapLoss, decode, encode
 
-__all__ = ["reduced", "reduced_rows", "rows"]
+__all__ = ["is_plain_eager", "reduced", "reduced_rows", "rows"]
 
 
 class _Rows(torch.autograd.Function):
@@ -98,7 +98,7 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, target, scale, saved = ctx.saved_tensors
-        watched = not _is_plain_eager(grad_loss) or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+        watched = not is_plain_eager(grad_loss) or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
         if torch.is_grad_enabled() or watched:
             upstream = _upstream(grad_loss, scale, target)
             return _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
@@ -165,7 +165,7 @@ def reduced_rows(
 ) -> ops.RowResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
     on_cpu = implementation == "torch" and logits.device.type == "cpu" and not is_traceable_wrapper_subclass(logits)
-    if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and _is_plain_eager(logits):
+    if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         nothing = target.new_empty(0)
         loss_sum, columns, runner_up = visited if scores else (visited, nothing, nothing)
@@ -174,7 +174,7 @@ def reduced_rows(
     return out._replace(loss=reduced(out.loss, row_weight, divisor))
 
 
-def _is_plain_eager(logits: Tensor) -> bool:
+def is_plain_eager(logits: Tensor) -> bool:
     """Return whether only the tape watches: no compiler, `torch.func`, forward mode, dispatch mode or such subclass."""
     if torch.compiler.is_compiling():
         return False

@@ -11,19 +11,28 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import cross_entropy
 
-from .losses import GapLoss
+from .class_losses import ClassLoss
+from .losses import Bonus, GapLoss
 
-__all__ = ["check_bonus", "check_call", "check_validate", "checked_ignore_index", "checked_label_smoothing"]
+__all__ = [
+    "check_bonus",
+    "check_call",
+    "check_shares",
+    "check_validate",
+    "checked_bonus_smoothing",
+    "checked_ignore_index",
+    "checked_label_smoothing",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_bonus(bonus: Any) -> None:
-    """Raise TypeError unless ``bonus`` is None or a `GapLoss` instance: a dataclass whose fields are numbers."""
+    """Raise TypeError unless ``bonus`` is None, a `GapLoss` or a `ClassLoss`: a dataclass whose fields are numbers."""
     if bonus is None:
         return
     kind = type(bonus)
-    if not isinstance(bonus, GapLoss):
+    if not isinstance(bonus, (GapLoss, ClassLoss)):
         came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         if isinstance(bonus, type):
             came = f"the class {bonus.__name__}"
@@ -43,6 +52,45 @@ def check_bonus(bonus: Any) -> None:
                 f"bonus must have fields that are numbers or None, but {kind.__name__}.{field.name} is "
                 f"{type(value).__name__}"
             )
+
+
+def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:
+    """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
+    if bonus_smoothing is None:
+        return label_smoothing
+    if isinstance(bonus_smoothing, bool) or not isinstance(bonus_smoothing, (int, float)):
+        raise TypeError(f"bonus_smoothing must be a number or None, got {type(bonus_smoothing).__name__}")
+    if not 0 <= bonus_smoothing <= 1:
+        raise ValueError(f"bonus_smoothing must be in [0, 1], got {bonus_smoothing!r}")
+    return float(bonus_smoothing)
+
+
+def check_shares(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
+    """Raise for options of the bonus that the loss or the input cannot have."""
+    given = [n for n, x in (("bonus_smoothing", bonus_smoothing), ("bonus_weight", bonus_weight)) if x is not None]
+    loss = getattr(bonus, "loss", bonus)  # what is scheduled
+    if given and not isinstance(loss, Bonus):
+        raise ValueError(
+            f"{given[0]} needs a bonus on cross-entropy, which {type(loss).__name__} is not.\nExpected LogBonus, "
+            "PowerBonus, CosineBonus or SubDataBonus."
+        )
+    if isinstance(loss, ClassLoss) and weight is not None:
+        raise ValueError(f"weight has no meaning for {type(loss).__name__}.\nExpected None: all classes count alike.")
+    if bonus_weight is None:
+        return
+    if not isinstance(bonus_weight, Tensor):
+        raise TypeError(f"bonus_weight must be a Tensor or None, got {type(bonus_weight).__name__}")
+    n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    if list(bonus_weight.shape) != [n_classes]:
+        raise RuntimeError(
+            f"bonus_weight must have shape [{n_classes}], one number a class, got {list(bonus_weight.shape)}"
+        )
+    if bonus_weight.dtype not in FLOATS:
+        raise RuntimeError(f"bonus_weight must have a floating point type, got {bonus_weight.dtype}")
+    if bonus_weight.device != input.device:
+        raise RuntimeError(f"bonus_weight must be on the device of input, {input.device}, got {bonus_weight.device}")
+    if bonus_weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("bonus_weight must not require a gradient")
 
 
 def check_validate(validate: Any) -> None:

@@ -50,9 +50,9 @@ def visit(
     if grad is not None and grad_loss is not None:
         grads = plan.pieces(grad)
         weights = grad_loss[:, None].expand(len(index), 1).split_with_sizes(plan.sizes)
-    found, values = [], []
+    found, values, found_labels = [], [], []
     for i, source in enumerate(sources):
-        z, *buffers = (plan.buffer(k, i) for k in range(n_buffers))
+        z, *buffers = (plan.buffer(k, i)[: plan.sizes[i]] for k in range(n_buffers))
         fallback._as_rows(source, z).copy_(source)
         e = grads[i] if in_place else buffers.pop(0)
         row_label, scratch, hard = labels[i], None, [None, None]
@@ -65,6 +65,7 @@ def visit(
         t = t_share.in_block(row_label, hard[-1], scratch, dtype) if both else v
         block = _Block(z, e, row_label, loss, t if loss.adds_to_cross_entropy else None, v, scores)
         found.append(block.columns)
+        found_labels.append(row_label)
         values.append(block.value)
         if grad is not None:
             block.gradient(weights[i])
@@ -74,7 +75,7 @@ def visit(
                 grads[i].copy_(fallback._as_rows(grads[i], e))
     columns = fallback._Columns(*map(torch.cat, zip(*found, strict=True)))
     if scores:
-        fallback._repair(logits, index, columns)
+        fallback._repair(logits, torch.cat(found_labels), columns)
     out = fallback._finish(columns, counts, CrossEntropy(), scores)
     value = torch.cat(values)[:, 0]
     return out._replace(loss=value if counts is None else value.masked_fill_(~counts, 0.0)), grad
@@ -95,7 +96,7 @@ class _Block:
         z.sub_(origin).scatter_(1, label, 0.0)
         share_of_z = 0.0 if t is None else _share_of_z(t, z)
         z.scatter_(1, label, LOWEST).scatter_(1, self.runner_up, LOWEST)
-        others = fallback._exp_(z, e).sum(1, keepdim=True)
+        others = torch.mul(z, fallback.LOG2_E, out=e).exp2_().sum(1, keepdim=True)
         top = torch.exp(maximum - origin)  # the runner-up's: 1, but 0 where there is none and NaN for +inf
         sum_exp = others + top
         gap = (z_target - maximum) - sum_exp.log()

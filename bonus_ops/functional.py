@@ -9,9 +9,21 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from . import autograd, ops, reference
-from .checks import check_bonus, check_call, check_validate, checked_ignore_index, checked_label_smoothing
-from .losses import CrossEntropy, GapLoss, LogBonus
+from .checks import (
+    check_bonus,
+    check_call,
+    check_shares,
+    check_validate,
+    checked_bonus_smoothing,
+    checked_ignore_index,
+    checked_label_smoothing,
+)
+from .class_losses import ClassLoss
+from .dense import share_rows
+from .dense_ops import has_terms
+from .losses import CrossEntropy, GapLoss, LogBonus, Loss
 from .scores import Scores
+from .shares import Shares
 
 __all__ = [
     "bonus_cross_entropy",
@@ -33,7 +45,9 @@ def bonus_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
     implementation: str | None = None,
     validate: bool = False,
 ) -> Tensor:
@@ -52,8 +66,12 @@ def bonus_cross_entropy(
         reduce: deprecated, as in torch.
         ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: in [0, 1]; smooths cross-entropy and bonus alike. Torch path only.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        label_smoothing: a in [0, 1]; cross-entropy is paid by shares ``(1 - a) onehot + a / C``, and the bonus too.
+        bonus: the loss of the gap, a `GapLoss`, or a `ClassLoss` of all classes; None is plain cross-entropy. Default
+            ``LogBonus(log_end=0.75)``.
+        bonus_smoothing: in [0, 1], a smoothing of the bonus of its own; None is ``label_smoothing``.
+        bonus_weight: factor of each class for the bonus alone, [C]; ``mean`` divides the bonus by the number of rows.
+            None is ``weight``.
         implementation: None chooses; ``"triton"``, ``"torch"`` and ``"reference"`` run or raise.
         validate: on a GPU, wait and raise for labels out of range; otherwise they make their row NaN. A CPU always
             raises.
@@ -81,7 +99,7 @@ def bonus_cross_entropy(
         AAAI 2022, https://arxiv.org/abs/2110.06537.
     """
     call = _Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 implementation, validate)  # fmt: skip
+                 bonus_smoothing, bonus_weight, implementation, validate)  # fmt: skip
     return call.loss(scores=False, softmax=False)[0]
 
 
@@ -95,19 +113,21 @@ def bonus_cross_entropy_with_scores(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
     implementation: str | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Scores]:
     """Compute `bonus_cross_entropy` and the difficulty scores of every example from the same pass.
 
-    Args: as in `bonus_cross_entropy`; ``target`` must hold class indices.
+    Args: as in `bonus_cross_entropy`. The label of probabilities is their largest, the lowest index on ties.
 
     Returns:
         The loss, and `Scores` shaped like ``target``: detached, of the plain softmax, NaN where ignored.
 
     Raises:
-        As `bonus_cross_entropy`; NotImplementedError for probability targets, which have no label to score.
+        As `bonus_cross_entropy`.
 
     Example:
         >>> import torch
@@ -119,7 +139,7 @@ def bonus_cross_entropy_with_scores(
         tensor(1)
     """
     call = _Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 implementation, validate)  # fmt: skip
+                 bonus_smoothing, bonus_weight, implementation, validate)  # fmt: skip
     return call.loss(scores=True, softmax=False)[:2]
 
 
@@ -133,7 +153,9 @@ def bonus_cross_entropy_with_softmax(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
     implementation: str | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Scores, Tensor]:
@@ -148,7 +170,7 @@ def bonus_cross_entropy_with_softmax(
         As `bonus_cross_entropy_with_scores`.
     """
     call = _Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 implementation, validate)  # fmt: skip
+                 bonus_smoothing, bonus_weight, implementation, validate)  # fmt: skip
     return call.loss(scores=True, softmax=True)
 
 
@@ -171,7 +193,7 @@ def difficulty_scores(
         As `bonus_cross_entropy_with_scores`.
     """
     call = _Call(input.detach() if isinstance(input, Tensor) else input, target, None, None, ignore_index, None,
-                 "none", 0.0, None, implementation, validate)  # fmt: skip
+                 "none", 0.0, None, None, None, implementation, validate)  # fmt: skip
     scores: Scores = call.loss(scores=True, softmax=False)[1]
     return scores
 
@@ -181,22 +203,25 @@ class _Call:
 
     def __init__(
         self, input: Tensor, target: Tensor, weight: Tensor | None, size_average: bool | None, ignore_index: int,
-        reduce: bool | None, reduction: str, label_smoothing: float, bonus: GapLoss | None,
+        reduce: bool | None, reduction: str, label_smoothing: float,
+        bonus: GapLoss | ClassLoss | None, bonus_smoothing: float | None, bonus_weight: Tensor | None,
         implementation: str | None, validate: bool,
     ) -> None:  # fmt: skip
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         check_bonus(bonus)
         check_validate(validate)
-        self.bonus: GapLoss = CrossEntropy() if bonus is None else bonus
+        self.bonus: Loss = CrossEntropy() if bonus is None else bonus
         self.ignore_index = checked_ignore_index(ignore_index)
         self.label_smoothing = checked_label_smoothing(label_smoothing)
+        self.bonus_smoothing = checked_bonus_smoothing(bonus_smoothing, self.label_smoothing)
         autocast = isinstance(input, Tensor) and input.device.type != "meta"
         autocast = autocast and torch.is_autocast_enabled(input.device.type)
         if autocast and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
             weight = weight.to(torch.float32)
         check_call(input, target, weight, self.ignore_index, reduction, self.label_smoothing, autocast)
-        self.input, self.target, self.weight = input, target, weight
+        check_shares(input, self.bonus, weight, bonus_smoothing, bonus_weight)
+        self.input, self.target, self.weight, self.bonus_weight = input, target, weight, bonus_weight
         self.reduction = "mean" if reduction == "elementwise_mean" else reduction
         self.dense = input.shape == target.shape
         if not self.dense:
@@ -204,29 +229,20 @@ class _Call:
         self.n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
         self.row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
         self.requested = implementation
-        self.implementation = _choose(implementation, input.device, self.dense or self.label_smoothing > 0)
-        if implementation is None and self.bonus.kernel is None:
-            self.implementation = "torch"  # a loss of the user's that has formulas only
+        self.implementation = _choose(implementation, input.device, self.bonus, self._is_hard())
         if not self.dense and (validate or (input.device.type == "cpu" and input.numel() == 0)):
             reference.check_target(self.target, self.n_classes, self.ignore_index)
         half = input.dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if half and autocast else input.dtype
 
+    def _is_hard(self) -> bool:
+        """Return whether the target is one label a row, with one weight for all of the loss."""
+        smooth = self.label_smoothing > 0 or self.bonus_smoothing > 0
+        return isinstance(self.bonus, GapLoss) and not (self.dense or smooth or self.bonus_weight is not None)
+
     def loss(self, scores: bool, softmax: bool) -> tuple[Tensor, Any, Any]:
         """Return (loss, Scores or None, probabilities or None)."""
-        if self.dense and (scores or softmax):
-            raise NotImplementedError(
-                "scores of probability targets are not defined.\nExpected class indices (int64) as target, got "
-                f"{self.target.dtype} of shape {list(self.target.shape)}."
-            )
-        if self.dense or self.label_smoothing > 0:
-            loss = self._dense_loss()
-            if not scores:
-                return loss, None, None
-            plain = _Call(self.input.detach(), self.target, None, None, self.ignore_index, None, "none", 0.0, None,
-                          self.requested, False)  # fmt: skip
-            return loss, *plain.loss(scores, softmax)[1:]
-        return self._hard_loss(scores, softmax)
+        return self._hard_loss(scores, softmax) if self._is_hard() else self._share_loss(scores, softmax)
 
     def _hard_loss(self, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
         logits = _rows(self.input)
@@ -280,37 +296,46 @@ class _Call:
             return row_weight.sum()
         return (target != self.ignore_index).sum().to(reference.accumulation_dtype(self.input.dtype))
 
-    def _dense_loss(self) -> Tensor:
-        """Return the loss of probabilities or smoothed labels, by the differentiable formula, as torch reduces it."""
+    def _share_loss(self, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
         logits = _rows(self.input)
-        n_classes = self.n_classes
-        counts = None
+        label, given, dtype = None, None, self.dtype
+        bonus_weight = self.weight if self.bonus_weight is None else self.bonus_weight
         if self.dense:
-            shares = _rows(self.target) * (1 - self.label_smoothing) + self.label_smoothing / n_classes
+            given = _rows(self.target)
             divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)
+            for other in (self.target, self.weight, self.bonus_weight):
+                dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
         else:
-            target = self.target.reshape(logits.shape[:2])
+            label = self.target.reshape(logits.shape[:2])
             if self.input.device.type == "cpu":
-                reference.check_target(target, n_classes, self.ignore_index)
-            counts = target != self.ignore_index
-            logits = logits.masked_fill(~counts[..., None], 0.0)
-            is_label = torch.arange(n_classes, device=logits.device) == target[..., None]
-            dtype = reference.accumulation_dtype(logits.dtype)
-            shares = is_label.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / n_classes
-            divisor = self._divisor(target, self._row_weight(target))
-        if self.weight is not None:
-            shares = shares * self.weight
-        loss = reference.dense_rows(logits, shares, self.bonus)
-        if counts is not None:
-            loss = torch.where(counts, loss, 0.0)
-            bad = counts & ((target < 0) | (target >= n_classes))  # unchecked on a GPU and while compiling
-            loss = torch.where(bad, float("nan"), loss)
-        dtype = self.dtype
-        for other in (self.target, self.weight) if self.dense else ():
-            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-        if self.reduction == "none":
-            return loss.reshape(self.row_shape).to(dtype)
-        return autograd.reduced(loss, None, divisor if self.reduction == "mean" else None).to(dtype)
+                reference.check_target(label, self.n_classes, self.ignore_index)
+            divisor = self._divisor(label, self._row_weight(label))
+            if self.bonus_weight is not None and self.reduction == "mean" and self.weight is not None:
+                # a weighted cross-entropy is divided by its weights, the bonus by the number of rows
+                bonus_weight = self.bonus_weight * (divisor / self._divisor(label, None))
+        if isinstance(self.bonus, ClassLoss):
+            divisor = divisor * self.n_classes  # a mean over classes too
+        shares = Shares(given, self.weight, bonus_weight, self.label_smoothing, self.bonus_smoothing)
+        out = share_rows(
+            logits, label, self.ignore_index, self.bonus, shares, scores, divisor if self.reduction == "mean" else None,
+            self.reduction != "none", self.implementation,
+        )  # fmt: skip
+        loss = out.loss if self.reduction != "none" else out.loss.view(self.row_shape)
+        if isinstance(self.bonus, ClassLoss) and self.reduction != "mean":
+            loss = loss / self.n_classes
+        columns = None
+        if scores and out.scores is not None and out.runner_up is not None:
+            columns = Scores(*(c.view(self.row_shape) for c in (*out.scores, out.runner_up)))
+        return loss.to(dtype), columns, self._softmax(logits, label) if softmax else None
+
+    def _softmax(self, logits: Tensor, label: Tensor | None) -> Tensor:
+        """Return the probabilities of the logits, detached, by a sweep of their own."""
+        if label is None:
+            label = logits.new_zeros(logits.shape[:2], dtype=torch.int64)
+        plain = (self.ignore_index, CrossEntropy(), False, True)
+        if self.implementation == "reference":
+            return self._unrows(reference.softmax(logits.detach(), label, self.ignore_index))
+        return self._unrows(autograd.rows(logits.detach(), label, *plain, self.implementation).softmax)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -320,18 +345,20 @@ def _rows(x: Tensor) -> Tensor:
     return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
-def _choose(requested: str | None, device: torch.device, dense: bool) -> str:
+def _choose(requested: str | None, device: torch.device, loss: Loss, hard: bool) -> str:
     if requested is None:
-        return "torch" if dense else ops.default_implementation(device.type)
+        default = ops.default_implementation(device.type)
+        has_kernel = default == "torch" or (loss.kernel is not None if hard else has_terms(loss))
+        return default if has_kernel else "torch"  # a loss of the user's may have formulas only
     if requested not in ("triton", "torch", "reference"):
         raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
     if requested == "triton":
-        if dense:
-            raise NotImplementedError(
-                "implementation='triton' has no kernel for probability targets or label_smoothing > 0 yet; "
-                "implementation=None or 'torch' computes them"
-            )
         why = ops.why_not_triton(device.type)
         if why is not None:
             raise RuntimeError(f"implementation='triton' cannot run: {why}")
+        if not hard and not has_terms(loss):
+            raise NotImplementedError(
+                f"implementation='triton' has no kernel for {type(loss).__name__} with targets that are shares of "
+                "classes.\nExpected a loss of bonus_ops; implementation=None or 'torch' computes any by its formulas."
+            )
     return requested

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
+from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .losses import GapLoss
 from .schedules import Scheduled
@@ -20,7 +21,8 @@ EPOCH = "bonus.epoch"  # in a state_dict
 class BonusCrossEntropyLoss(_WeightedLoss):
     """Cross-entropy with a bonus for well-classified examples; a drop-in for `torch.nn.CrossEntropyLoss`.
 
-    Args: as in `bonus_cross_entropy`, without input and target. ``weight`` is a buffer, so ``.to()`` moves it.
+    Args: as in `bonus_cross_entropy`, without input and target. ``weight`` and ``bonus_weight`` are buffers, so
+    ``.to()`` moves them.
     The epoch of a `Scheduled` bonus is in the ``state_dict``.
 
     Shape:
@@ -45,7 +47,9 @@ class BonusCrossEntropyLoss(_WeightedLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
-        bonus: GapLoss | None = _DEFAULT_BONUS,
+        bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+        bonus_smoothing: float | None = None,
+        bonus_weight: Tensor | None = None,
         implementation: str | None = None,
         validate: bool = False,
     ) -> None:
@@ -53,6 +57,9 @@ class BonusCrossEntropyLoss(_WeightedLoss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.bonus = bonus
+        self.bonus_smoothing = bonus_smoothing
+        self.register_buffer("bonus_weight", bonus_weight)
+        self.bonus_weight: Tensor | None
         self.implementation = implementation
         self.validate = validate
 
@@ -66,6 +73,8 @@ class BonusCrossEntropyLoss(_WeightedLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             bonus=self.bonus,
+            bonus_smoothing=self.bonus_smoothing,
+            bonus_weight=self.bonus_weight,
             implementation=self.implementation,
             validate=self.validate,
         )

@@ -146,8 +146,7 @@ class Scheduled(GapLoss):
     It goes wherever a loss goes. The epoch starts at 0; `step` after each epoch counts it up, as with
     `torch.optim.lr_scheduler`, and `set_epoch` sets it. `BonusCrossEntropyLoss` keeps the epoch in its ``state_dict``;
     with the functions, `state_dict` and `load_state_dict` do. An epoch is whatever you count: call `step` after every
-    batch and give schedules batches. A new epoch compiles nothing, neither kernels nor a graph of `torch.compile`
-    (label smoothing and probability targets excepted).
+    batch and give schedules batches. A new epoch compiles nothing, neither kernels nor a graph of `torch.compile`.
 
     Args:
         loss: the loss at factor 1, a `GapLoss`.
@@ -231,8 +230,16 @@ class Scheduled(GapLoss):
         """The kernel pair of the loss."""
         return self.loss.kernel
 
+    @property
+    def adds_to_cross_entropy(self) -> bool:  # type: ignore[override]
+        """What the loss says."""
+        return self.loss.adds_to_cross_entropy
+
     def value(self, gap: Tensor) -> Tensor:
         return self._current.value(gap)
+
+    def excess(self, gap: Tensor) -> Tensor:
+        return self._current.excess(gap)
 
     def slope(self, gap: Tensor) -> Tensor:
         return self._current.slope(gap)
