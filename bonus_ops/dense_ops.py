@@ -131,7 +131,8 @@ def forward(
     out = _empty_result(logits, scores)
     if logits.device.type == "cpu":
         rows, _ = dense_path.visit(logits, label, ignore_index, decoded, shares, scores, None)
-        return rows.loss, out.scores if rows.scores is None else rows.scores, rows.runner_up, out.saved.zero_()
+        columns, runner_up = (out.scores, out.runner_up.zero_()) if rows.scores is None else rows[1:3]
+        return rows.loss, columns, runner_up, out.saved.zero_()  # type: ignore[return-value]
     value = reference.dense_rows(logits, label, ignore_index, decoded, shares).reshape(-1)
     *columns, runner_up = reference.scores(logits, label, ignore_index)
     five = torch.stack(columns).reshape(5, -1) if scores else out.scores
