@@ -1,7 +1,7 @@
 """Losses on all classes of a softmax: every class pays for the distance of its probability to its share.
 
-``L = sum_k c(p_k, share_k) / C`` with the share 1 at the label and 0 elsewhere, or what smoothing and probability targets
-make of it. With ``pull_k = -p_k dc_k/dp_k`` the gradient is ``dL/dz_j = (p_j sum_k pull_k - pull_j) / C``.
+``L = sum_k c(p_k, share_k) / C`` with the share 1 at the label and 0 elsewhere, or what smoothing and probabilities
+make of them. With ``pull_k = -p_k dc_k/dp_k`` the gradient is ``dL/dz_j = (p_j sum_k pull_k - pull_j) / C``.
 """
 
 from __future__ import annotations
