@@ -27,6 +27,7 @@ from bonus_ops import (
     bonus_cross_entropy,
     reference,
 )
+from bonus_ops.shares import Shares
 from tests.cases import generator, masked, typical
 
 
