@@ -22,6 +22,7 @@ from .losses import (
     SquaredError,
     SubDataBonus,
 )
+from .mixup import mixup_cross_entropy
 from .modules import BonusCrossEntropyLoss
 from .patch import patch_cross_entropy
 from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
@@ -61,5 +62,6 @@ __all__ = [
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",
     "difficulty_scores",
+    "mixup_cross_entropy",
     "patch_cross_entropy",
 ]

@@ -229,7 +229,7 @@ class _Call:
         self.n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
         self.row_shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
         self.requested = implementation
-        self.implementation = _choose(implementation, input.device, self.bonus, self._is_hard())
+        self.implementation = self._choose(implementation)
         if not self.dense and (validate or (input.device.type == "cpu" and input.numel() == 0)):
             reference.check_target(self.target, self.n_classes, self.ignore_index)
         half = input.dtype in (torch.float16, torch.bfloat16)
@@ -239,6 +239,17 @@ class _Call:
         """Return whether the target is one label a row, with one weight for all of the loss."""
         smooth = self.label_smoothing > 0 or self.bonus_smoothing > 0
         return isinstance(self.bonus, GapLoss) and not (self.dense or smooth or self.bonus_weight is not None)
+
+    def _choose(self, requested: str | None) -> str:
+        if self._is_hard():
+            return ops.chosen(requested, self.input.device, self.bonus.kernel is not None)
+        known = ops.why_not_triton(self.input.device.type) is not None or has_terms(self.bonus)
+        if requested == "triton" and not known:
+            raise NotImplementedError(
+                f"implementation='triton' has no kernel for {type(self.bonus).__name__} with targets that are shares "
+                "of classes.\nExpected a loss of bonus_ops; None or 'torch' computes any by its formulas."
+            )
+        return ops.chosen(requested, self.input.device, known)
 
     def loss(self, scores: bool, softmax: bool) -> tuple[Tensor, Any, Any]:
         """Return (loss, Scores or None, probabilities or None)."""
@@ -343,22 +354,3 @@ def _rows(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x[None, None, :]
     return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
-
-
-def _choose(requested: str | None, device: torch.device, loss: Loss, hard: bool) -> str:
-    if requested is None:
-        default = ops.default_implementation(device.type)
-        has_kernel = default == "torch" or (loss.kernel is not None if hard else has_terms(loss))
-        return default if has_kernel else "torch"  # a loss of the user's may have formulas only
-    if requested not in ("triton", "torch", "reference"):
-        raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
-    if requested == "triton":
-        why = ops.why_not_triton(device.type)
-        if why is not None:
-            raise RuntimeError(f"implementation='triton' cannot run: {why}")
-        if not hard and not has_terms(loss):
-            raise NotImplementedError(
-                f"implementation='triton' has no kernel for {type(loss).__name__} with targets that are shares of "
-                "classes.\nExpected a loss of bonus_ops; implementation=None or 'torch' computes any by its formulas."
-            )
-    return requested

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import fallback, reference
 from .losses import GapLoss, Loss, decode
 
-__all__ = ["RowResult", "backward", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
+__all__ = ["RowResult", "backward", "chosen", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
 
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -39,9 +39,9 @@ class RowResult(NamedTuple):
 
 @functools.cache
 def _kernels() -> dict[str, ModuleType]:
-    from .kernels import backward, class_terms, dense, forward, gap_losses, launch
+    from .kernels import backward, class_terms, dense, forward, gap_losses, launch, mixup
 
-    modules = (backward, class_terms, dense, forward, gap_losses, launch)
+    modules = (backward, class_terms, dense, forward, gap_losses, launch, mixup)
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
@@ -69,6 +69,19 @@ def why_not_triton(device_type: str) -> str | None:
 def default_implementation(device_type: str) -> str:
     """Return what ``implementation=None`` means: interpreted kernels are for tests and run only when asked for."""
     return "torch" if device_type == "cpu" or why_not_triton(device_type) else "triton"
+
+
+def chosen(requested: str | None, device: torch.device, has_kernel: bool) -> str:
+    """Return the implementation to run; None chooses, formulas where the loss has no kernel."""
+    if requested is None:
+        default = default_implementation(device.type)
+        return default if has_kernel else "torch"
+    if requested not in ("triton", "torch", "reference"):
+        raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
+    why = why_not_triton(device.type) if requested == "triton" else None
+    if why is not None:
+        raise RuntimeError(f"implementation='triton' cannot run: {why}")
+    return requested
 
 
 def kernel_pair(loss: GapLoss) -> tuple[Any, Any]:
@@ -160,8 +173,8 @@ def _launch_forward(
             )  # fmt: skip
             kernels.merge_kernel[(n_rows,)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
-                strides=strides, ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value, PARTS=how.parts,
-                num_warps=1,
+                strides=strides, ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value,
+                PARTS=how.parts, num_warps=1,
             )  # fmt: skip
     return out
 
@@ -181,8 +194,8 @@ def _launch_backward(
         _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
-            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_loss_params(loss), SLOPE=slope,
-            ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_loss_params(loss),
+            SLOPE=slope, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 

@@ -1,0 +1,141 @@
+"""Two labels a row: the convex combination of two losses, from one sweep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bonus_ops import CosineBonus, Focal, LogBonus, SoftmaxSquaredError, bonus_cross_entropy, mixup_cross_entropy
+
+LOSSES = [None, LogBonus(), LogBonus(1.0, clamp=None), CosineBonus(), Focal(2.0)]
+PATHS = ["torch", "triton", "reference"]
+
+
+def truth(logits, a, b, lam, **options):
+    """Return loss and gradient in float64 as two losses of one label each, by the reference."""
+    x = logits.detach().double().requires_grad_()
+    losses = [bonus_cross_entropy(x, t, implementation="reference", **options) for t in (a, b)]
+    loss = lam * losses[0] + (1 - lam) * losses[1]
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+def batch(n_rows=7, n_classes=11, dtype=torch.float32):
+    logits = (3 * torch.randn(n_rows, n_classes, dtype=torch.float64)).to(dtype)
+    a, b = torch.randint(0, n_classes, (2, n_rows))
+    b[0] = a[0]
+    logits[1, a[1]] += 20
+    logits[2, b[2]] += 20
+    return logits.requires_grad_(), a, b
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_is_the_combination_of_two_losses(path, loss, dtype):
+    logits, a, b = batch(dtype=dtype)
+    if dtype == torch.bfloat16 and path == "triton":
+        pytest.skip("the interpreter truncates bfloat16")
+    value = mixup_cross_entropy(logits, a, b, 0.3, bonus=loss, implementation=path, reduction="none")
+    value.sum().backward()
+    expected, grad = truth(logits, a, b, 0.3, bonus=loss, reduction="none")
+    eps = torch.finfo(dtype).eps
+    # a dozen roundings in the accumulation dtype and one to the dtype of the logits
+    torch.testing.assert_close(value.double(), expected, rtol=12 * eps, atol=12 * eps)
+    torch.testing.assert_close(logits.grad.double(), grad, rtol=12 * eps, atol=12 * eps)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("n_classes", [1, 2, 3, 8, 9, 40, 137])
+def test_any_number_of_classes(path, n_classes):
+    logits, a, b = batch(5, n_classes, torch.float64)
+    mixup_cross_entropy(logits, a, b, 0.6, implementation=path).backward()
+    _, grad = truth(logits, a, b, 0.6, reduction="mean")
+    torch.testing.assert_close(logits.grad, grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ignored_labels_weights_and_a_share_for_each_row(path, reduction, weighted):
+    logits, a, b = batch(6, 9, torch.float64)
+    a[3], b[4], a[5], b[5] = -100, -100, -100, -100
+    with torch.no_grad():
+        logits[5] = float("nan")
+    weight = torch.rand(9, dtype=torch.float64) if weighted else None
+    lam = torch.rand(6, dtype=torch.float64)
+    options = {"reduction": reduction, "weight": weight, "bonus": None}
+    value = mixup_cross_entropy(logits, a, b, lam, implementation=path, **options)
+    value.sum().backward()
+    x = logits.detach().nan_to_num().requires_grad_()
+    parts = [F.cross_entropy(x, t, weight=weight, reduction="none") for t in (a, b)]
+    if reduction == "mean":
+        ones = torch.ones(9, dtype=torch.float64) if weight is None else weight
+        parts = [p / ones[t[t >= 0]].sum() for p, t in zip(parts, (a, b), strict=True)]
+    expected = lam * parts[0] + (1 - lam) * parts[1]
+    expected = expected if reduction == "none" else expected.sum()
+    expected.sum().backward()
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(logits.grad, x.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_more_axes_no_batch_and_no_rows():
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    a, b = torch.randint(0, 5, (2, 2, 3))
+    value = mixup_cross_entropy(x, a, b, 0.4)
+    torch.testing.assert_close(value, 0.4 * bonus_cross_entropy(x, a) + 0.6 * bonus_cross_entropy(x, b))
+    assert mixup_cross_entropy(x[0, :, 0], a[0, 0], b[0, 0], 0.4).shape == ()
+    assert mixup_cross_entropy(torch.empty(0, 5), a.new_empty(0), a.new_empty(0), 0.4, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_derivatives_of_any_order(path):
+    logits, a, b = batch(3, 5, torch.float64)
+
+    def f(x):
+        return mixup_cross_entropy(x, a, b, 0.3, bonus=LogBonus(0.5), implementation=path)
+
+    assert torch.autograd.gradcheck(f, (logits,))
+    assert torch.autograd.gradgradcheck(f, (logits,))
+    x = logits.detach()
+    hessian = torch.func.hessian(f)(x)
+    plain = torch.func.hessian(lambda z: 0.3 * bonus_cross_entropy(z, a, bonus=LogBonus(0.5))
+                               + 0.7 * bonus_cross_entropy(z, b, bonus=LogBonus(0.5)))(x)  # fmt: skip
+    torch.testing.assert_close(hessian, plain)
+
+
+def test_one_graph():
+    logits, a, b = batch()
+    compiled = torch.compile(mixup_cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, a, b, 0.3), mixup_cross_entropy(logits, a, b, 0.3))
+
+
+def test_operators_are_well_formed():
+    from bonus_ops import mixup
+    from bonus_ops.losses import encode
+
+    logits, a, b = batch()
+    name, fields = encode(LogBonus())
+    torch.library.opcheck(mixup.forward, (logits.detach()[:, None], torch.stack([a, b])[:, :, None], fields, -100, name,
+                                          "torch"))  # fmt: skip
+
+
+def test_bad_calls_say_what_was_expected():
+    x, t = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+        mixup_cross_entropy(x, t, t, 1.5)
+    with pytest.raises(TypeError, match="lam must be a number or a Tensor, got str"):
+        mixup_cross_entropy(x, t, t, "half")
+    with pytest.raises(RuntimeError, match=r"lam must be a number or shaped like the targets, \[3\], got \[2\]"):
+        mixup_cross_entropy(x, t, t, torch.rand(2))
+    with pytest.raises(RuntimeError, match="lam must have a floating point type, got torch.int64"):
+        mixup_cross_entropy(x, t, t, torch.ones(3, dtype=torch.int64))
+    with pytest.raises(IndexError, match="Target 4 is out of bounds."):
+        mixup_cross_entropy(x, t, t + 2, 0.5)
+    with pytest.raises(ValueError, match="Expected input batch_size"):
+        mixup_cross_entropy(x, t, t[:2], 0.5)
+    with pytest.raises(RuntimeError, match="expected class indices as targets of mixup"):
+        mixup_cross_entropy(x, t, torch.softmax(x, 1), 0.5)
+    with pytest.raises(TypeError, match="bonus must be a GapLoss"):
+        mixup_cross_entropy(x, t, t, 0.5, bonus=SoftmaxSquaredError())
