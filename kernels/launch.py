@@ -22,7 +22,7 @@ def _power_of_two(n: int) -> int:
 def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
-    A long row gets 256 threads to itself, short ones share 128. Where rows alone leave multiprocessors idle, a row is
+    A long row gets 256 threads, short ones share a warp. Where rows alone leave multiprocessors idle, a row is
     split; the split depends on sizes only, so results repeat bit by bit.
     """
     n_chunks = max(n_classes // CHUNK, 1)
@@ -44,5 +44,6 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
 
 
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:
-    lanes = _power_of_two(n_chunks)
-    return Launch(max(128 // lanes, 1), lanes, 1, 128 // warp_size)
+    # a warp alone: no barriers, and few lanes repeat the scalar work of a row; 8 read 128 bytes, a cache line
+    lanes = min(_power_of_two(n_chunks), 8)
+    return Launch(warp_size // lanes, lanes, 1, 1)
