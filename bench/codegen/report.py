@@ -78,8 +78,8 @@ def _kernels(results: dict[str, Any]) -> str:
         ).update(whole.get(number, {}))  # fmt: skip
     order = list(dict.fromkeys(build["target"] for build in results["builds"]))
     rows = sorted(grouped.items(), key=lambda item: (order.index(item[0][2]), item[0][0], item[0][1], min(item[1])))
-    header = ["kernel", "dtype", "target", "classes", "rows x lanes", "threads", "registers", "stack", "shared", "loads",
-              "stores", "exp a logit, loop", "instructions a logit, loop", "whole", "barriers in loops"]  # fmt: skip
+    header = ["kernel", "dtype", "target", "classes", "rows x lanes", "threads", "registers", "stack", "shared",
+              "loads", "stores", "exp a logit", "instructions a logit", "whole", "barriers in loops"]  # fmt: skip
     return _table(header, (_row(key, by_classes) for key, by_classes in rows))
 
 
