@@ -96,17 +96,18 @@ def test_a_gate_sees_its_fault(found, gate):
     assert gate(FAULTS[gate](build) or build) is not None
 
 
+def the_case(found, call, n_rows, n_classes):
+    wanted = {"call": call, "dtype": "bf16", "n_rows": n_rows, "n_classes": n_classes, "target": "sm_90", "offset": 0}
+    return next(case for case in found["cases"] if wanted.items() <= case.items())
+
+
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
 def test_a_streaming_row_is_bound_by_memory(committed):
     """The promise in numbers: on an H200 a long row costs its bytes, forward and backward."""
     for call in ("forward", "backward"):
-        case = next(
-            c for c in committed["cases"]
-            if c["call"] == call and c["target"] == "sm_90" and c["dtype"] == "bf16" and c["n_classes"] == 262144
-            and c["n_rows"] == 8192
-        )  # fmt: skip
+        case = the_case(committed, call, 8192, 262144)
         predicted = roofline.predict(case, committed["builds"], MACHINES["H200"])
         assert predicted["binds"] == "bandwidth" and predicted["share_of_bandwidth"] > 0.95
         assert predicted["times_ms"]["bandwidth"] == pytest.approx(
@@ -151,3 +152,6 @@ def test_the_readme_quotes_the_committed_table(committed):
     quoted = re.search(r"([\d.]+) instructions and ([\d.]+) exponentials a bf16 logit", text)
     loop = report.binding_loop(a_build(committed))
     assert quoted and quoted.groups() == (f"{loop['instructions'] / 8:.1f}", f"{loop['exp'] / 8:.3f}")
+    case = the_case(committed, "forward", 65536, 1000)
+    whole = roofline.predict(case, committed["builds"], MACHINES["H200"])["instructions_per_logit"]
+    assert re.search(r"told ([\d.]+) instructions a logit at 1000 classes", text)[1] == f"{whole:.1f}"

@@ -28,9 +28,7 @@ def draw(n_rows, n_classes, dtype=torch.float32, scale=3.0):
 
 def step(logits, target, **options):
     """Return loss, scores and gradient of one call."""
-    loss, scores = bonus_cross_entropy_with_scores(
-        logits, target, reduction="none", implementation="triton", **options
-    )
+    loss, scores = bonus_cross_entropy_with_scores(logits, target, reduction="none", implementation="triton", **options)
     (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))
     return loss.detach(), *scores, grad
 
