@@ -47,7 +47,7 @@ class Gpu:
         """Return how many inputs of ``size`` bytes to use in turn so that none is found in L2."""
         return min(1 + 4 * measure.cache_bytes(True) // size, 64)
 
-    def interleave(self, steps: dict[str, measure.Step], budget_s: float) -> dict[str, list[float]]:
+    def interleave(self, steps: dict[Any, measure.Step], budget_s: float) -> dict[Any, list[float]]:
         for step in steps.values():  # compile, and fill the allocator's cache
             for _ in range(2):
                 step.prepare()
@@ -130,7 +130,7 @@ class StandIn(Gpu):
     def copies(self, size: int) -> int:
         return 2
 
-    def interleave(self, steps: dict[str, measure.Step], budget_s: float) -> dict[str, list[float]]:
+    def interleave(self, steps: dict[Any, measure.Step], budget_s: float) -> dict[Any, list[float]]:
         for step in steps.values():
             step.prepare()
             step.run()

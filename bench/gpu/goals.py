@@ -13,6 +13,7 @@ from .steps import SHAPES
 
 MET, MISSED, NOT_MEASURED, DRY = "met", "missed", "not measured", "dry run"
 LONG = tuple(shape for shape in SHAPES if shape[0] > 64)
+IN_FORWARD = "ours, gradient in forward"  # not built: a peer of this name would be measured
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # published, other hardware and other runs: context, no verdict
 ANCHORS = (
@@ -84,6 +85,10 @@ def _all(times: Times) -> Iterator[Row]:
             1.10,
             True,
         )
+    for shape in ((8192, 32000), (8192, 128256)):  # an option that is kept only if it wins a fifth
+        once, in_forward = times.once_ms(shape), times.ms(shape, IN_FORWARD, "train")
+        twice = None if once is None else 2 * once
+        yield "gradient made in the forward visit / (R + W)", _at(shape), ratio(in_forward, twice), 1.20, True
     for shape in LONG:
         for mode, what in (("forward", "forward"), ("train", "forward and backward")):
             cost = ratio(times.ms(shape, OURS, mode), times.ms(shape, LOSS_ONLY, mode))
