@@ -10,9 +10,11 @@ from typing import Any
 
 Build = dict[str, Any]
 CHUNK = 8
-MOST_REGISTERS = 64
-MOST_REGISTERS_SHORT = 255  # a lane that holds whole rows of a few classes: a chunk and an edge, 24 logits each
+MOST_REGISTERS = 64  # 1024 threads a multiprocessor
+MOST_REGISTERS_SHORT = 80  # rows that share a warp: 25 warps, of the 32 that programs of one warp allow
+MOST_REGISTERS_FEW_CLASSES = 255  # a lane that holds whole rows: a chunk and an edge, 24 logits each
 MOST_INSTRUCTIONS = 13.0  # a logit in the full-tile loop, bf16, sm_90; an H200 issues 15 while it reads one
+MOST_INSTRUCTIONS_MASKED = 17.0  # where rows share a warp and every tile is masked
 MERGED = 2 * (CHUNK + 3) + 12  # exponentials of the edge, the merge of lanes and the scalar functions of the gap
 
 
@@ -32,13 +34,19 @@ def by_vectors(build: Build) -> bool:
     return streams(build) and build["constants"].get("VECTOR", 1) > 1
 
 
+def shares_a_warp(build: Build) -> bool:
+    return build["constants"].get("ROWS", 1) > 1
+
+
 def no_spill(build: Build) -> str | None:
     bad = build["stack"] or build["spills"]
     return f"{build['stack']} bytes of stack, {build['spills']} spills" if bad else None
 
 
 def registers(build: Build) -> str | None:
-    most = MOST_REGISTERS if by_vectors(build) else MOST_REGISTERS_SHORT
+    most = MOST_REGISTERS_SHORT if shares_a_warp(build) else MOST_REGISTERS
+    if not by_vectors(build):
+        most = MOST_REGISTERS_FEW_CLASSES
     # a float64 counts twice, and a wave of 64 on AMD has 512 registers a lane
     most *= 2 if build["dtype"] == "fp64" or build["target"].startswith("gfx") else 1
     return f"{build['registers']} registers, at most {most}" if build["registers"] > most else None
@@ -79,7 +87,7 @@ def one_exponential_a_logit(build: Build) -> str | None:
 
 
 def no_barrier_in_a_loop(build: Build) -> str | None:
-    if not streams(build):
+    if not by_vectors(build):
         return None
     waits = [(loop["barriers"], loop["shuffles"]) for loop in build["loops"]]
     return f"barriers, shuffles {waits}" if any(map(any, waits)) else None
@@ -89,7 +97,8 @@ def instructions_keep_up(build: Build) -> str | None:
     if not by_vectors(build) or build["target"] != "sm_90" or build["dtype"] != "bf16":
         return None
     each = build["loops"][0]["instructions"] / CHUNK
-    return f"{each:.2f} instructions a logit, at most {MOST_INSTRUCTIONS:g}" if each > MOST_INSTRUCTIONS else None
+    most = MOST_INSTRUCTIONS_MASKED if shares_a_warp(build) else MOST_INSTRUCTIONS
+    return f"{each:.2f} instructions a logit, at most {most:g}" if each > most else None
 
 
 GATES: tuple[Callable[[Build], str | None], ...] = (
