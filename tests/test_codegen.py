@@ -73,8 +73,11 @@ def test_the_loops_of_a_long_row_are_told_apart(found):
 
 
 def a_build(found, kernel="forward_kernel"):
-    return copy.deepcopy(next(x for x in found["builds"] if x["kernel"] == kernel and x["target"] == "sm_90"
-                              and gates.by_vectors(x) and not gates.shares_a_warp(x) and x["dtype"] == "bf16"))  # fmt: skip
+    for x in found["builds"]:
+        here = (x["kernel"], x["target"], x["dtype"]) == (kernel, "sm_90", "bf16")
+        if here and gates.by_vectors(x) and not gates.shares_a_warp(x):
+            return copy.deepcopy(x)
+    raise LookupError(kernel)
 
 
 FAULTS = {

@@ -62,6 +62,9 @@ def whole_per_logit(results: dict[str, Any]) -> dict[int, dict[int, float]]:
 
 def _kernels(results: dict[str, Any]) -> str:
     whole = whole_per_logit(results)
+    without_scores = {
+        launch["build"] for case in results["cases"] if case["call"] == "loss only" for launch in case["launches"]
+    } - {launch["build"] for case in results["cases"] if case["call"] != "loss only" for launch in case["launches"]}
     grouped: dict[tuple[Any, ...], dict[int, float]] = {}
     for number, build in enumerate(results["builds"]):
         loop, constants = binding_loop(build), build["constants"]
@@ -69,7 +72,8 @@ def _kernels(results: dict[str, Any]) -> str:
         logits = max(loop["logits"], 1) if loop else 1
         grouped.setdefault(
             (
-                build["kernel"] + (", misaligned" if build["misaligned"] else ""), build["dtype"], build["target"],
+                build["kernel"] + (", loss only" if number in without_scores else "")
+                + (", misaligned" if build["misaligned"] else ""), build["dtype"], build["target"],
                 tile, build["threads"], build["registers"], build["stack"], build["shared"],
                 _widths(loop["loads"]) if loop else "-", _widths(loop["stores"]) if loop else "-",
                 f"{loop['exp'] / logits:.3f}" if loop else "-", f"{loop['instructions'] / logits:.1f}" if loop else "-",

@@ -290,7 +290,7 @@ LONG = tuple(Tile(1, lanes, 1, lanes // 32) for lanes in (32, 64, 128, 256, 512)
     Tile(1, 256, 1, 4),
     Tile(1, 512, 1, 8),
 )
-FEW = tuple(Tile(1, lanes, parts, lanes // 32) for lanes in (128, 256) for parts in (4, 8, 16, 32))
+FEW = tuple(Tile(1, lanes, parts, lanes // 32) for lanes in (64, 128, 256) for parts in (8, 16, 32))
 WRITING = tuple(Tile(1, lanes, parts, lanes // 32) for lanes in (128, 256, 512) for parts in (1, 4, 16))
 SWEEP = (
     ("forward", 65536, 1000, SHORT),
