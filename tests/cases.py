@@ -112,7 +112,7 @@ def regimes_of(dtype: torch.dtype) -> list[str]:
     return [name for name in REGIMES if name != "far_shifted" or dtype in WIDE_FLOATS]
 
 
-# A lane reads chunks of 8 classes; below 256 chunks rows share a warp, 8 lanes each, then a row has 32, 64 or 256 lanes.
+# A lane reads chunks of 8 classes; below 256 chunks rows of 8 lanes share a warp, then a row has 32, 64 or 256 lanes.
 CLASS_COUNTS = (
     1,  # no rest at all
     2,  # no chunk: only the edge
