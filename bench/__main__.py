@@ -2,6 +2,8 @@
 
 python -m bench [accuracy] [speed] [digits]    all three without a name
 python -m bench report                         the tables and pictures again, from the JSON
+python -m bench codegen [--gate]               machine code of the kernels, compiled offline
+python -m bench gpu                            everything that needs a GPU: tests, times, goals
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["codegen"]:
+        from . import codegen
+
+        return codegen.main(arguments[1:], RESULTS, _commit)
+    if arguments[:1] == ["gpu"]:
+        from . import gpu
+
+        return gpu.main(arguments[1:], RESULTS, _commit)
     options = _parser().parse_args(arguments)
     device = options.device
     if device == "cpu":

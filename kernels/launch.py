@@ -22,8 +22,9 @@ def _power_of_two(n: int) -> int:
 def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
-    A long row gets 256 threads to itself, short ones share 128. A row of 8 tiles or more is split over up to 16
-    programs, whatever the number of rows, so that it is always merged by the same tree: its bits do not tell its batch.
+    Short rows share a warp, longer ones get one or two: every thread repeats the scalar work at a row's end, of about
+    600 instructions, and its full tiles take 13 a logit. A row of 16384 classes or more is split over up to 16 programs,
+    whatever the number of rows, so that it is always merged by the same tree: its bits do not tell its batch.
     """
     n_chunks = max(n_classes // CHUNK, 1)
     if n_chunks < 256:
@@ -31,7 +32,8 @@ def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     parts = 1
     while parts < 16 and n_chunks // (256 * parts * 2) >= 4:  # a part below 4 tiles is not worth its merge
         parts *= 2
-    return Launch(1, 256, parts, 256 // warp_size)
+    lanes = max(32 if n_chunks // parts < 1024 else 64, warp_size)
+    return Launch(1, lanes, parts, lanes // warp_size)
 
 
 def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
@@ -54,8 +56,9 @@ def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
 
 
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:
-    lanes = _power_of_two(n_chunks)
-    return Launch(max(128 // lanes, 1), lanes, 1, 128 // warp_size)
+    # a warp alone: no barriers, and few lanes repeat the scalar work of a row; 8 read 128 bytes, a cache line
+    lanes = min(_power_of_two(n_chunks), 8)
+    return Launch(warp_size // lanes, lanes, 1, 1)
 
 
 class ElementwiseLaunch(NamedTuple):

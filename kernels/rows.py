@@ -34,7 +34,9 @@ def row_index(ROWS: tl.constexpr):
 @triton.jit
 def row_ptr(ptr, row, inner, strides):
     """Return the address of class 0; rows count over two axes, the inner one ``inner`` long."""
-    return ptr + (row // inner) * strides[0] + (row % inner) * strides[1]
+    at = ptr + (row // inner) * strides[0] + (row % inner) * strides[1]
+    # through an integer: for AMD the compiler splits pointers into base and offset and loses that vectors are aligned
+    return at.to(tl.int64).to(ptr.dtype)
 
 
 @triton.jit

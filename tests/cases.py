@@ -112,23 +112,23 @@ def regimes_of(dtype: torch.dtype) -> list[str]:
     return [name for name in REGIMES if name != "far_shifted" or dtype in WIDE_FLOATS]
 
 
-# A lane reads chunks of 8 classes; up to 128 lanes share 4 warps, from 256 chunks up a row has 256 lanes to itself.
+# A lane reads chunks of 8 classes; below 256 chunks rows of 8 lanes share a warp, then a row has 32, 64 or 256 lanes.
 CLASS_COUNTS = (
     1,  # no rest at all
     2,  # no chunk: only the edge
     3,
-    8,  # one chunk, no edge where rows are aligned; 128 rows a program
+    8,  # one chunk, no edge where rows are aligned; 32 rows a program
     10,  # one chunk and an edge
-    63,  # 7 of 8 lanes, 16 rows a program
-    64,  # 8 of 8 lanes
+    63,  # 7 of 8 lanes, 4 rows a program
+    64,  # 8 of 8 lanes, one tile
     65,
-    1000,  # one row a program, a partial tile of 125 lanes; rows stay aligned
+    1000,  # 4 rows a program, 15 tiles and a partial one; rows stay aligned
     1003,  # as 1000, but every row starts at another alignment
-    2056,  # one full tile of 2048 and a partial one
+    2056,  # one row a program: 8 full tiles of 32 lanes and a partial one
 )
-MULTI_TILE = 5003  # two full tiles, a partial one, misaligned rows; one program a row
-SPLIT_FORWARD = 16391  # 8 tiles shared by 2 programs a row
-SPLIT_BOTH = 32779  # 17 tiles and a tail: 4 programs a row forward, 2 backward
+MULTI_TILE = 5003  # 19 full tiles, a partial one, misaligned rows; one program a row
+SPLIT_FORWARD = 16391  # 2 programs a row forward
+SPLIT_BOTH = 32779  # a tail; 4 programs a row forward, 2 backward
 EMPTY_PART = 67595  # 34 tiles over 8 programs a row: the last one has none
 
 

@@ -6,15 +6,22 @@ times them at full size. Otherwise each runs once on a few rows, and must meet t
 """
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import __main__, measure, plots, report
+from bench import __main__, gpu, measure, plots, report
+from bench.gpu import goals, peers
+from bench.gpu import report as gpu_report
+from bench.gpu import steps as gpu_steps
 from bench.providers import CASES, DTYPES, PROVIDERS, Outcome, Provider, WrongResult, call, check, inputs
 from bench.speed import bytes_moved
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores
 
+ROOT = Path(__file__).resolve().parent.parent
 FEW = 16
 SERIES = {quantity: {"ours": [1e-7, float("inf")]} for quantity in plots.PANELS}
 EXAMPLE = {
@@ -125,3 +132,117 @@ def test_a_failed_bound_is_shown_with_its_case():
         {"bound": "a <= 1", "case": "y", "dtype": "float32", "value": 2.0, "passed": False},
     ]
     assert "| a <= 1 | FAIL | 2 y float32 |" in report._verdicts(bounds)
+
+
+# --- the GPU run, rehearsed -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """Every step but the second collection of tests, on the stand-in; torch as another test may have left it."""
+    folder = tmp_path_factory.mktemp("gpu")
+    steps = [name for name in gpu.STEPS if name != "matrix"]
+    gpu.main(["--dry-run", "--out", str(folder), "--steps", *steps], ROOT / "bench/results", lambda: "a commit")
+    return folder, json.loads((folder / "gpu-dry-run.json").read_text())
+
+
+def test_a_dry_run_passes_every_step(dry_run):
+    _, results = dry_run
+    assert {name: step["status"] for name, step in results["steps"].items()} == dict.fromkeys(results["steps"], "done")
+    steps = results["steps"]
+    assert re.match(r"\d+ tests collected", steps["gpu tests"]["summary"])
+    assert {row["provider"] for row in steps["speed"]["rows"]} == {
+        "ours", "ours, loss only", "F.cross_entropy", "difficulty_scores",
+    }  # fmt: skip
+    assert len(steps["sweep"]["rows"]) == len(gpu_steps.SWEEP)
+    assert all({"host_us", "replay_us"} <= set(row) for row in steps["small"]["rows"])
+    assert steps["sanitizer"]["tools"]["memcheck"]["launches"] > 15
+
+
+def test_a_dry_run_is_never_a_measurement(dry_run, tmp_path):
+    folder, results = dry_run
+    assert results["dry"] and {row["verdict"] for row in goals.goals(results)} == {"dry run"}
+    assert "mean nothing" in (folder / "gpu-dry-run.md").read_text()
+    with pytest.raises(SystemExit, match="no measurement"):
+        gpu.main(["--dry-run", "--out", str(tmp_path / "results")], tmp_path, lambda: "a commit")
+
+
+def child(code):
+    """Return the command of a step whose body is ``code``; ``save`` writes what it has."""
+    save = "import json, sys, time, pathlib\ndef save(x): pathlib.Path(sys.argv[2]).write_text(json.dumps(x))\n"
+    return [sys.executable, "-c", save + code]
+
+
+def test_a_step_that_crashes_or_hangs_keeps_what_it_saved():
+    crashed = gpu.in_process("speed", 30, child("save({'rows': [1]})\nimport os; os.abort()"))
+    assert crashed["status"] == "failed" and crashed["rows"] == [1] and "exit" in crashed["error"]
+    hung = gpu.in_process("speed", 5, child("save({'rows': [2]})\ntime.sleep(60)"))
+    assert hung["status"] == "timed out" and hung["rows"] == [2] and hung["seconds"] < 20
+    assert gpu.in_process("speed", 30, child("save({'rows': [3]})"))["status"] == "done"
+    assert gpu.in_process("speed", 1, child(""))["status"] == "skipped"
+
+
+def measured(ms_of):
+    """Return results as of a GPU that copies 4 TB/s, with ``ms_of(provider, mode, n_rows, n_classes)``."""
+    rows = [
+        {"n_rows": n, "n_classes": v, "dtype": "bf16", "provider": provider, "mode": mode,
+         "ms": {"median": ms_of(provider, mode, n, v)}}
+        for n, v in gpu_steps.SHAPES for provider in ("ours", "ours, loss only", "F.cross_entropy")
+        for mode in ("forward", "train")
+    ]  # fmt: skip
+    device = {"gpu": "A GPU"}
+    steps = {"ceilings": {"copy_gb_per_s": 4000.0, "device": device}, "speed": {"rows": rows}}
+    return {"dry": False, "date": "2030-01-01", "command": "c", "commit": "d", "steps": steps}
+
+
+def verdicts(results, goal):
+    return {row["verdict"] for row in goals.goals(results) if row["goal"] == goal}
+
+
+def test_goals_are_the_ratios_they_say():
+    """R of 8192 x 32000 bf16 at 4 TB/s is 0.131 ms: times of 1.09 and 3.27 R meet the bounds, 1.11 and 3.33 do not."""
+
+    def at(slack):
+        return lambda provider, mode, n, v: n * v * 2 / 4e9 * slack * (3 if mode == "train" else 1)
+
+    for slack, expected in ((1.09, goals.MET), (1.11, goals.MISSED)):
+        results = measured(at(slack))
+        assert goals.Times(results["steps"]).once_ms((8192, 32000)) == pytest.approx(0.131072)
+        assert verdicts(results, "forward with all scores / R") == {expected}
+        assert verdicts(results, "forward and backward with all scores / (2R + W)") == {expected}
+        assert verdicts(results, "forward with all scores / loss alone") == {goals.MET}
+        assert verdicts(results, "forward of 50257 / of 50304 classes, a byte") == {goals.MET}
+        assert verdicts(results, "share of copy bandwidth of a forward of few rows") == {goals.MET}
+        assert verdicts(results, "host time of forward and backward / F.cross_entropy") == {goals.NOT_MEASURED}
+    dear = measured(lambda provider, mode, n, v: 1.04 if provider == "ours" else 1.0)
+    assert verdicts(dear, "forward with all scores / loss alone") == {goals.MISSED}
+    assert verdicts(dear, "forward and backward with all scores / F.cross_entropy") == {goals.MISSED}
+    assert verdicts(dear, "forward and backward with all scores / Liger-Kernel") == {goals.NOT_MEASURED}
+
+
+def test_a_wrong_peer_is_skipped():
+    peer = peers.Peer(lambda: None)
+    assert peers.check(peer, torch.nn.functional.cross_entropy, 40, "cpu") is None
+    assert "wrong" in peers.check(peer, lambda z, y: torch.nn.functional.cross_entropy(z, y) * 1.001, 40, "cpu")
+    assert "wrong" in peers.check(peer, lambda z, y: torch.nn.functional.cross_entropy(z, y) * float("nan"), 40, "cpu")
+
+
+def test_pytest_output_is_counted():
+    lines = ["..F", "FAILED tests/test_gpu.py::test_x - assert", "1 failed, 2 passed, 3 skipped in 4.56s"]
+    found = gpu_steps.counts(lines)
+    assert (found["failed"], found["passed"], found["skipped"]) == (1, 2, 3)
+    assert found["failures"] == [lines[1]]
+
+
+def test_the_readme_shows_what_was_measured_on_a_gpu():
+    """Every measured GPU has its generated table; with none the README says so."""
+    text = (ROOT / "README.md").read_text()
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("gpu-*.json"))]
+    assert all(not run["dry"] for run in runs)
+    if runs:
+        assert any(gpu_report.readme_table(run) in text for run in runs)
+    else:
+        assert "**GPU: not measured.**" in text
+    # what would be pasted there
+    table = gpu_report.readme_table(measured(lambda provider, mode, n, v: 1.0))
+    assert table.startswith("A GPU, 2030-01-01, copy bandwidth 4000 GB/s") and "| 8192 x 128256 | 1 | 53% |" in table

@@ -1,113 +1,160 @@
-"""Machine code of the kernels, compiled offline for GPUs that need not be here.
+"""Machine code of the kernels, compiled offline for GPUs that need not be here, against the bounds of `bench.codegen`.
 
-Bounds, not equalities: registers and instructions move between versions of Triton.
+The suite compiles each path once; `python -m bench codegen --gate` checks every class count, dtype and target.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import pathlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-LONG = (1000, 32000, 50257)  # divisible by 8, by 16, odd: all must stream alike
-STREAMING = ("forward_kernel", "forward_softmax_kernel", "partial_kernel", "backward_kernel")
-WRITERS = ("forward_softmax_kernel", "backward_kernel")
-CHUNK = 8
+from bench.codegen import gates, report, roofline
+from bench.machines import MACHINES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def builds():
+def found():
     """Compile in another process: under TRITON_INTERPRET nothing can be."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = pathlib.Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-m", "bench.codegen", "--json"], cwd=root, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "bench", "codegen", "--quick", "--json"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def label(build):
-    return "{kernel} {dtype} {n_classes} {target}".format(**build)
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((ROOT / "bench/results/codegen.json").read_text())
 
 
-def long_rows(builds):
-    """Return the kernels that stream rows long enough to matter."""
-    return [x for x in builds if x["n_classes"] in LONG and x["kernel"] in STREAMING]
+def kernels(found):
+    return {(x["kernel"], x["target"]) for x in found["builds"]}
 
 
-def test_nothing_is_missing(builds):
+def test_every_bound_is_kept(found):
+    assert found["failures"] == []
+
+
+def test_nothing_is_missing(found):
     """A gate over an empty list would pass."""
-    assert len(builds) == 4 * 2 * (4 + 4 + 1 + 1 + 1)
-    assert {x["target"] for x in builds} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    # full tiles first, then the label's and the last tile (unrolled on some targets), then the sweep that writes
-    for x in long_rows(builds):
-        first, *_, last = [x["loops"][0], *x["loops"]]
-        assert bool(last["stores"]) == (x["kernel"] in WRITERS), label(x)
-        assert bool(first["stores"]) == (x["kernel"] == "backward_kernel"), label(x)
+    assert kernels(found) >= {
+        (kernel, target)
+        for kernel in ("forward_kernel", "partial_kernel", "merge_kernel", "backward_kernel", "forward_softmax_kernel")
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    }
+    for x in filter(gates.by_vectors, found["builds"]):
+        first, last = x["loops"][0], x["loops"][-1]
+        assert bool(last["stores"]) == (x["kernel"] in ("forward_softmax_kernel", "backward_kernel")), gates.label(x)
+        assert bool(first["stores"]) == (x["kernel"] == "backward_kernel"), gates.label(x)
 
 
-def test_no_stack_and_no_spill(builds):
-    assert [label(x) for x in builds if x["stack"] or x["spills"]] == []
+def test_the_loops_of_a_long_row_are_told_apart(found):
+    """Full tiles are the cheaper loop: what the predictions charge most logits with."""
+    for x in found["builds"]:
+        names = roofline.passes(x)
+        assert len(names) == len(x["loops"]), gates.label(x)
+        if {"full", "masked"} <= set(names):
+            full, masked = (x["loops"][names.index(name)]["instructions"] for name in ("full", "masked"))
+            assert full < masked, gates.label(x)
 
 
-def test_registers_leave_room_for_many_lanes(builds):
-    # a lane of the 10-class shape holds whole rows, 24 logits each: a chunk and an edge
-    limits = {label(x): 64 if x["n_classes"] in LONG else 192 for x in builds}
-    assert {label(x): x["registers"] for x in builds if x["registers"] > limits[label(x)]} == {}
+def a_build(found, kernel="forward_kernel"):
+    for x in found["builds"]:
+        here = (x["kernel"], x["target"], x["dtype"]) == (kernel, "sm_90", "bf16")
+        if here and gates.by_vectors(x) and not gates.shares_a_warp(x):
+            return copy.deepcopy(x)
+    raise LookupError(kernel)
 
 
-def test_logits_are_loaded_by_128_bits(builds):
-    narrow = {label(x): x["loops"] for x in long_rows(builds) if any(set(y["loads"]) != {"128"} for y in x["loops"])}
-    assert narrow == {}
+FAULTS = {
+    gates.no_spill: lambda x: x | {"stack": 8},
+    gates.registers: lambda x: x | {"registers": 256},
+    gates.loads_of_128_bits: lambda x: x["loops"][0].update(loads={"16": 8}),
+    gates.stores_of_128_bits: lambda x: x["loops"][0].update(stores={"16": 8}),
+    gates.each_logit_once: lambda x: x["loops"][0].update(logits=16),
+    gates.one_exponential_a_logit: lambda x: x["loops"][0].update(exp=16),
+    gates.no_barrier_in_a_loop: lambda x: x["loops"][0].update(barriers=1),
+    gates.instructions_keep_up: lambda x: x["loops"][0].update(instructions=105),
+}
 
 
-def test_outputs_of_a_row_are_stored_by_128_bits(builds):
-    for x in long_rows(builds):
-        stores = [y["stores"] for y in x["loops"] if y["stores"]]
-        assert len(stores) == (x["kernel"] in WRITERS), label(x)
-        # as many vectors out as in
-        assert all(y == x["loops"][-1]["loads"] and set(y) == {"128"} for y in stores), label(x)
+@pytest.mark.parametrize("gate", gates.GATES, ids=lambda gate: gate.__name__)
+def test_a_gate_sees_its_fault(found, gate):
+    build = a_build(found)
+    assert gate(build) is None
+    assert gate(FAULTS[gate](build) or build) is not None
 
 
-def test_a_loop_reads_each_of_its_logits_once(builds):
-    assert {label(x): x["loops"] for x in long_rows(builds) if any(y["logits"] != CHUNK for y in x["loops"])} == {}
+def the_case(found, call, n_rows, n_classes):
+    wanted = {"call": call, "dtype": "bf16", "n_rows": n_rows, "n_classes": n_classes, "target": "sm_90", "offset": 0}
+    return next(case for case in found["cases"] if wanted.items() <= case.items())
 
 
-def test_one_exponential_a_logit_and_one_a_lane(builds):
-    """8 a chunk and one to rescale in the sweep of full tiles, 8 in the one that writes, a bounded number elsewhere."""
-    for x in long_rows(builds):
-        full, writing = CHUNK + 1, CHUNK
-        if x["kernel"] == "backward_kernel":
-            full = 0
-        else:
-            assert x["loops"][0]["exp"] <= full, label(x)
-        if x["kernel"] in WRITERS:
-            assert x["loops"][-1]["exp"] <= writing, label(x)
-        else:
-            writing = 0
-        # twice a merged tile (the label's, the last one), the edge, lanes, and the scalar functions of the gap
-        assert x["exp"] <= full + writing + 2 * (CHUNK + 3) + 12, label(x)
+# --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def test_instructions_keep_up_with_bf16_logits(builds):
-    """An H200 issues about 15 instructions a lane in the time that memory delivers a bf16 logit."""
-    forward = [x for x in long_rows(builds) if x["kernel"] == "forward_kernel" and x["dtype"] == "bf16"]
-    for x in forward:
-        if x["target"] == "sm_90":
-            assert x["loops"][0]["instructions"] <= 15 * CHUNK, label(x)
+def test_a_streaming_row_is_bound_by_memory(committed):
+    """The promise in numbers: on an H200 a long row costs its bytes, forward and backward."""
+    for call in ("forward", "backward"):
+        case = the_case(committed, call, 8192, 262144)
+        predicted = roofline.predict(case, committed["builds"], MACHINES["H200"])
+        assert predicted["binds"] == "bandwidth" and predicted["share_of_bandwidth"] > 0.95
+        assert predicted["times_ms"]["bandwidth"] == pytest.approx(
+            8192 * 262144 * 2 * (1 + (call == "backward")) / 4.32e9, rel=1e-3
+        )
 
 
-def test_lanes_do_not_wait_for_each_other_in_a_loop(builds):
-    assert [label(x) for x in long_rows(builds) if any(y["barriers"] or y["shuffles"] for y in x["loops"])] == []
+def test_work_of_a_launch_by_hand():
+    """100 outside, 10 a full tile, 20 a masked one: 5 chunks over 2 lanes are 2 full tiles, one the label's, and 1."""
+    loops = [{"instructions": 10, "special": 1}, {"instructions": 20, "special": 2}]
+    build = {"kernel": "forward_kernel", "constants": {"ROWS": 1, "LANES": 2}, "loops": loops,
+             "instructions": 130, "special": 3}  # fmt: skip
+    launch = {"programs": 3, "threads": 32, "constants": build["constants"]}
+    done = roofline.work(build, launch, n_rows=3, n_classes=40)
+    assert done.instructions == 3 * 32 * (100 + 1 * 10 + 2 * 20)
+    assert done.special == 3 * 32 * (1 * 1 + 2 * 2)
 
 
-def test_hints_do_not_change_the_loop(builds):
-    """An odd number of classes streams by the same instructions as a multiple of 16."""
-    loops = {label(x): [(y["exp"], y["loads"], y["stores"]) for y in x["loops"]] for x in long_rows(builds)}
-    for name, found in loops.items():
-        assert found == loops.get(name.replace(" 1000 ", " 50257 ").replace(" 32000 ", " 50257 ")), name
+def test_a_machine_is_the_product_of_its_units():
+    h200 = MACHINES["H200"]
+    assert h200.special_per_s == pytest.approx(4.2e12, rel=0.01)
+    assert h200.lanes_per_s == pytest.approx(3.3e13, rel=0.02)
+
+
+# --- the committed table ----------------------------------------------------------------------------------------------
+
+
+def test_the_committed_table_is_the_report_of_the_committed_json(committed):
+    assert (ROOT / "bench/results/codegen.md").read_text() == report.markdown(committed)
+
+
+def test_the_committed_json_covers_the_table(committed):
+    cases = committed["cases"]
+    assert {c["target"] for c in cases} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}
+    assert {c["n_classes"] for c in cases} >= {10, 1000, 1024, 32000, 50257, 50304, 128256, 151936, 262144}
+    assert {c["dtype"] for c in cases} == {"fp16", "bf16", "fp32", "fp64"}
+    assert list(gates.failures(committed["builds"])) == []
+
+
+def test_the_readme_quotes_the_committed_table(committed):
+    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    quoted = re.search(r"([\d.]+) instructions and ([\d.]+) exponentials a bf16 logit", text)
+    loop = report.binding_loop(a_build(committed))
+    assert quoted and quoted.groups() == (f"{loop['instructions'] / 8:.1f}", f"{loop['exp'] / 8:.3f}")
+    case = the_case(committed, "forward", 65536, 1000)
+    whole = roofline.predict(case, committed["builds"], MACHINES["H200"])["instructions_per_logit"]
+    assert re.search(r"told ([\d.]+) instructions a logit at 1000 classes", text)[1] == f"{whole:.1f}"

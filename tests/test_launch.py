@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from bonus_ops.kernels import launch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,3 +24,15 @@ def test_every_launch_binds_and_compiles():
     assert json.loads(done.stdout.splitlines()[-1]) == [
         "backward_kernel", "forward_kernel", "forward_softmax_kernel", "merge_kernel", "partial_kernel",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("warp_size", [32, 64])
+def test_a_lane_is_a_thread(warp_size):
+    """Otherwise chunks spread over threads, or threads repeat loads; sizes are powers of two, as Triton wants."""
+    for n_classes in (1, 8, 10, 63, 64, 1000, 2047, 2048, 4096, 8191, 8192, 50257, 65536, 262144, 2**24):
+        for shape in (launch.forward, launch.backward):
+            for n_rows in (1, 64, 65536):
+                how = shape(n_rows, n_classes, warp_size)
+                assert how.rows * how.lanes == how.num_warps * warp_size, (shape, n_classes, how)
+                assert all(x & (x - 1) == 0 for x in (how.rows, how.lanes, how.num_warps))
+                assert how.parts >= 1 and (how.rows == 1 or how.parts == 1)

@@ -1,0 +1,145 @@
+"""Reading machine code: registers, spills, load widths, instructions, and the loops that stream logits."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import tempfile
+from typing import Any, NamedTuple
+
+import triton
+
+NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+class Isa(NamedTuple):
+    """How to read one assembly language: line patterns with the groups named in `parse`, opcode patterns."""
+
+    label: str  # (name)
+    instruction: str  # (opcode)(operands)
+    branch: str  # (label) in the operands of a branch
+    exp: str
+    special: str  # exponentials and whatever shares their unit
+    load: str  # the width is read by `width`
+    store: str
+    barrier: str
+    shuffle: str
+    spill: str
+
+
+NVIDIA = Isa(
+    label=r"^(\.L_\w+):",
+    instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*)",
+    branch=r"^BRA.*`\((\.L_\w+)\)",
+    exp=r"^MUFU\.EX2",
+    special=r"^MUFU",
+    load=r"^LDG",
+    store=r"^STG",
+    barrier=r"^BAR",
+    shuffle=r"^(SHFL|LDS|STS)",
+    spill=r"^(LDL|STL)",
+)
+AMD = Isa(
+    label=r"^(\.LBB\w+):",
+    instruction=r"^\s+([sv]_\w+|global_\w+|buffer_\w+|flat_\w+|ds_\w+|scratch_\w+)\s*(.*)",
+    branch=r"^s_c?branch\w*\s+(\.LBB\w+)",
+    exp=r"^v_exp_f32",
+    special=r"^v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
+    load=r"^(global|buffer|flat)_load",
+    store=r"^(global|buffer|flat)_store",
+    barrier=r"^s_barrier",
+    shuffle=r"^ds_",
+    spill=r"^scratch_",
+)
+
+
+def width(opcode: str) -> int:
+    """Return the bytes a lane moves by a load or store."""
+    wide = re.search(r"\.(128|64)\b|dwordx(\d)|_b(128|96|64|32|16)\b", opcode)
+    if wide:
+        nvidia, dwords, bits = wide.groups()
+        return int(dwords) * 4 if dwords else int(nvidia or bits) // 8
+    return 2 if re.search(r"16|short", opcode) else 1 if re.search(r"[US]8|byte", opcode) else 4
+
+
+def inspect(built: Any, target: str, element: int) -> dict[str, Any]:
+    """Return what a compiled kernel needs and does; ``element`` is the bytes of a logit."""
+    if target.startswith("gfx"):
+        isa, text = AMD, built.asm["amdgcn"]
+        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        registers, stack, spills = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in keys)
+    else:
+        isa, (usage, text) = NVIDIA, disassemble(built.asm["cubin"])
+        registers, stack, spills = *map(int, re.findall(r"(?:REG|STACK):(\d+)", usage)), 0
+    opcodes, loops = parse(text, isa)
+    found = describe(opcodes, isa, element)
+    found["spills"] += spills
+    loops = [describe(body, isa, element) for body in loops]
+    return found | {"registers": registers, "stack": stack, "shared": built.metadata.shared, "loops": loops}
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (["cuobjdump", "-res-usage"], ["nvdisasm", "-c"])
+        usage, text = (
+            subprocess.run(
+                [os.path.join(NVIDIA_TOOLS, tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in commands
+        )
+    return usage, text
+
+
+def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]]]:
+    """Return all opcodes and those of every loop that streams logits: from a label to the last branch back to it.
+
+    Code moved behind its use is reached by a backward branch too: a loop must load and exponentiate, and hold no other.
+    """
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: dict[int, int] = {}
+    for line in text.splitlines():
+        if re.search(r"\bNOP\b|\bs_nop\b|\bs_code_end\b", line):
+            continue  # padding
+        if label := re.match(isa.label, line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(isa.instruction, line):
+            branch = re.match(isa.branch, " ".join(instruction.groups()))
+            if branch and branch[1] in labels:
+                loops[labels[branch[1]]] = len(opcodes)
+            opcodes.append(instruction[1])
+
+    def streams(first: int, last: int) -> bool:
+        body = opcodes[first : last + 1]
+        return all(any(re.match(pattern, op) for op in body) for pattern in (isa.load, isa.exp))
+
+    spans = [span for span in sorted(loops.items()) if streams(*span)]
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return opcodes, [opcodes[first : last + 1] for first, last in inner]
+
+
+def describe(opcodes: list[str], isa: Isa, element: int) -> dict[str, Any]:
+    """Count what matters; ``logits`` are those a lane loads if every load is of logits, widths are bits to numbers."""
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(pattern, op)) for op in opcodes)
+
+    def widths(pattern: str) -> dict[str, int]:
+        return dict(collections.Counter(str(8 * width(op)) for op in opcodes if re.match(pattern, op)))
+
+    loads = widths(isa.load)
+    return {
+        "instructions": len(opcodes),
+        "exp": count(isa.exp),
+        "special": count(isa.special),
+        "loads": loads,
+        "stores": widths(isa.store),
+        "barriers": count(isa.barrier),
+        "shuffles": count(isa.shuffle),
+        "spills": count(isa.spill),
+        "logits": sum(int(bits) // 8 * n for bits, n in loads.items()) // element,
+    }

@@ -1,0 +1,110 @@
+"""Predicted times from machine code and a table of machines: which unit binds, and by how much.
+
+Four times of a call, each as if nothing else took any: memory moves every logit once each way, the special-function
+units do every exponential, the schedulers issue every instruction, the launches start. The first three overlap, so the
+longest of them plus the launches is a lower bound. What runs is counted from the code: all instructions outside the
+loops that stream logits (an upper bound where a branch skips some), those of each loop times its turns.
+
+Not modelled: latency with too few bytes in flight, cache hits of a second read, uneven waves, clocks under load.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..machines import LAUNCH_US, Machine
+from .launches import BYTES
+
+CHUNK = 8
+COLUMNS_OUT = {"forward": 4 * (1 + 5 + 1 + 3), "loss only": 4 * (1 + 3), "softmax": 4 * (1 + 5 + 1 + 3), "backward": 0}
+COLUMNS_IN = {"forward": 8, "loss only": 8, "softmax": 8, "backward": 8 + 4 * (3 + 1)}
+WRITES = ("softmax", "backward")  # calls that write an array like the logits
+
+# What the loops of a kernel are, in the order of the code: `full` tiles without a mask, `masked` ones (the label's and
+# the last of one row, all tiles of several), `all` tiles. A kernel not named here streams all tiles in each loop.
+PASSES = {
+    "forward_kernel": ("full", "masked"),
+    "forward_softmax_kernel": ("full", "masked", "all"),
+    "partial_kernel": ("full", "masked"),
+    "merge_kernel": (),
+    "backward_kernel": ("all",),
+}
+
+
+class Work(NamedTuple):
+    """What the lanes of a launch execute, in total."""
+
+    instructions: float
+    special: float
+    binding: str  # the loop most logits go through, or "masked tile" where rows are too short for one
+
+
+def passes(build: dict[str, Any]) -> list[str]:
+    """Name each loop of a build; a compiler may have made two of a masked one."""
+    names = list(PASSES.get(build["kernel"], ("all",) * len(build["loops"])))
+    if build["constants"].get("ROWS", 1) > 1 and "full" in names:
+        names.remove("full")  # several rows a program: no tile is free of labels
+    found = len(build["loops"])
+    while len(names) > found:  # unrolled: counted with what is outside the loops
+        names.remove("masked" if "masked" in names else names[0])
+    if "masked" in names:
+        names[names.index("masked") : names.index("masked")] = ["masked"] * (found - len(names))
+    return names + ["all"] * (found - len(names))
+
+
+def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: int) -> list[float]:
+    """Return how often each loop of a program turns."""
+    constants = launch["constants"]
+    if "LANES" not in constants:
+        return [0.0] * len(build["loops"])
+    rows, lanes = constants.get("ROWS", 1), constants["LANES"]
+    n_parts = max(round(launch["programs"] / -(-n_rows // rows)), 1)
+    n_chunks = n_classes // CHUNK
+    tiles, full = -(-n_chunks // lanes), n_chunks // lanes
+    names = passes(build)
+    held = 1 if full else 0  # the label's tile leaves the full ones
+    per_row = {
+        "full": max(full - held, 0),
+        "masked": tiles if rows > 1 else (held + tiles - full) / max(names.count("masked"), 1),
+        "all": tiles,
+    }
+    return [per_row[name] / n_parts for name in names]
+
+
+def work(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: int) -> Work:
+    loops, counts = build["loops"], turns(build, launch, n_rows, n_classes)
+    lanes = launch["programs"] * launch["threads"]
+
+    def total(key: str) -> float:
+        outside = build[key] - sum(loop[key] for loop in loops)
+        return lanes * (outside + sum(n * loop[key] for n, loop in zip(counts, loops, strict=True)))
+
+    names = passes(build)
+    most = max(range(len(loops)), key=lambda i: counts[i] * loops[i]["instructions"], default=None)
+    binding = "none" if most is None else names[most]
+    return Work(total("instructions"), total("special"), "masked tile" if binding == "masked" else binding)
+
+
+def predict(case: dict[str, Any], builds: list[dict[str, Any]], machine: Machine) -> dict[str, Any]:
+    """Return the times of a case in ms, which unit binds, and lane instructions a logit of the whole call."""
+    n_rows, n_classes, call = case["n_rows"], case["n_classes"], case["call"]
+    done = [work(builds[launch["build"]], launch, n_rows, n_classes) for launch in case["launches"]]
+    n_logits = n_rows * n_classes
+    moved = n_logits * BYTES[case["dtype"]] * (2 if call in WRITES else 1)
+    moved += n_rows * (COLUMNS_IN.get(call, 8) + COLUMNS_OUT.get(call, 0))
+    instructions, special = sum(w.instructions for w in done), sum(w.special for w in done)
+    busy = min(max(launch["programs"] for launch in case["launches"]) / machine.multiprocessors, 1.0)
+    times = {
+        "bandwidth": 1e3 * moved / machine.bytes_per_s,
+        "exp": 1e3 * special / machine.special_per_s / busy,
+        "issue": 1e3 * instructions / machine.lanes_per_s / busy,
+        "launch": 1e-3 * LAUNCH_US * len(case["launches"]),
+    }
+    overlapping = max(times[unit] for unit in ("bandwidth", "exp", "issue"))
+    return {
+        "times_ms": times,
+        "binds": max(times, key=lambda unit: times[unit]),
+        "ms": overlapping + times["launch"],
+        "share_of_bandwidth": times["bandwidth"] / (overlapping + times["launch"]),
+        "instructions_per_logit": instructions / n_logits,
+    }

@@ -1,0 +1,37 @@
+"""A few dozen launches for compute-sanitizer: every kernel, dtype, alignment and edge once, on small inputs.
+
+compute-sanitizer --tool memcheck python -m bench.gpu.launches
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bonus_ops import bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax
+
+
+def main(device: str) -> None:
+    n_launches = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for n_classes, offset in ((10, 0), (1003, 1), (5003, 3), (32779, 0)):
+            if device == "cpu" and n_classes > 2000:
+                continue
+            storage = torch.randn(3 * n_classes + offset, device=device).to(dtype)
+            logits = storage[offset:].view(3, n_classes).requires_grad_()
+            # the first and the last class, and an ignored row
+            target = torch.tensor([0, n_classes - 1, -100], device=device)
+            loss, _ = bonus_cross_entropy_with_scores(logits, target, reduction="none")
+            loss.sum().backward()
+            n_launches += 2 + (n_classes > 16000)
+            if n_classes < 6000:
+                bonus_cross_entropy_with_softmax(logits.detach(), target)
+                n_launches += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{n_launches} launches of our kernels")
+
+
+if __name__ == "__main__":
+    main("cpu" if "--cpu" in sys.argv else "cuda")

@@ -1,0 +1,186 @@
+"""What only a GPU can show: rounding of the hardware's exp2, 64-bit offsets, streams, graphs, synchronisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bonus_ops import (
+    CrossEntropy,
+    LogBonus,
+    bonus_cross_entropy,
+    bonus_cross_entropy_with_scores,
+    bonus_cross_entropy_with_softmax,
+    reference,
+)
+from tests.conftest import ACCELERATOR
+
+pytestmark = pytest.mark.skipif(ACCELERATOR != "cuda", reason="needs a CUDA device")
+HALVES = (torch.bfloat16, torch.float16)
+IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get
+SHAPES = ((600, 10), (70, 1000), (70, 1003), (9, 5003), (5, 50257), (3, 262144))
+
+
+def draw(n_rows, n_classes, dtype=torch.float32, scale=3.0):
+    logits = (scale * torch.randn(n_rows, n_classes, device="cuda")).to(dtype)
+    return logits.requires_grad_(), torch.randint(n_classes, (n_rows,), device="cuda")
+
+
+def step(logits, target, **options):
+    """Return loss, scores and gradient of one call."""
+    loss, scores = bonus_cross_entropy_with_scores(logits, target, reduction="none", implementation="triton", **options)
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))
+    return loss.detach(), *scores, grad
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.nan_to_num(-7.0), y.nan_to_num(-7.0))
+
+
+def ulps(actual, truth):
+    """Return the largest error in units of the last place of ``actual``'s dtype at the truth."""
+    info = torch.finfo(actual.dtype)
+    exponent = torch.floor(torch.log2(truth.abs().clamp(min=info.tiny)))
+    return ((actual.double() - truth).abs() / (torch.exp2(exponent) * info.eps)).max().item()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=IDS)
+@pytest.mark.parametrize(("n_rows", "n_classes"), SHAPES)
+def test_half_precision_is_rounded_once(n_rows, n_classes, dtype):
+    """Within 0.51 units in the last place: float32 inside, one rounding to nearest at the end."""
+    logits, target = draw(n_rows, n_classes, dtype)
+    exact = logits.detach().double()
+    loss, _, softmax = bonus_cross_entropy_with_softmax(
+        logits, target, reduction="none", bonus=None, implementation="triton"
+    )
+    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))
+    upstream = torch.full((n_rows,), 0.5, device="cuda", dtype=torch.float64)
+    assert grad.dtype == softmax.dtype == dtype
+    assert ulps(grad, reference.gradient(exact, target, -100, CrossEntropy(), upstream)) <= 0.51
+    assert ulps(softmax, reference.softmax(exact, target, -100)) <= 0.51
+    if loss.dtype == dtype:
+        assert ulps(loss, reference.rows(exact, target, -100, CrossEntropy())) <= 0.51
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=IDS)
+@pytest.mark.parametrize(("n_rows", "n_classes"), SHAPES)
+def test_scores_are_those_of_float64(n_rows, n_classes, dtype):
+    logits, target = draw(n_rows, n_classes, dtype)
+    _, *scores, _ = step(logits, target)
+    truth = reference.scores(logits.detach().double(), target, -100, torch.float64)
+    for score, true in zip(scores[:5], truth[:5], strict=True):
+        torch.testing.assert_close(score.double(), true, rtol=1e-5, atol=1e-6)
+    assert torch.equal(scores[5].long(), truth[5].long())
+
+
+def test_more_logits_than_a_32_bit_offset_reaches():
+    for n_logits in (2**31, 2**32):  # one test, so that parallel workers do not hold both
+        for n_classes in (1000, 262144):
+            assert_far_rows_are_right(n_logits // n_classes + 40, n_classes)
+            torch.cuda.empty_cache()
+
+
+def assert_far_rows_are_right(n_rows, n_classes):
+    if torch.cuda.mem_get_info()[0] < 5.2 * n_rows * n_classes:
+        pytest.skip(f"not enough memory for {n_rows} x {n_classes} logits and their gradient")
+    logits = torch.empty(n_rows, n_classes, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_()
+    target = torch.randint(n_classes, (n_rows,), device="cuda")
+    everything = step(logits, target)
+    for rows in (slice(0, 8), slice(n_rows - 64, n_rows)):
+        few = logits.detach()[rows].clone().requires_grad_()
+        # the same rows alone: the launch may split them otherwise, so not bit by bit
+        for x, y in zip(step(few, target[rows]), everything, strict=True):
+            torch.testing.assert_close(x, y[rows], rtol=1e-2 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=IDS)
+@pytest.mark.parametrize("n_classes", [1000, 1003, 5003])
+def test_rows_and_targets_at_any_address(n_classes, dtype):
+    logits, target = draw(5, n_classes, dtype)
+    expected = step(logits, target)
+    for offset in range(1, 9):
+        storage = torch.full((5 * n_classes + offset,), float("nan"), device="cuda", dtype=dtype)
+        moved = storage[offset:].view(5, n_classes)
+        moved.copy_(logits.detach())
+        labels = torch.full((5 + offset,), -(10**9), device="cuda")[offset:]  # 8 bytes past an aligned address
+        labels.copy_(target)
+        for x, y in zip(step(moved.requires_grad_(), labels), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype in HALVES else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("n_classes", [10, 1003, 262144])
+def test_nothing_waits_for_the_device(n_classes, reduction):
+    logits, target = draw(8, n_classes)
+    weight = torch.rand(n_classes, device="cuda")
+
+    def run():
+        for options in ({}, {"weight": weight}, {"ignore_index": 3}):
+            loss, scores = bonus_cross_entropy_with_scores(logits, target, reduction=reduction, **options)
+            scores.difficulty("el2n")
+            loss.sum().backward()
+            logits.grad = None
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(128, 10), (64, 1000), (4, 262144)])
+def test_a_captured_step_replays(n_rows, n_classes):
+    """100 replays, each on other logits and labels."""
+    logits, target = draw(n_rows, n_classes)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(logits, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(logits, target)
+    for i in range(100):
+        logits.detach().normal_()
+        target.random_(0, n_classes)
+        target[0] = -100 if i % 2 else 0
+        graph.replay()
+        assert_same(captured, step(logits, target))
+
+
+@pytest.mark.parametrize("n_classes", [10, 1003, 262144])
+def test_work_follows_the_current_stream(n_classes):
+    """Inputs appear late on a second stream; a launch elsewhere would read them before."""
+    logits, target = draw(8, n_classes)
+    expected = step(logits, target)
+    late = torch.full_like(logits, float("nan")).requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # about 10 ms
+        late.detach().copy_(logits.detach())
+        found = step(late, target)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS)
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(600, 10), (3000, 1000), (40, 50257), (4, 262144)])
+def test_twenty_runs_agree_bit_by_bit(n_rows, n_classes, dtype):
+    logits, target = draw(n_rows, n_classes, dtype)
+    first = step(logits, target)
+    for _ in range(20):
+        assert_same(step(logits, target), first)
+
+
+def test_the_kernels_are_what_runs():
+    """`implementation=None` on a GPU must not fall back."""
+    from bonus_ops import ops
+
+    assert ops.default_implementation("cuda") == "triton"
+    logits, target = draw(4, 1003)
+    chosen = bonus_cross_entropy(logits, target, bonus=LogBonus())
+    assert torch.equal(chosen, bonus_cross_entropy(logits, target, bonus=LogBonus(), implementation="triton"))
