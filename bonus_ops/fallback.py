@@ -35,9 +35,10 @@ LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
 # Tuned by `python -m bench speed` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
 BLOCK_ELEMENTS = 1 << 21  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
 SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
-WORKSPACE_SHARE = 0.115  # of one gradient's bytes, for all buffers of a call
+WORKSPACE_SHARE = 0.15  # of one gradient's bytes, for all buffers of a call
 WORKSPACE_SHARE_ALONE = 0.5  # where no gradient is made
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
+DOT_CLASSES = 4096  # up to here numpy's dot, which sums less carefully than torch, is as accurate
 NUMPY_THREADS = 4  # up to here numpy's argmax on one of them is faster than chunks on all
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
 COLUMN_CLASSES_APART = 1024  # and up to here where classes lie apart; beyond, `VECTOR` rows of them would cost too much
@@ -223,6 +224,22 @@ def _row_sum(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True)
 
 
+def dot(x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    """Return the sum of x y of each row [N, 1], by numpy in one pass where it can; ``out`` may be overwritten."""
+    contiguous = x.stride(1) == y.stride(1) == 1
+    if numpy is not None and contiguous and x.shape[1] <= DOT_CLASSES and hasattr(numpy, "vecdot"):
+        with numpy.errstate(all="ignore"):
+            return torch.from_numpy(numpy.vecdot(x.numpy(), y.numpy()))[:, None]
+    return _row_sum(torch.mul(x, y, out=out))
+
+
+def _sum_of_squares(x: Tensor, out: Tensor) -> Tensor:
+    """Return the sum of x^2 of each row [N, 1]; ``out`` may be overwritten."""
+    if x.stride(1) != 1 or x.shape[1] <= DOT_CLASSES:
+        return dot(x, x, out)
+    return torch.linalg.vector_norm(x, 2, 1, keepdim=True).square_()
+
+
 def _target_logits(logits: Tensor, label: Tensor) -> Tensor:
     """Return the label's logit of every row [N, 1]; +inf becomes the NaN it makes of its row."""
     z_target = logits.gather(2, label.view(*logits.shape[:2], 1)).view(-1, 1).to(accumulation_dtype(logits.dtype))
@@ -244,11 +261,8 @@ def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) 
     gap = (z_target - maximum) - sum_exp.log()
     if not scores:
         return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
-    sum_exp_z = _first(_row_sum(z.mul_(e)), len(label))  # NaN if a logit is -inf: `_repair`
-    if z.stride(1) == 1:
-        sum_exp2 = torch.linalg.vector_norm(e, 2, 1, keepdim=True).square_()
-    else:
-        sum_exp2 = _first(torch.mul(e, e, out=z).sum(1, keepdim=True), len(label))
+    sum_exp_z = _first(dot(z, e, z), len(label))  # NaN if a logit is -inf: `_repair`
+    sum_exp2 = _first(_sum_of_squares(e, z), len(label))
     return _Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
 
@@ -332,6 +346,17 @@ def visit(
         columns = _Columns(*(nothing,) * 6, torch.zeros_like(nothing, dtype=torch.int64))
         return _finish(columns, torch.zeros_like(target.reshape(-1), dtype=torch.bool), loss, scores), grad
     label, counts = _labels(logits, target, ignore_index)
+    columns = _blocks(logits, label, counts, loss, scores, grad_loss, grad)
+    if scores:
+        _repair(logits, label, columns)
+    return _finish(columns, counts, loss, scores), grad
+
+
+def _blocks(
+    logits: Tensor, label: Tensor, counts: Tensor | None, loss: GapLoss, scores: bool, grad_loss: Tensor | None,
+    grad: Tensor | None,
+) -> _Columns:  # fmt: skip
+    """Sweep block after block and fill ``grad``; the buffers are free again on return."""
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not _by_class(logits)
     in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials
     plan = _Plan(logits, 1 if in_place else 2, grad)
@@ -352,10 +377,7 @@ def visit(
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
                 grads[i].copy_(_as_rows(source, e))
-    columns = found[0] if len(found) == 1 else _Columns(*map(torch.cat, zip(*found, strict=True)))
-    if scores:
-        _repair(logits, label, columns)
-    return _finish(columns, counts, loss, scores), grad
+    return found[0] if len(found) == 1 else _Columns(*map(torch.cat, zip(*found, strict=True)))
 
 
 def backward(
