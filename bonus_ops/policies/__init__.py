@@ -6,7 +6,7 @@ policy ranks it takes a *difficulty*, higher is harder: ``scores.difficulty(name
 """
 
 from .curriculum import co_teaching_keep, self_paced_threshold, self_paced_weight, small_loss
-from .denoise import guarded, late_stopping_mask, mastered_mask, noise_mask, random_label_loss
+from .denoise import guarded, late_stopping_mask, mastered_mask, noise_mask
 from .history import History
 from .importance import Draw, importance_draw, importance_gain, importance_pays, poisson_selection
 from .pruning import infobatch
@@ -45,7 +45,6 @@ __all__ = [
     "mastered_mask",
     "noise_mask",
     "poisson_selection",
-    "random_label_loss",
     "rank_selection",
     "rank_selection_is_due",
     "selective_backprop",

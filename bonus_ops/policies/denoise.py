@@ -4,51 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .checks import check_integer, check_mask, check_number, check_shape, check_vector
 
-__all__ = ["guarded", "late_stopping_mask", "mastered_mask", "noise_mask", "random_label_loss"]
-
-
-def random_label_loss(
-    logits: Tensor, energy: Tensor, *, target: Tensor | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return the loss each row would have with a label drawn at random: ``-energy - z_k``, one gather.
-
-    What `noise_mask` compares with: its quantile over an epoch, or over a `History` of the last batches.
-
-    Args:
-        logits: [N, C].
-        energy: [N], ``-logsumexp(logits)``, as in ``Scores.energy``.
-        target: int64 [N] to draw k among the other classes; None draws among all C, as the paper does.
-        generator: of the device of ``logits``.
-
-    Returns:
-        [N] in nats, [0, inf), of the dtype of ``energy``; NaN where the energy is; detached, no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-
-    References:
-        Song et al., Robust and On-the-fly Dataset Denoising (ODD), ECCV 2020, arXiv 2003.10647, which simulates such
-        losses; here the training logits give them.
-    """
-    check_vector("random_label_loss", "energy", energy)
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"random_label_loss: logits must be a Tensor, got {type(logits).__name__}")
-    if logits.dim() != 2 or len(logits) != len(energy):
-        raise RuntimeError(f"random_label_loss: logits must have shape [{len(energy)}, C], got {list(logits.shape)}")
-    n_drawn = logits.shape[1] - (target is not None)
-    if n_drawn < 1:
-        raise ValueError(f"random_label_loss: logits must have a class to draw, got shape {list(logits.shape)}")
-    label = torch.randint(n_drawn, energy.shape, generator=generator, device=logits.device)
-    if target is not None:
-        check_shape("random_label_loss", "target", target, energy, integer=True)
-        label = label + (label >= target)
-    chosen = logits.detach().gather(1, label[:, None])[:, 0]
-    return (-energy - chosen.to(energy.dtype)).clamp(min=0)  # rounding may leave -1e-7
+__all__ = ["guarded", "late_stopping_mask", "mastered_mask", "noise_mask"]
 
 
 def noise_mask(
@@ -56,9 +16,9 @@ def noise_mask(
 ) -> Tensor:
     """Return which examples have a loss like that of a random label: likely mislabelled.
 
-    ``recent_loss > threshold``, where the threshold is a low quantile of `random_label_loss`: the paper drops once,
-    late, those whose mean loss of the last 2 epochs exceeds the 10 % quantile. It works while noise is not memorised:
-    at a high learning rate.
+    ``recent_loss > threshold``, where the threshold is a low quantile of the losses ``logsumexp(z) - z_k`` that the
+    training logits would have under random labels k. The paper drops once, late, those whose mean loss of the last 2
+    epochs exceeds the 10 % quantile. It works while noise is not memorised: at a high learning rate.
 
     The quantile is delicate. With labels drawn among all C, 1 / C of the draws are the true label: at or below that
     quantile clean easy examples are flagged. To guard hard sampling, 0.07 with labels drawn among the others has been
@@ -157,7 +117,7 @@ def mastered_mask(
     return mastered & (epoch % readmit_every != 0)
 
 
-def late_stopping_mask(first_k_learned: Tensor, learned_share: float, *, unset: int = -1) -> Tensor:
+def late_stopping_mask(learned_epoch: Tensor, learned_share: float) -> Tensor:
     """Return which examples are learned late, once enough others are learned: likely mislabelled.
 
     An example is learned at the first epoch that ends k correct predictions in a row. When the learned ones reach
@@ -165,10 +125,10 @@ def late_stopping_mask(first_k_learned: Tensor, learned_share: float, *, unset: 
     scratch on what is left.
 
     Args:
-        first_k_learned: int [N], that epoch, ``unset`` where it has not come.
-        learned_share: rho in (0, 1]; for CIFAR-10 the authors use 0.98 a round at 20 % noise, 0.955 at 40 %. Needs to
-            know the noise rate, roughly.
-        unset: default -1.
+        learned_epoch: float [N], that epoch; +inf where it has not come, NaN where the example was never seen: it is
+            not suspect and does not count. The authors take k = 1, later 2 and 3.
+        learned_share: rho in (0, 1]; for CIFAR-10 the authors use 0.98 a round at 20 % noise, 0.955 at 40 %. So the
+            noise rate has to be known, roughly.
 
     Returns:
         bool [N], True where suspect; no host sync.
@@ -179,7 +139,7 @@ def late_stopping_mask(first_k_learned: Tensor, learned_share: float, *, unset: 
     References:
         Yuan et al., Late Stopping, ICCV 2023, arXiv 2308.13862.
     """
-    check_shape("late_stopping_mask", "first_k_learned", first_k_learned, first_k_learned, integer=True)
+    check_vector("late_stopping_mask", "learned_epoch", learned_epoch)
     check_number("late_stopping_mask", "learned_share", learned_share, "(0, 1]")
-    late = first_k_learned == unset
-    return late & ((~late).sum() >= learned_share * late.numel())
+    learned = learned_epoch.isfinite().sum()
+    return (learned_epoch == math.inf) & (learned >= learned_share * (~learned_epoch.isnan()).sum())

@@ -20,7 +20,7 @@ class Draw(NamedTuple):
 
     Attributes:
         indices: int64 [size], which examples; may repeat.
-        unbiased_weight: float [size]; ``(unbiased_weight * loss[indices]).mean()`` has the mean loss as its expectation.
+        unbiased_weight: float [size]; ``(unbiased_weight * loss[indices]).mean()`` has the mean loss as expectation.
     """
 
     indices: Tensor

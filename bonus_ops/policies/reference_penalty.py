@@ -11,6 +11,8 @@ from .checks import check_number
 
 __all__ = ["kl_to_reference"]
 
+CLOSE = 0.5  # of two log probabilities; below it their difference is summed as a series
+
 
 def kl_to_reference(logits: Tensor, reference_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Return ``KL(p_ref || p) = sum p_ref (log p_ref - log p)`` of each row, with its exact gradient.
@@ -69,40 +71,40 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(logits, reference)
         ctx.temperature = temperature
-        return _divergence(*_scaled(logits, reference, temperature))[0].to(logits.dtype)
+        return _divergence(*_widened(logits, reference), temperature)[0].to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, reference = ctx.saved_tensors
-        z, z_ref = _scaled(logits, reference, ctx.temperature)
-        slope = grads[0].to(z.dtype)[..., None] / ctx.temperature
-        return (_gradient(z, z_ref) * slope).to(logits.dtype), None, None
+        gradient = _gradient(*_widened(logits, reference), ctx.temperature)
+        slope = grads[0].to(gradient.dtype)[..., None] / ctx.temperature
+        return (gradient * slope).to(logits.dtype), None, None
 
 
-def _scaled(logits: Tensor, reference: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _widened(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(logits.dtype, reference.dtype), torch.float32)
-    return logits.to(dtype) / temperature, reference.to(dtype) / temperature
+    return logits.to(dtype), reference.to(dtype)
 
 
-def _divergence(z: Tensor, z_ref: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the divergence [...] and ``log p - log p_ref`` [..., C].
+def _divergence(z: Tensor, z_ref: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the divergence [...] and ``log p - log p_ref`` [..., C], 0 where p_ref is 0.
 
-    With ``d = z - z_ref`` centred so that ``sum p_ref d = 0`` it is ``log sum p_ref exp(d)``: where every d is small,
-    log1p of a sum of positive terms, which cancels nothing.
+    With ``d = (z - z_ref) / T`` centred so that ``sum p_ref d = 0`` it is ``log sum p_ref exp(d)``: where every d is
+    small, log1p of a sum of positive terms, in which nothing cancels.
     """
-    p_ref = torch.softmax(z_ref, -1)
-    dead = p_ref == 0  # d may be inf or NaN there
-    d = torch.where(dead, 0.0, z - z_ref)
-    d = d - (p_ref * d).sum(-1, keepdim=True)
-    lse = torch.logsumexp(z, -1) - torch.logsumexp(z_ref, -1)
-    mean = (p_ref * torch.where(dead, 0.0, z - z_ref)).sum(-1)
-    small = torch.where(dead, 0.0, d).abs().amax(-1) < 0.5
-    close = torch.where(small[..., None] & ~dead, d, 0.0)
-    near = torch.log1p((p_ref * _expm1_minus(close)).sum(-1))
-    # a class the reference rules out adds its p to the sum
-    outside = torch.where(dead, torch.softmax(z, -1), 0.0).sum(-1)
-    value = torch.where(small & (outside == 0), near, lse - mean)
-    return value, d - value[..., None]
+    p_ref = torch.softmax(z_ref / temperature, -1)
+    dead = p_ref == 0  # z - z_ref may be inf or NaN there
+    d = torch.where(dead, 0.0, (z - z_ref) / temperature)
+    d = torch.where(dead, 0.0, d - (p_ref * d).sum(-1, keepdim=True))
+    # a class that the reference rules out adds its p to the sum
+    outside = torch.where(dead, torch.softmax(z / temperature, -1), 0.0).sum(-1)
+    close = (d.abs().amax(-1) < CLOSE) & (outside == 0)
+    near = torch.log1p((p_ref * _expm1_minus(torch.where(close[..., None], d, 0.0))).sum(-1))
+    log_p = torch.log_softmax(z / temperature, -1)
+    log_p_ref = torch.log_softmax(z_ref / temperature, -1)
+    far = torch.where(dead, 0.0, p_ref * (log_p_ref - log_p)).sum(-1)
+    value = torch.where(close, near, far)
+    return value, torch.where(close[..., None], d - near[..., None], torch.where(dead, 0.0, log_p - log_p_ref))
 
 
 def _expm1_minus(x: Tensor) -> Tensor:
@@ -113,12 +115,15 @@ def _expm1_minus(x: Tensor) -> Tensor:
     return total * x * x / 2
 
 
-def _gradient(z: Tensor, z_ref: Tensor) -> Tensor:
-    """Return ``p - p_ref``; as ``p_ref expm1(log p - log p_ref)`` where the two are close."""
+def _gradient(z: Tensor, z_ref: Tensor, temperature: float) -> Tensor:
+    """Return ``p - p_ref``: as ``p_ref expm1(log p - log p_ref)`` where the two are close."""
+    p = torch.softmax(z / temperature, -1)
     with torch.no_grad():
-        _, log_ratio = _divergence(z, z_ref)
-        p_ref = torch.softmax(z_ref, -1)
-        close = (log_ratio.abs() < 0.5) & (p_ref > 0)
-    p = torch.softmax(z, -1)
-    exact = torch.where(close, p_ref * torch.expm1(torch.where(close, log_ratio, 0.0)), p.detach() - p_ref)
+        _, log_ratio = _divergence(z, z_ref, temperature)
+        p_ref = torch.softmax(z_ref / temperature, -1)
+        close = (log_ratio.abs() < CLOSE) & (p_ref > 0)
+        exact = torch.where(close, p_ref * torch.expm1(torch.where(close, log_ratio, 0.0)), p - p_ref)
+        # of a class with nearly all of the probability the ratio keeps no digit; its gradient is what the others lack
+        is_top = torch.arange(z.shape[-1], device=z.device) == p_ref.argmax(-1, keepdim=True)
+        exact = torch.where(is_top, -torch.where(is_top, 0.0, exact).sum(-1, keepdim=True), exact)
     return exact + (p - p.detach())  # the value of one, the derivative of the other

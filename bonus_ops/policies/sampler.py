@@ -43,9 +43,9 @@ class DifficultySampler(Sampler[int]):
     Attributes:
         weight: float [num_examples] on the CPU, of the present epoch.
 
-    `set_epoch` starts a given epoch; without it every new iteration starts the next. `state_dict` holds the epoch's
-    plan and the place in it, so that a resumed run visits the rest of the same epoch. It counts what was handed out:
-    with workers, a DataLoader fetches ahead of what was trained.
+    Call `set_epoch` before every epoch, so that ``len`` is that epoch's; without it each new iteration starts the next.
+    `state_dict` holds the epoch's plan and the place in it, so that a resumed run visits the rest of the same epoch. It
+    counts what was handed out: with workers, a DataLoader fetches ahead of what was trained.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape; a policy whose weights have
@@ -99,9 +99,7 @@ class DifficultySampler(Sampler[int]):
         return self._weight
 
     def __len__(self) -> int:
-        """Return how many examples this process visits in the present epoch (the next, between two)."""
-        if self._iterated and self._position >= len(self._plan()):
-            self.set_epoch(self.epoch + 1)
+        """Return how many examples this process visits in the present epoch: the last begun, or the one set."""
         return len(self._plan())
 
     def __iter__(self) -> Iterator[int]:
