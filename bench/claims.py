@@ -72,9 +72,9 @@ def run(
         section = _measure(name, quick, progress)
         stamp = {"command": command, "commit": _commit(), "date": date, "quick": quick}
         results[name] = section | stamp | {"elapsed_s": time.perf_counter() - start}
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
     progress("")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
     return report(folder)
 
 

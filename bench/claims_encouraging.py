@@ -37,7 +37,7 @@ COLUMNS = {
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     names = (PLAIN, "log_end 0.75") if quick else LOSSES
-    return [(name, seed, 2 if quick else EPOCHS) for name in names for seed in range(2 if quick else SEEDS)]
+    return [(name, seed, 3 if quick else EPOCHS) for name in names for seed in range(2 if quick else SEEDS)]
 
 
 def work(name: str, seed: int, epochs: int) -> dict[str, float]:
@@ -120,7 +120,7 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
     accuracies = by_key["accuracy"]
     furthest = max(names[1:], key=lambda name: abs(statistics.fmean(gain("accuracy", name))))
     return [
-        verdict("train margin grows with log_end: least step, logits", steps, at_least=0),
+        verdict("train margin grows with log_end: least step, logits", steps, at_least=ABOVE_ZERO),
         verdict("train margin, log_end .75 / cross-entropy", ratio("train_margin", "log_end 0.75"), at_least=1.3),
         verdict("train margin, log_end 1 / cross-entropy", ratio("train_margin", "log_end 1"), at_least=4),
         verdict("energy of the label, log_end 1 / cross-entropy", ratio("target_energy", "log_end 1"), at_least=4),

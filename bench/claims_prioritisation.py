@@ -32,7 +32,7 @@ SEEDS, EPOCHS = 5, 30  # the budget, in backward passes per example
 PRESAMPLE = 3 * BATCH
 MOST_SCORED = 200  # forward passes per example without a backward pass: a guard that is too strict never fills a batch
 LEAST_RATE = 0.02  # of the initial learning rate
-GUARD_FORWARDS, GUARD_QUANTILE = 5, 0.10  # an example is judged from its fifth loss on
+GUARD_FORWARDS, GUARD_QUANTILE = 5, 0.10  # an example is judged once it has five losses
 
 
 class Run:
@@ -103,7 +103,8 @@ def selective(run: Run, guard: float | None = None) -> None:
         logits, scores = run.score(rows)
         difficulty = scores.difficulty("loss")
         if guard is not None:
-            difficulty = guarded(difficulty, denoiser.observe(rows, logits, scores, guard))
+            difficulty = guarded(difficulty, denoiser.suspects(rows, guard))
+            denoiser.observe(rows, logits, scores)
         history = history.push(difficulty)
         keep = ~difficulty.isnan() if warm else selective_backprop(difficulty, history).keep
         queue = torch.cat([queue, rows[keep]])
@@ -113,24 +114,27 @@ def selective(run: Run, guard: float | None = None) -> None:
 
 
 class Denoiser:
-    """On-the-fly denoising: the last two losses of each example against a quantile of random-label losses."""
+    """On-the-fly denoising: the last two losses of each example against a quantile of random-label losses.
+
+    Examples are judged by what was known before the present forward pass, as a tracker would know it.
+    """
 
     def __init__(self, n: int) -> None:
         self.last = torch.full((2, n), torch.nan)
         self.seen = torch.zeros(n, dtype=torch.int64)
         self.random = History.empty(2048)
 
-    def observe(self, rows: Tensor, logits: Tensor, scores: Scores, quantile: float) -> Tensor:
+    def suspects(self, rows: Tensor, quantile: float) -> Tensor:
+        threshold = self.random.quantile(quantile)
+        return noise_mask(
+            self.last[:, rows].mean(0), threshold, observations=self.seen[rows], min_observations=GUARD_FORWARDS
+        )
+
+    def observe(self, rows: Tensor, logits: Tensor, scores: Scores) -> None:
         self.last[:, rows] = torch.stack([self.last[1, rows], scores.loss])
         self.seen[rows] += 1
-        label = torch.randint(logits.shape[1], rows.shape)
+        label = torch.randint(logits.shape[1], rows.shape)  # of all classes, as in the paper
         self.random = self.random.push(-scores.energy - logits.gather(1, label[:, None])[:, 0])
-        return noise_mask(
-            self.last[:, rows].mean(0),
-            self.random.quantile(quantile),
-            observations=self.seen[rows],
-            min_observations=GUARD_FORWARDS,
-        )
 
 
 def importance(run: Run, unbiased: bool, score: str = "loss") -> None:
@@ -177,7 +181,7 @@ SENSITIVITY = ("guarded, quantile .05", "guarded, quantile .20")  # at the most 
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     if quick:
-        return [(name, 50, seed, 2) for name in METHODS if name not in SENSITIVITY for seed in range(2)]
+        return [(name, 50, seed, 1) for name in METHODS if name not in SENSITIVITY for seed in range(2)]
     return [
         (name, noise, seed, EPOCHS)
         for name in METHODS

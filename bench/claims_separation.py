@@ -193,13 +193,15 @@ def auroc(score: Tensor, kind: Tensor, positive: int, negative: tuple[int, ...])
 def pair_auroc(results: dict[int, dict[str, Any]], pair: tuple[str, str]) -> dict[str, list[float]]:
     """Return the AUROC of a logistic map of two ranks, fitted on half the seeds, per seed of the other halves."""
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # which scikit-learn brings
 
     features = {seed: _ranks([result["features"][key] for key in pair]) for seed, result in results.items()}
     kinds = {seed: result["kind"] for seed, result in results.items()}
     by_seed: dict[int, list[dict[str, float]]] = {seed: [] for seed in results}
     for fit in itertools.combinations(results, len(results) // 2):
         model = LogisticRegression(C=1.0, class_weight="balanced")
-        model.fit(numpy.concatenate([features[s] for s in fit]), numpy.concatenate([kinds[s] for s in fit]))
+        with threadpool_limits(1):  # more only wait for each other on so small a problem
+            model.fit(numpy.concatenate([features[s] for s in fit]), numpy.concatenate([kinds[s] for s in fit]))
         for seed in set(results) - set(fit):
             log_p = torch.tensor(model.predict_log_proba(features[seed]))
             clean = torch.logsumexp(log_p[:, [EASY, HARD]], 1)
