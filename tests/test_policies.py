@@ -121,8 +121,8 @@ def test_selection_weights_are_unbiased():
 
 def test_rank_selection_is_drawn_as_composer_does():
     # without replacement: P({i, j}) = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j)
-    difficulty, keep, g = torch.tensor([3.0, 1.0, 2.0, 0.0]), 0.5, generator()
-    rank = [3, 1, 2, 0]
+    difficulty, keep, g = torch.tensor([2.0, 3.0, 1.0, 0.0]), 0.5, generator()
+    rank = [2, 3, 1, 0]  # and the order is [3, 2, 0, 1]
     p = [(r + 0.5) / 4 for r in rank]  # exponent 1 / keep - 1 = 1
     p = [x / sum(p) for x in p]
     counts = torch.zeros(4, 4)
