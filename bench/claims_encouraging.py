@@ -147,8 +147,8 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
     rows = ([name, *(cell(each[key]) for key in COLUMNS)] for name, each in section["table"].items())
     return (
         "A 64-256-256-10 ReLU network on scikit-learn's digits, 30 epochs, the last 450 of a seeded order as test "
-        f"images. Attacks move every pixel by {EPSILON}, within [0, 1]. Of the five log_end tried, one in twenty would seem to "
-        "change the accuracy by chance alone.\n\n" + table(["loss", *COLUMNS.values()], rows)
+        f"images. Attacks move every pixel by {EPSILON}, within [0, 1]. Of the five log_end tried, one in twenty would "
+        "seem to change the accuracy by chance alone.\n\n" + table(["loss", *COLUMNS.values()], rows)
     )
 
 
