@@ -179,7 +179,7 @@ def test_poisson_selection():
     draws = [poisson_selection(LOSS, 3, generator=g) for _ in range(3000)]
     total = sum(float(LOSS[i]) for i in VALID)
     expected = [min(1.0, 3 * float(LOSS[i]) / total) if i in VALID else 0.0 for i in range(6)]
-    torch.testing.assert_close(draws[0].probability, torch.tensor(expected).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(draws[0].probability, torch.tensor(expected), rtol=1e-6, atol=0)
     assert_mean(torch.stack([d.keep for d in draws]), torch.tensor(expected).double())
     other = torch.tensor([5.0, -1.0, 0.0, 2.0, 0.3, 1.0]).double()
     assert_mean(torch.stack([(d.unbiased_weight * other).sum() / 5 for d in draws]), other[VALID].mean())
@@ -342,6 +342,29 @@ def test_guarded_examples_are_left_alone_by_every_policy():
         assert weigh(difficulty)[1] == 0
     assert superloss_weight(difficulty, threshold=1.0)[1] == self_paced_weight(difficulty, 9.0)[1] == 0
     assert LOSS[1] == 2.0
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_where_all_are_ignored_nothing_is_chosen(n):
+    difficulty = torch.full((n,), nan)
+    history = History.empty(4).push(torch.ones(2)).push(difficulty)
+    assert int(history.filled) == 2
+    selections = selective_backprop(difficulty, history, floor=1.0), poisson_selection(difficulty, 2)
+    weights = [
+        *(selection.keep for selection in selections),
+        *(selection.probability for selection in selections),
+        infobatch(difficulty),
+        small_loss(difficulty, 1.0),
+        focal_weight(difficulty),
+        superloss_weight(difficulty, threshold=1.0),
+        flow_weight(difficulty, normalize=True),
+        self_paced_weight(difficulty, 1.0, gamma=1.0),
+        noise_mask(difficulty, 1.0),
+        late_stopping_mask(difficulty, 0.5) if n else difficulty,
+    ]
+    assert all((weight == 0).all() and weight.shape == (n,) for weight in weights)
+    if n:
+        assert importance_draw(difficulty, 5).unbiased_weight.tolist() == [0] * 5
 
 
 # --- the reference penalty --------------------------------------------------------------------------------------------

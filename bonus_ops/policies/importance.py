@@ -37,7 +37,8 @@ def importance_draw(
 
     Args:
         difficulty: s, [B], >= 0: ``el2n`` (the paper's gradient norm) or ``loss``. NaN takes no part; a negative
-            counts as 0, +inf as the largest float32. Where all are 0 the draw is uniform.
+            counts as 0, +inf as the largest float32. Where all are 0 the draw is uniform;
+            where all are NaN it weighs 0.
         size: how many to draw, >= 1; the paper presamples B = 3 size.
         smoothing: c >= 0, default 0; above 0 every example can be drawn and no weight exceeds ``mean(s + c) / c``.
         generator: of the device of ``difficulty``.
@@ -67,9 +68,9 @@ def importance_draw(
     uniform = torch.rand(size, dtype=torch.float64, generator=generator, device=score.device)
     # strictly below the total even when the product rounds up, so that a last example of probability 0 is not drawn
     level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, level, right=True)
-    weight = total / (valid.sum() * score[index])
-    return Draw(index, weight.to(difficulty.dtype))
+    index = torch.searchsorted(cumulative, level, right=True).clamp(max=len(score) - 1)  # all NaN: past the end
+    weight = torch.where(total > 0, total / (valid.sum() * score[index]), 0.0)
+    return Draw(index, weight.to(_weight_dtype(difficulty)))
 
 
 def poisson_selection(
@@ -97,10 +98,9 @@ def poisson_selection(
     """
     check_integer("poisson_selection", "size", size, 1)
     score, _ = _scores("poisson_selection", difficulty, smoothing)
-    # in float64 to the end: a probability and the weight that undoes it must agree
-    probability = (size * score / score.sum()).clamp(max=1)
+    probability = (size * score / score.sum()).clamp(max=1).nan_to_num(nan=0.0)  # 0 / 0: all NaN
     uniform = torch.rand(score.shape, dtype=torch.float64, generator=generator, device=score.device)
-    return Selection(uniform < probability, probability)
+    return Selection(uniform < probability, probability.to(_weight_dtype(difficulty)))
 
 
 def importance_gain(difficulty: Tensor) -> Tensor:
@@ -132,6 +132,10 @@ def importance_pays(gain: Tensor, presample: int, size: int) -> Tensor:
     check_integer("importance_pays", "size", size, 1)
     check_integer("importance_pays", "presample", presample, size)
     return gain > (presample + 3 * size) / (3 * size)
+
+
+def _weight_dtype(difficulty: Tensor) -> torch.dtype:
+    return torch.promote_types(difficulty.dtype, torch.float32)
 
 
 def _scores(function: str, difficulty: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

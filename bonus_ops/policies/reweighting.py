@@ -126,7 +126,7 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
         tau = torch.full((), temperature, dtype=loss.dtype, device=loss.device)
     weight = torch.where(tau > 0, torch.exp(-loss / tau), (loss <= 0).to(loss.dtype))
     weight = torch.where(loss.isnan(), 0.0, weight)
-    return weight / (weight.sum() / (~loss.isnan()).sum()) if normalize else weight
+    return (weight / (weight.sum() / (~loss.isnan()).sum())).nan_to_num(nan=0.0) if normalize else weight
 
 
 def exponentiated_gradient(
