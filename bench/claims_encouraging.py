@@ -5,21 +5,39 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bonus_ops import GapLoss, LogBonus, bonus_cross_entropy
+from bonus_ops import CrossEntropy, GapLoss, LogBonus, bonus_cross_entropy
 
 from . import digits
 from .claims_verdict import ABOVE_ZERO, interval, paired, verdict
 
 TITLE = "Encouraging loss"
 PLAIN = "cross-entropy"
+
+
+@dataclass(frozen=True)
+class ScaledCrossEntropy(CrossEntropy):
+    """Cross-entropy times a factor: under plain SGD the same as a learning rate that much larger."""
+
+    factor: float = 1.0
+
+    def value(self, gap: Tensor) -> Tensor:
+        return self.factor * super().value(gap)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return self.factor * super().slope(gap)
+
+
 LOG_ENDS = (0.0, 0.5, 0.75, 0.9, 1.0)
-LOSSES: dict[str, GapLoss | None] = {PLAIN: None} | {f"log_end {end:g}": LogBonus(end) for end in LOG_ENDS}
+CONTROLS = {f"cross-entropy, rate x {k:g}": ScaledCrossEntropy(k) for k in (2.0, 4.0)}  # a bonus takes larger steps too
+ENDS = {f"log_end {end:g}": LogBonus(end) for end in LOG_ENDS}
+LOSSES: dict[str, GapLoss | None] = {PLAIN: None, **CONTROLS, **ENDS}
 SEEDS, EPOCHS = 10, 30  # enough seeds to tell a difference of half a point of accuracy
 EPSILON = 0.1  # of an attack, in pixel values from 0 to 1
 COLUMNS = {
@@ -36,7 +54,7 @@ COLUMNS = {
 
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    names = (PLAIN, "log_end 0.75") if quick else LOSSES
+    names = (PLAIN, "cross-entropy, rate x 2", "log_end 0.75") if quick else LOSSES
     return [(name, seed, 3 if quick else EPOCHS) for name in names for seed in range(2 if quick else SEEDS)]
 
 
@@ -111,13 +129,14 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
     def masked(name: str) -> list[float]:
         return [value - by_key["under_gap"][name][seed] for seed, value in by_key["under_ce"][name].items()]
 
-    names = list(LOSSES)
+    names = [PLAIN, *ENDS]
     margins = by_key["train_margin"]
     steps = [
         min(margins[after][seed] - margins[before][seed] for before, after in zip(names, names[1:], strict=False))
         for seed in margins[PLAIN]
     ]
     accuracies = by_key["accuracy"]
+    best_control = max(CONTROLS, key=lambda name: statistics.fmean(accuracies[name].values()))
     furthest = max(names[1:], key=lambda name: abs(statistics.fmean(gain("accuracy", name))))
     return [
         verdict("train margin grows with log_end: least step, logits", steps, at_least=ABOVE_ZERO),
@@ -130,6 +149,8 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
                 at_least=ABOVE_ZERO),
         verdict("accuracy rises (the paper): log_end 1 - cross-entropy, points", gain("accuracy", "log_end 1"),
                 at_least=ABOVE_ZERO),
+        verdict(f"by more than larger steps do: log_end .75 - {best_control}, points",
+                paired(accuracies, "log_end 0.75", best_control), at_least=ABOVE_ZERO),
         verdict(f"accuracy stays within 1.5 points: furthest is {furthest} ({len(accuracies[PLAIN])} seeds)",
                 gain("accuracy", furthest), at_least=-1.5, at_most=1.5),
         verdict("robust to FGSM by cross-entropy (the paper): log_end 1 - cross-entropy, points",
