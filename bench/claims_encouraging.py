@@ -136,21 +136,29 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
         for seed in margins[PLAIN]
     ]
     accuracies = by_key["accuracy"]
-    best_control = max(CONTROLS, key=lambda name: statistics.fmean(accuracies[name].values()))
+    best = {
+        key: max(CONTROLS, key=lambda name, key=key: statistics.fmean(by_key[key][name].values())) for key in by_key
+    }
     furthest = max(names[1:], key=lambda name: abs(statistics.fmean(gain("accuracy", name))))
     return [
         verdict("train margin grows with log_end: least step, logits", steps, at_least=ABOVE_ZERO),
         verdict("train margin, log_end .75 / cross-entropy", ratio("train_margin", "log_end 0.75"), at_least=1.3),
         verdict("train margin, log_end 1 / cross-entropy", ratio("train_margin", "log_end 1"), at_least=4),
+        verdict(f"by more than larger steps do: log_end .75 - {best['train_margin']}, logits",
+                paired(margins, "log_end 0.75", best["train_margin"]), at_least=ABOVE_ZERO),
+        verdict(f"by more than larger steps do: log_end 1 - {best['train_margin']}, logits",
+                paired(margins, "log_end 1", best["train_margin"]), at_least=ABOVE_ZERO),
         verdict("energy of the label, log_end 1 / cross-entropy", ratio("target_energy", "log_end 1"), at_least=4),
         verdict("gradient share of p > .9, log_end 1 / cross-entropy", ratio("confident_share", "log_end 1"),
                 at_least=2),
+        verdict(f"it grows by more than larger steps do: log_end .75 - {best['confident_share']}",
+                paired(by_key["confident_share"], "log_end 0.75", best["confident_share"]), at_least=ABOVE_ZERO),
         verdict("accuracy rises (the paper): log_end .75 - cross-entropy, points", gain("accuracy", "log_end 0.75"),
                 at_least=ABOVE_ZERO),
         verdict("accuracy rises (the paper): log_end 1 - cross-entropy, points", gain("accuracy", "log_end 1"),
                 at_least=ABOVE_ZERO),
-        verdict(f"by more than larger steps do: log_end .75 - {best_control}, points",
-                paired(accuracies, "log_end 0.75", best_control), at_least=ABOVE_ZERO),
+        verdict(f"by more than larger steps do: log_end .75 - {best['accuracy']}, points",
+                paired(accuracies, "log_end 0.75", best["accuracy"]), at_least=ABOVE_ZERO),
         verdict(f"accuracy stays within 1.5 points: furthest is {furthest} ({len(accuracies[PLAIN])} seeds)",
                 gain("accuracy", furthest), at_least=-1.5, at_most=1.5),
         verdict("robust to FGSM by cross-entropy (the paper): log_end 1 - cross-entropy, points",
@@ -159,6 +167,8 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
                 masked("log_end 1"), at_least=3),
         verdict("of that, real: log_end 1 - cross-entropy, both attacked by -gap, points",
                 gain("under_gap", "log_end 1"), at_least=ABOVE_ZERO),
+        verdict(f"by more than larger steps do: log_end 1 - {best['under_gap']}, both attacked by -gap, points",
+                paired(by_key["under_gap"], "log_end 1", best["under_gap"]), at_least=ABOVE_ZERO),
         verdict("no masking below log_end 1: log_end .9, by cross-entropy - by -gap, points",
                 masked("log_end 0.9"), at_least=-1, at_most=1),
     ]  # fmt: skip

@@ -123,7 +123,7 @@ def as_claimed(module, job):
             "train_margin": 8 + 3 * (1 + end) + 60 * sure + noise,
             "target_energy": -14.0 - 60 * sure + noise,
             "rest_energy": -6.0 + noise,
-            "confident_share": 0.1 + 0.3 * sure + noise,
+            "confident_share": 0.1 + 0.01 * (1 + end) + 0.3 * sure + noise,
             "under_ce": 58 + 16 * sure + noise,
             "under_exact_ce": 58 + 8 * sure + noise,
             "under_gap": 58 + 8 * sure + noise,
