@@ -28,7 +28,7 @@ from .claims_verdict import ABOVE_ZERO, interval, paired, verdict
 
 TITLE = "Prioritisation under label noise"
 NOISE = (0, 25, 50)  # % of the training labels drawn at random
-SEEDS, EPOCHS = 10, 30  # the budget, in backward passes per example
+SEEDS, EPOCHS = 5, 30  # the budget, in backward passes per example
 PRESAMPLE = 3 * BATCH
 MOST_SCORED = 200  # forward passes per example without a backward pass: a guard that is too strict never fills a batch
 LEAST_RATE = 0.02  # of the initial learning rate
