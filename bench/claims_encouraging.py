@@ -194,9 +194,10 @@ def draw(section: dict[str, Any], figure: Any) -> None:
         for key in keys:
             each = [section["table"][name][key] for name in names]
             half = [one["half"] or 0 for one in each]
-            axes.errorbar(names, [one["mean"] for one in each], half, marker="o", capsize=3, label=COLUMNS[key])
+            means = [one["mean"] for one in each]
+            axes.errorbar(range(len(names)), means, half, fmt="o", capsize=3, label=COLUMNS[key])
         axes.set_ylabel(unit)
-        axes.tick_params(axis="x", rotation=30)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.grid(alpha=0.3)
     left.set_yscale("log")
     right.legend(fontsize=8)

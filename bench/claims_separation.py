@@ -292,7 +292,7 @@ def draw(section: dict[str, Any], figure: Any) -> None:
         grid = [[section["table"][name][score][question]["mean"] for name in names] for score in scores]
         axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_title(f"AUROC, {question}")
-        axes.set_xticks(range(len(names)), names, rotation=30)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks(range(len(scores)), scores)
         for i, row in enumerate(grid):
             for j, x in enumerate(row):
