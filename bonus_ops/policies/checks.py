@@ -1,0 +1,59 @@
+"""What a policy's arguments must look like: the class of error, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_integer", "check_mask", "check_number", "check_shape", "check_vector"]
+
+
+def check_number(function: str, name: str, value: Any, interval: str) -> None:
+    """Raise unless ``value`` is a number in ``interval``, written as in "[0, 1)"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):  # NaN is neither
+        raise ValueError(f"{function}: {name} must be in {interval}, got {value!r}")
+
+
+def check_integer(function: str, name: str, value: Any, low: int) -> None:
+    """Raise unless ``value`` is an int of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{function}: {name} must be at least {low}, got {value}")
+
+
+def check_vector(function: str, name: str, x: Any) -> None:
+    """Raise unless ``x`` is a floating point tensor with one axis."""
+    _check_tensor(function, name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{function}: {name} must be a floating point tensor, got {x.dtype}")
+    if x.dim() != 1:
+        raise RuntimeError(f"{function}: {name} must have shape [N], got {list(x.shape)}")
+
+
+def check_mask(function: str, name: str, x: Any) -> None:
+    """Raise unless ``x`` is a bool tensor."""
+    _check_tensor(function, name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{function}: {name} must be a bool tensor, got {x.dtype}")
+
+
+def check_shape(function: str, name: str, x: Any, like: Tensor, integer: bool = False) -> None:
+    """Raise unless ``x`` is a tensor shaped as ``like``, and of an integer type where ``integer``."""
+    _check_tensor(function, name, x)
+    if integer and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
+        raise TypeError(f"{function}: {name} must be an integer tensor, got {x.dtype}")
+    if x.shape != like.shape:
+        raise RuntimeError(f"{function}: {name} must have shape {list(like.shape)}, got {list(x.shape)}")
+
+
+def _check_tensor(function: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} must be a Tensor, got {type(x).__name__}")
