@@ -1,6 +1,7 @@
 """bonus_ops: cross-entropy with a bonus for well-classified examples, and difficulty scores, in one pass."""
 
 from .class_losses import ClassLoss, SoftmaxAbsoluteError, SoftmaxSquaredError
+from .dynamics import ExampleTracker
 from .functional import (
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
@@ -39,13 +40,14 @@ __all__ = [
     "CosineBonus",
     "CrossEntropy",
     "Deferred",
+    "ExampleTracker",
     "Exponential",
     "Focal",
     "FocalStar",
     "GapLoss",
     "GeneralizedCrossEntropy",
-    "Linear",
     "HaltedFocal",
+    "Linear",
     "LogBonus",
     "Poly1",
     "PositiveCount",

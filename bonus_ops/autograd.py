@@ -135,7 +135,7 @@ def rows(
     return _apply(logits, target, fields, ignore_index, name, scores, softmax, implementation)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.constant_when_compiled
 def _is_deep() -> bool:
     """Return whether the compiler is inside jvp or nested transforms, where it cannot follow `_Rows`.
 
