@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
+TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedules.py", "tests/test_sigmoid.py"
+TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
 
 
 class Mutant(NamedTuple):
@@ -286,7 +288,7 @@ MUTANTS = (
     ),
     Mutant(
         "the label's gradient is taken from a rounded probability", "kernels/backward.py",
-        "rest_max, scale, 0.0 - slope,",
+        "rest_max, scale, slope * 0.0 - slope,",
         "rest_max, scale, (1.0 - slope).to(grad_ptr.dtype.element_ty).to(slope.dtype) - 1.0,",
         path("fp16-confident-10"), seen_in="apple/ml-cross-entropy #14: bfloat16 gradients differ",
     ),
@@ -329,12 +331,12 @@ MUTANTS = (
     ),
     Mutant(
         "labels out of range are not refused", "bonus_ops/reference.py",
-        "if not torch.compiler.is_compiling() and bad.any():", "if False:",
+        "    if bad.any():", "    if False:",
         "tests/test_errors.py::test_class_and_first_line_are_those_of_torch",
         seen_in="pytorch/pytorch #135546, #66872",
     ),
     Mutant(
-        "the mean of nothing is 0", "bonus_ops/ops.py",
+        "the mean of nothing is 0", "bonus_ops/autograd.py",
         "return total if divisor is None else total / divisor",
         "return total if divisor is None else total / divisor.clamp(min=1e-9)",
         "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
@@ -359,9 +361,9 @@ MUTANTS = (
         f"{KERNELS}::test_a_label_out_of_range_makes_its_row_nan[-1-10]",
     ),
     Mutant(
-        "smoothing leaves out the label", "bonus_ops/functional.py",
-        "shares = is_label.to(dtype) * (1 - self.label_smoothing) + self.label_smoothing / n_classes",
-        "shares = torch.where(is_label, 1 - self.label_smoothing, self.label_smoothing / (n_classes - 1))",
+        "smoothing leaves out the label", "bonus_ops/shares.py",
+        "Share(1 - self.smoothing, self.smoothing / n_classes,",
+        "Share(1 - self.smoothing - self.smoothing / (n_classes - 1), self.smoothing / (n_classes - 1),",
         "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
     ),
     Mutant(
@@ -415,8 +417,87 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient forgets the strength of the bonus", "bonus_ops/losses.py",
-        "alpha=self.strength)", "alpha=1.0)",
+        "rest.add_(self._in_window(gap, slope), alpha=self.strength)", "rest.add_(self._in_window(gap, slope))",
         "tests/test_properties.py::test_16_the_gradient_is_the_central_difference",
+    ),
+    # transforms and schedules
+    Mutant(
+        "a nested derivative in forward mode is 0", "bonus_ops/autograd.py",
+        "with forward_ad._set_fwd_grad_enabled(True):", "with forward_ad._set_fwd_grad_enabled(False):",
+        f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-forward over forward]",
+    ),
+    Mutant(
+        "a transform does not keep the fused visit away", "bonus_ops/autograd.py",
+        "return not (transformed or dispatched) and", "return not dispatched and",
+        f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-grad]",
+    ),
+    Mutant(
+        "the columns of mapped scores are taken for the batch", "bonus_ops/autograd.py",
+        "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
+        f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
+    ),
+    Mutant(
+        "a step of the schedule reaches a backward under way", "bonus_ops/autograd.py",
+        "ignore_index, loss.current, scores)", "ignore_index, loss, scores)",
+        f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
+    ),
+    Mutant(
+        "a new epoch is a new constant of the graph", "bonus_ops/schedules.py",
+        "return self.loss._name, self._fields", "return self._current._encoded()",
+        f"{SCHEDULES}::test_a_new_epoch_compiles_no_graph",
+    ),
+    Mutant(
+        "the epoch in the state is not loaded", "bonus_ops/modules.py",
+        "self.bonus.set_epoch(int(state_dict[key]))", "pass", f"{SCHEDULES}::test_the_epoch_is_in_the_state_dict",
+    ),
+    # the sigmoid family
+    Mutant(
+        "the pull of the negative share has the wrong sign", "kernels/elementwise.py",
+        "slope -= e.other * SLOPE(-e.gap, numbers)", "slope += e.other * SLOPE(-e.gap, numbers)",
+        f"{SIGMOID}::test_every_loss_is_exact_in_the_kernels",
+    ),
+    Mutant(
+        "a sum counts what lies past the end", "kernels/elementwise.py",
+        "total += tl.where(index < n, loss, 0.0)", "total += loss",
+        f"{SIGMOID}::test_a_program_of_a_sum_adds_up_several_tiles",
+    ),
+    Mutant(
+        "a block with an infinite logit is not set right", "bonus_ops/elementwise.py",
+        "if math.isfinite(total):  #", "if True:  #", f"{SIGMOID}::test_every_loss_of_an_infinite_logit_is_the_limit",
+    ),
+    Mutant(
+        "a gradient is given away twice", "bonus_ops/sigmoid_ops.py",
+        "grad, ctx.grad = ctx.grad, None", "grad = ctx.grad", f"{SIGMOID}::test_backward_twice_and_from_any_upstream",
+    ),
+    # users' paths
+    Mutant(
+        "a token is its own label", "bonus_ops/causal_lm.py",
+        "value=ignore_index)[..., 1:]", "value=ignore_index)[..., :-1]",
+        f"{USERS}::test_causal_lm_loss_without_bonus_is_the_plain_one",
+    ),
+    Mutant(
+        "a nested patch restores what the outermost found", "bonus_ops/patch.py",
+        "functional.cross_entropy = self._replaced.pop()", "functional.cross_entropy = self._replaced[0]",
+        f"{USERS}::test_patches_nest_and_re_enter",
+    ),
+    # training dynamics
+    Mutant(
+        "of an example's rows in a batch the first is kept", "bonus_ops/dynamics/tracker.py",
+        'position, "amax")', 'position, "amin")', f"{TRACKER}::test_statistic_is_its_definition",
+    ),
+    Mutant(
+        "an ignored row stands for its example", "bonus_ops/dynamics/tracker.py",
+        "torch.where(scores.loss.isnan(), self.num_examples, rows)", "rows",
+        f"{TRACKER}::test_a_last_row_that_is_ignored_leaves_the_duplicate_before_it",
+    ),
+    Mutant(
+        "an example never learned is forgotten", "bonus_ops/dynamics/events.py",
+        "before.clamp(max=FORGOTTEN)", "FORGOTTEN", f"{TRACKER}::test_statistic_is_its_definition",
+    ),
+    Mutant(
+        "an example on the median is in the upper half", "bonus_ops/dynamics/report.py",
+        "2 * (mean > cuts[0])", "2 * (mean >= cuts[0])",
+        "tests/test_tracker_report.py::test_kinds_are_the_quarters_of_the_map",
     ),
 )  # fmt: skip
 
