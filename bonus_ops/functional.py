@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -256,16 +256,17 @@ class _Call:
         return self._hard_loss(scores, softmax) if self._is_hard() else self._share_loss(scores, softmax)
 
     def _hard_loss(self, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
+        bonus = cast(GapLoss, self.bonus)
         logits = _rows(self.input)
         target = self.target.reshape(logits.shape[:2])
         row_weight = self._row_weight(target)
         divisor = self._divisor(target, row_weight) if self.reduction == "mean" else None
         if self.implementation == "reference":
-            loss, columns, probabilities = self._reference(logits, target, scores, softmax)
+            loss, columns, probabilities = self._reference(logits, target, bonus, scores, softmax)
             if self.reduction != "none":
                 loss = autograd.reduced(loss, row_weight, divisor)
         else:
-            options = (self.ignore_index, self.bonus, scores, softmax, self.implementation)
+            options = (self.ignore_index, bonus, scores, softmax, self.implementation)
             if self.reduction == "none":
                 out = autograd.rows(logits, target, *options)
             else:
@@ -278,10 +279,12 @@ class _Call:
             probabilities = self._unrows(probabilities)
         return loss.to(self.dtype), columns, probabilities
 
-    def _reference(self, logits: Tensor, target: Tensor, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
+    def _reference(
+        self, logits: Tensor, target: Tensor, bonus: GapLoss, scores: bool, softmax: bool
+    ) -> tuple[Any, Any, Any]:
         if self.input.device.type == "cpu":
             reference.check_target(target, self.n_classes, self.ignore_index)
-        loss = reference.rows(logits, target, self.ignore_index, self.bonus).reshape(-1)
+        loss = reference.rows(logits, target, self.ignore_index, bonus).reshape(-1)
         columns = reference.scores(logits, target, self.ignore_index) if scores else None
         if columns is not None:
             columns = Scores(*(c.reshape(self.row_shape) for c in columns))
