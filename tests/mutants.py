@@ -506,8 +506,8 @@ def kills(mutant: Mutant | None, tests: list[str], seconds: float = 120) -> str:
     """Run ``tests`` on a copy of the tree with the fault; return "killed", "survived" or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder)
-        for name in ("bonus_ops", "kernels", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__")
+        for name in ("bonus_ops", "kernels", "tests", "bench"):
+            ignored = shutil.ignore_patterns("__pycache__", "results")
             shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", tree)
         if mutant is not None:
