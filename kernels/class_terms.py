@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .scalar import HALF_PI, PI, exp, expm1, sigmoid, sin
 
-TINY = tl.constexpr(1e-38)
+TINY = tl.constexpr(2.0**-126)  # the smallest normal float32: a smaller constant would make everything float64
 
 
 # Bonuses: params = (strength, start, bonus at start, abrupt, ...) with start and abrupt as gaps.

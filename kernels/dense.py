@@ -12,14 +12,13 @@ and its chunk again, and 4 V bytes of each class weight. Backward reads V (b + c
 import triton
 import triton.language as tl
 
+from .class_terms import TINY
 from .forward import exact_argmax, widen
 from .rest import absorb, across, empty, merge, origin
 from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
 from .scalar import exp, log_sigmoid, sigmoid
 from .scores import gap_of, scores_of
 from .shares import shares_at, shares_in_chunks, target_of
-
-TINY = tl.constexpr(1e-38)
 
 
 @triton.jit
