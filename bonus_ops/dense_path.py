@@ -95,17 +95,19 @@ class _Block:
         origin = fallback._origin(maximum)
         z.sub_(origin).scatter_(1, label, 0.0)
         share_of_z = 0.0 if t is None else _share_of_z(t, z)
-        z.scatter_(1, label, LOWEST).scatter_(1, self.runner_up, LOWEST)
-        others = torch.mul(z, fallback.LOG2_E, out=e).exp2_().sum(1, keepdim=True)
-        top = torch.exp(maximum - origin)  # the runner-up's: 1, but 0 where there is none and NaN for +inf
-        sum_exp = others + top
+        z.scatter_(1, label, LOWEST)
+        _exp_(z, e)
+        sum_exp = fallback._row_sum(e)
+        moments = (sum_exp, sum_exp)
+        if scores:
+            sum_exp_z = fallback.dot(z, e, z)  # NaN if a logit is -inf: `fallback._repair`
+            moments = fallback._sum_of_squares(e, z), sum_exp_z
+        others = fallback._row_sum(e.scatter_(1, self.runner_up, 0.0))
         gap = (z_target - maximum) - sum_exp.log()
-        self.columns = fallback._Columns(
-            gap, maximum, sum_exp, z_target, *(_moments(z, e, top) if scores else (sum_exp, sum_exp)), self.runner_up
-        )
+        self.columns = fallback._Columns(gap, maximum, sum_exp, z_target, *moments, self.runner_up)
         scale = torch.sigmoid(-gap) / sum_exp.clamp(min=1.0)
-        # the runner-up's own gap, from the label and all others
-        self.gaps = gap, top.log() - torch.logaddexp(others.log(), z_target - origin)
+        # the runner-up's own gap, from the label and all others; it has exp(0) where there is one
+        self.gaps = gap, (maximum - origin) - torch.logaddexp(others.log(), z_target - origin)
 
         self.mass: Tensor | float = 0.0  # of all classes but label and runner-up
         self.pulls: list[Tensor | float] = [0.0, 0.0]  # of label and runner-up
@@ -186,7 +188,8 @@ def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:
     return total
 
 
-def _moments(z: Tensor, e: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum_exp2 and sum_exp_z [n, 1]; the latter NaN if a logit is -inf: `fallback._repair`."""
-    length = torch.linalg.vector_norm(e, 2, 1, keepdim=True)
-    return length.square_().add_(top), z.mul_(e).sum(1, keepdim=True)
+def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
+    """Return e^shifted; of a class-major block cut from its padding the last rows by torch's own ways."""
+    if shifted.stride(1) == 1:
+        return fallback._exp_(shifted, out)
+    return torch.mul(shifted, fallback.LOG2_E, out=out).exp2_()
