@@ -16,9 +16,10 @@ from torch.nn.functional import logsigmoid
 
 from . import fallback
 from .fallback import LOWEST, RowOutputs
-from .losses import Bonus, CrossEntropy, GapLoss, Loss
+from .losses import CrossEntropy, GapLoss, LogBonus, Loss
 from .reference import accumulation_dtype
 from .shares import BlockShare, Shares
+from .sums import dot, row_sum
 
 __all__ = ["visit"]
 
@@ -82,7 +83,7 @@ def visit(
 
 
 class _Block:
-    """One block of rows: ``z`` [n, C], overwritten, becomes probabilities in ``e``, then the gradient."""
+    """One block of rows: ``z`` [n, C], overwritten; ``e`` becomes exp(z - max), then the gradient."""
 
     def __init__(
         self, z: Tensor, e: Tensor, label: Tensor, loss: Loss, t: BlockShare | None, v: BlockShare, scores: bool
@@ -97,83 +98,111 @@ class _Block:
         share_of_z = 0.0 if t is None else _share_of_z(t, z)
         z.scatter_(1, label, LOWEST)
         _exp_(z, e)
-        sum_exp = fallback._row_sum(e)
+        sum_exp = row_sum(e)
         moments = (sum_exp, sum_exp)
         if scores:
-            sum_exp_z = fallback.dot(z, e, z)  # NaN if a logit is -inf: `fallback._repair`
-            moments = fallback._sum_of_squares(e, z), sum_exp_z
-        others = fallback._row_sum(e.scatter_(1, self.runner_up, 0.0))
+            sum_exp_z = dot(z, e, z)  # NaN if a logit is -inf: `fallback._repair`
+            moments = dot(e, e, z), sum_exp_z
         gap = (z_target - maximum) - sum_exp.log()
         self.columns = fallback._Columns(gap, maximum, sum_exp, z_target, *moments, self.runner_up)
-        scale = torch.sigmoid(-gap) / sum_exp.clamp(min=1.0)
-        # the runner-up's own gap, from the label and all others; it has exp(0) where there is one
-        self.gaps = gap, (maximum - origin) - torch.logaddexp(others.log(), z_target - origin)
+        self.gaps = [gap]  # of the label, and of the runner-up where it is taken apart
+        self.scale = torch.sigmoid(-gap) / sum_exp.clamp(min=1.0)  # of e, to probabilities
 
-        self.mass: Tensor | float = 0.0  # of all classes but label and runner-up
-        self.pulls: list[Tensor | float] = [0.0, 0.0]  # of label and runner-up
         self.value: Tensor = torch.zeros_like(gap)
+        self.mass: Tensor | float = 0.0  # the pulls of all classes that are not taken apart
+        self.pulls: list[Tensor | float] = [0.0]  # of those that are
+        self.others: list[tuple[Tensor | float, float]] = []  # pulls [n, C] of the others, and a factor
         if t is not None:
-            mass = t.total(z.shape[1], label)
+            self.mass = t.total(z.shape[1], label)
             lse = sum_exp.clamp(min=1.0).log() - logsigmoid(-gap)  # from the max of the rest
-            self.value = t.label * -logsigmoid(gap) + mass * lse.clamp(max=torch.finfo(z.dtype).max) - share_of_z
-            # an empty rest has no runner-up: its index is the label's
-            self.pulls = [t.label, t.at(self.runner_up) * (self.runner_up != label).to(z.dtype)]
-            self.mass = mass - self.pulls[1]
-        e.mul_(scale)
-        self.others_pull: Tensor | None = None
-        if not loss.is_cross_entropy():
-            self._add(z, loss, v)
-
-    def _add(self, rest: Tensor, loss: Loss, v: BlockShare) -> None:
-        """Add what the loss has beyond cross-entropy; ``rest`` is a buffer."""
-        p = self.e
-        torch.neg(p, out=rest).add_(1.0)
-        if isinstance(loss, Bonus) and not loss.has_window():
-            value, pull = loss.sum_classes(p, rest, v)
-            value.mul_(loss.strength)
-            pull.mul_(v.off)
-            if loss.strength != 1:
-                pull.mul_(loss.strength)
+            self.value = t.label * -logsigmoid(gap) + self.mass * lse.clamp(max=torch.finfo(z.dtype).max) - share_of_z
+            self.pulls = [t.label]
+        if loss.is_cross_entropy():
+            self.others = [] if t is None else [(t.off, 1.0)]
+            return
+        # the runner-up has exp(0) where there is one; an empty rest has none: its index is the label's
+        others = row_sum(e.scatter_(1, self.runner_up, 0.0))
+        self.gaps.append((maximum - origin) - torch.logaddexp(others.log(), z_target - origin))
+        self.present = (self.runner_up != label).to(z.dtype)
+        if t is not None:
+            self.pulls.append(t.at(self.runner_up) * self.present)
+            self.mass = self.mass - self.pulls[1]
         else:
-            log_p = torch.log(p)
-            values = loss.class_value(p, rest, log_p, v.off)
-            pull = loss.class_pull(p, rest, log_p, v.off)
-            for index in (self.runner_up, self.label):
-                values.scatter_(1, index, 0.0)
-                pull.scatter_(1, index, 0.0)
-            value = values.sum(1, keepdim=True)
-        self.others_pull = pull
+            self.pulls.append(0.0)
+        if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
+            self._add_logarithm(z, loss, v)
+        else:
+            self._add_terms(z, loss, v)
+        self._add_apart(loss, v)
+
+    def _add_logarithm(self, rest: Tensor, loss: LogBonus, v: BlockShare) -> None:
+        """Add ``v log(1 - p)``, whose pull ``v p / (1 - p)`` is ``v / (1 - p) - v``; ``rest`` is a buffer."""
+        torch.addcmul(self.e.new_ones(1, 1), self.e, self.scale, value=-1, out=rest)
+        self.value = self.value + v.dot_log(rest).mul_(loss.strength)
+        if isinstance(v.off, Tensor) and v.off.dim() == 2:
+            inverse, factor = torch.div(v.off, rest, out=rest), loss.strength
+        elif isinstance(v.off, Tensor):
+            inverse, factor = rest.reciprocal_().mul_(v.off), loss.strength
+        else:
+            inverse, factor = rest.reciprocal_(), v.off * loss.strength
+        inverse.scatter_(1, self.label, 0.0).scatter_(1, self.runner_up, 0.0)
+        self.others = [(inverse, factor), *_difference(self.t, v, loss.strength)]
+        total = v.total(rest.shape[1], self.label) - v.at(self.runner_up) * self.present
+        self.mass = self.mass + row_sum(inverse).mul_(factor) - total * loss.strength
+
+    def _add_terms(self, rest: Tensor, loss: Loss, v: BlockShare) -> None:
+        """Add what any loss adds for the classes that are not taken apart; ``rest`` is a buffer."""
+        p, self.scale = self.e.mul_(self.scale), torch.ones_like(self.scale)
+        torch.neg(p, out=rest).add_(1.0)
+        log_p = torch.log(p)
+        value, pull = loss.class_value(p, rest, log_p, v.off), loss.class_pull(p, rest, log_p, v.off)
+        for index in (self.runner_up, self.label):
+            value.scatter_(1, index, 0.0)
+            pull.scatter_(1, index, 0.0)
+        self.others = [(pull, 1.0)] if self.t is None else [(pull, 1.0), (self.t.off, 1.0)]
         self.mass = self.mass + pull.sum(1, keepdim=True)
-        self.value = self.value + value
+        self.value = self.value + value.sum(1, keepdim=True)
+
+    def _add_apart(self, loss: Loss, v: BlockShare) -> None:
+        """Add what the loss adds for label and runner-up, from their gaps."""
         for i, (gap, share) in enumerate(zip(self.gaps, (v.label, v.at(self.runner_up)), strict=True)):
             p, rest = torch.sigmoid(gap), torch.sigmoid(-gap).clamp(min=torch.finfo(gap.dtype).tiny)
             # the gap is exact where 1 - p underflows
             value = share * loss.excess(gap) if isinstance(loss, GapLoss) else loss.class_value(p, rest, p, share)
             pull = loss.class_pull(p, rest, logsigmoid(gap), share)
             if i == 1:
-                absent = self.runner_up == self.label
+                absent = self.present == 0
                 value, pull = value.masked_fill(absent, 0.0), pull.masked_fill(absent, 0.0)
             self.value = self.value + value
             self.pulls[i] = self.pulls[i] + pull
 
     def gradient(self, grad_loss: Tensor) -> None:
-        """Turn the probabilities in ``e`` into the gradient; ``grad_loss`` [n, 1]."""
-        label_pull, runner_up_pull = self.pulls
-        self.e.mul_((self.mass + label_pull + runner_up_pull) * grad_loss)
-        if self.t is not None and not (isinstance(self.t.off, float) and self.t.off == 0):
-            off = self.t.off
-            if isinstance(off, float):
-                self.e.sub_(grad_loss * off)
-            else:
-                self.e.addcmul_(off.expand_as(self.e), grad_loss, value=-1)
-        if self.others_pull is not None:
-            self.e.addcmul_(self.others_pull, grad_loss, value=-1)
-        masses = self.mass + runner_up_pull, self.mass + label_pull
-        at = [
-            (torch.sigmoid(gap) * mass - torch.sigmoid(-gap) * pull) * grad_loss
-            for gap, mass, pull in zip(self.gaps, masses, self.pulls, strict=True)
-        ]
-        self.e.scatter_(1, self.runner_up, at[1]).scatter_(1, self.label, at[0])
+        """Turn ``e`` into the gradient for the upstream gradient [n, 1]."""
+        total = self.mass
+        for pull in self.pulls:
+            total = total + pull
+        self.e.mul_(self.scale * total * grad_loss)
+        for share, factor in self.others:
+            if isinstance(share, Tensor):
+                self.e.addcmul_(share.expand_as(self.e), grad_loss * factor, value=-1)
+            elif share * factor != 0:
+                self.e.sub_(grad_loss * (share * factor))
+        # from the pulls of all other classes: a difference with its own would cancel
+        apart = zip((self.label, self.runner_up), self.gaps, self.pulls, reversed(self.pulls), strict=False)
+        for index, gap, own, other in reversed(list(apart)):
+            mass = self.mass if len(self.pulls) == 1 else self.mass + other
+            self.e.scatter_(1, index, (torch.sigmoid(gap) * mass - torch.sigmoid(-gap) * own) * grad_loss)
+
+
+def _difference(t: BlockShare | None, v: BlockShare, strength: float) -> list[tuple[Tensor | float, float]]:
+    """Return ``t - strength v`` of the other classes, nothing where that is 0; ``t`` is not needed any more."""
+    if t is None:
+        return [(v.off, -strength)]
+    if t is v:
+        return [] if strength == 1 else [(v.off, 1 - strength)]
+    if isinstance(t.off, float) and isinstance(v.off, float):
+        return [(t.off - strength * v.off, 1.0)]
+    return [(t.off, 1.0), (v.off, -strength)]
 
 
 def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:

@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from .losses import GapLoss
 from .reference import accumulation_dtype, check_target
+from .sums import dot, row_sum, threads
 
 try:
     import numpy
@@ -38,12 +39,10 @@ SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
 WORKSPACE_SHARE = 0.15  # of one gradient's bytes, for all buffers of a call
 WORKSPACE_SHARE_ALONE = 0.5  # where no gradient is made
 CHUNK = 32  # classes that `_max` reduces together: amax gets cheaper as it grows, argmax dearer
-DOT_CLASSES = 4096  # up to here numpy's dot, which sums less carefully than torch, is as accurate
 NUMPY_THREADS = 4  # up to here numpy's argmax on one of them is faster than chunks on all
 COLUMN_CLASSES = 64  # up to here a class-major block is faster: torch reduces a short last axis element by element
 COLUMN_CLASSES_APART = 1024  # and up to here where classes lie apart; beyond, `VECTOR` rows of them would cost too much
 VECTOR = 64  # elements that torch's loops take whole: a multiple of their step in any dtype and on any CPU
-GRAIN = 1 << 15  # elements below which torch uses one thread
 
 
 class RowOutputs(NamedTuple):
@@ -180,16 +179,11 @@ def _origin(maximum: Tensor) -> Tensor:
     return maximum.clamp(min=torch.finfo(maximum.dtype).min)
 
 
-def _threads(n: int) -> int:
-    """Return how many threads torch shares ``n`` elements among."""
-    return 1 if n <= GRAIN else min(torch.get_num_threads(), -(-n // GRAIN))
-
-
 def _whole(n: int) -> int:
     """Return how many of ``n`` elements make whole vectors for every thread."""
-    threads = _threads(n)
-    whole = n - n % (VECTOR * threads)
-    return whole if _threads(whole) == threads else _whole(whole)
+    n_threads = threads(n)
+    whole = n - n % (VECTOR * n_threads)
+    return whole if threads(whole) == n_threads else _whole(whole)
 
 
 def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
@@ -213,31 +207,8 @@ def _by_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _padded(x: Tensor) -> Tensor:
     """Return ``x`` [N] or [N, 1] with zeros up to whole vectors for every thread."""
-    missing = -x.numel() % (VECTOR * _threads(x.numel()))
+    missing = -x.numel() % (VECTOR * threads(x.numel()))
     return torch.constant_pad_nd(x, (0, missing) if x.dim() == 1 else (0, 0, 0, missing)) if missing else x
-
-
-def _row_sum(x: Tensor) -> Tensor:
-    """Return the sum of each row [N, 1]; torch would split a single long row over threads, but not one of two."""
-    if len(x) == 1 and _threads(x.numel()) > 1:
-        return x.expand(2, -1).sum(1, keepdim=True)[:1]
-    return x.sum(1, keepdim=True)
-
-
-def dot(x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-    """Return the sum of x y of each row [N, 1], by numpy in one pass where it can; ``out`` may be overwritten."""
-    contiguous = x.stride(1) == y.stride(1) == 1
-    if numpy is not None and contiguous and x.shape[1] <= DOT_CLASSES and hasattr(numpy, "vecdot"):
-        with numpy.errstate(all="ignore"):
-            return torch.from_numpy(numpy.vecdot(x.numpy(), y.numpy()))[:, None]
-    return _row_sum(torch.mul(x, y, out=out))
-
-
-def _sum_of_squares(x: Tensor, out: Tensor) -> Tensor:
-    """Return the sum of x^2 of each row [N, 1]; ``out`` may be overwritten."""
-    if x.stride(1) != 1 or x.shape[1] <= DOT_CLASSES:
-        return dot(x, x, out)
-    return torch.linalg.vector_norm(x, 2, 1, keepdim=True).square_()
 
 
 def _target_logits(logits: Tensor, label: Tensor) -> Tensor:
@@ -255,14 +226,14 @@ def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) 
     maximum, runner_up = _max(z) if scores else (z.amax(1, keepdim=True), label)
     z.sub_(_origin(maximum))
     z.scatter_(1, label, LOWEST)
-    sum_exp = _row_sum(_exp_(z, e))
+    sum_exp = row_sum(_exp_(z, e))
     if len(z) > len(label):
         maximum, runner_up, sum_exp = (x[: len(label)] for x in (maximum, runner_up, sum_exp))
     gap = (z_target - maximum) - sum_exp.log()
     if not scores:
         return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
     sum_exp_z = _first(dot(z, e, z), len(label))  # NaN if a logit is -inf: `_repair`
-    sum_exp2 = _first(_sum_of_squares(e, z), len(label))
+    sum_exp2 = _first(dot(e, e, z), len(label))
     return _Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
 
@@ -276,7 +247,7 @@ def _repair(logits: Tensor, label: Tensor, columns: _Columns) -> None:
     for index in torch.split(spoilt, max(BLOCK_ELEMENTS // (8 * logits.shape[2]), 1)):
         z = logits[index // n_inner, index % n_inner].to(columns.gap.dtype).contiguous()
         z = (z - _origin(columns.maximum[index])).clamp_(min=LOWEST).scatter_(1, label[index], LOWEST)
-        columns.sum_exp_z[index] = _row_sum(z.mul_(_exp_(z, torch.empty_like(z))))
+        columns.sum_exp_z[index] = row_sum(z.mul_(_exp_(z, torch.empty_like(z))))
 
 
 def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:

@@ -18,14 +18,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
-
-if TYPE_CHECKING:
-    from .shares import BlockShare
 
 __all__ = [
     "AbsoluteError",
@@ -238,13 +235,6 @@ class Bonus(GapLoss):
         """Return ``-p db/dp >= 0`` as a function of p = 1 - rest."""
         raise NotImplementedError(f"{type(self).__name__} does not define class_odds(p, rest)")
 
-    def sum_classes(self, p: Tensor, rest: Tensor, share: BlockShare) -> tuple[Tensor, Tensor]:
-        """Return (``share`` times b summed over classes [n, 1], odds [n, C]); ``rest`` may be overwritten.
-
-        No p exceeds 1/2, and their sum does not exceed 1.
-        """
-        return share.dot(self.class_bonus(p, rest)), self.class_odds(p, rest)
-
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         bonus = self.class_bonus(p, rest) - self._bonus_at_start()
         return self.strength * share * self._in_class_window(p, rest, bonus)
@@ -366,11 +356,10 @@ class LogBonus(Bonus):
         bonus = torch.log(lowest)
         return bonus if self.log_end == 1 else bonus - (lowest - rest) / (1 - self.log_end)
 
-    def sum_classes(self, p: Tensor, rest: Tensor, share: BlockShare) -> tuple[Tensor, Tensor]:
-        if self.log_end < 0.5:  # the bonus turns linear below 1/2
-            return super().sum_classes(p, rest, share)
-        bonus = share.dot_log(rest)
-        return bonus, torch.div(p, rest, out=rest)
+    def is_logarithm_below_half(self) -> bool:
+        """Return whether the bonus is ``log(1 - p)`` for every p up to 1/2."""
+        clamped = self.log_end == 1 and self.clamp is not None and self.clamp > 0.5
+        return self.log_end >= 0.5 and not clamped and not self.has_window()
 
     def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
         odds = p / rest.clamp(min=self._lowest_rest())

@@ -16,14 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-try:
-    import numpy
-except ImportError:  # an optional extra
-    numpy = None  # type: ignore[assignment]
+from .sums import dot, log2
 
 __all__ = ["BlockShare", "Share", "Shares"]
-
-DOT_CLASSES = 4096  # up to here numpy's dot, which sums less carefully than torch, is as accurate
 
 
 class Share(NamedTuple):
@@ -83,19 +78,13 @@ class BlockShare(NamedTuple):
             return x.sum(1, keepdim=True).mul_(self.off)
         if self.off.dim() == 1:
             return torch.mv(x, self.off)[:, None]
-        if numpy is not None and x.shape[1] <= DOT_CLASSES and hasattr(numpy, "vecdot"):
-            return torch.from_numpy(numpy.vecdot(x.numpy(), self.off.numpy()))[:, None]
-        return torch.mul(x, self.off, out=self.scratch).sum(1, keepdim=True)
+        return dot(x, self.off, self.scratch)
 
     def dot_log(self, x: Tensor) -> Tensor:
         """Return the sum [n, 1] of share times log x, for x [n, C] of which no row's product is below 1/4."""
         if isinstance(self.off, float):
             return x.prod(1, keepdim=True).log_().mul_(self.off)
-        if numpy is None:
-            return self.dot(torch.log(x, out=self.scratch))
-        log2 = torch.empty_like(x) if self.scratch is None else self.scratch
-        numpy.log2(x.numpy(), out=log2.numpy())  # several times faster than torch's
-        return self.dot(log2).mul_(math.log(2))
+        return self.dot(log2(x, out=self.scratch)).mul_(math.log(2))
 
 
 class Shares(NamedTuple):
