@@ -1,9 +1,9 @@
 """Command line: measure, print, and write JSON, Markdown and pictures.
 
-python -m bench [accuracy] [speed] [digits]    all three without a name
-python -m bench report                         the tables and pictures again, from the JSON
-python -m bench codegen [--gate]               machine code of the kernels, compiled offline
-python -m bench gpu                            everything that needs a GPU: tests, times, goals
+python -m bench [section ...]       see SECTIONS; all of them without a name
+python -m bench report              the tables, the pictures and the README's again, from the JSON
+python -m bench codegen [--gate]    machine code of the kernels, compiled offline
+python -m bench gpu                 everything that needs a GPU: tests, times, goals
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ import torch
 
 from bonus_ops import ops
 
-from . import accuracy, digits, plots, report, speed
+from . import accuracy, digits, elementwise, plots, report, shares, speed, tracker
 
-SECTIONS = {"accuracy": accuracy.run, "speed": speed.run, "digits": digits.run}
+SECTIONS = {
+    "accuracy": accuracy.run,
+    "speed": speed.run,
+    "shares": shares.run,
+    "elementwise": elementwise.run,
+    "tracker": tracker.run,
+    "digits": digits.run,
+}
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
@@ -66,6 +73,10 @@ def main(arguments: list[str]) -> None:
     text = report.markdown(results, pictures)
     (folder / f"{stem}.md").write_text(text)
     print(text)
+    if path == RESULTS / "cpu.json" and not options.quick:  # what the README quotes
+        readme = ROOT / "README.md"
+        readme.write_text(report.with_results(readme.read_text(), results))
+    print("".join(report.missed(results)), end="", file=sys.stderr)
     print(f"written: {', '.join(str(folder / name) for name in (path.name, f'{stem}.md', *pictures))}", file=sys.stderr)
 
 

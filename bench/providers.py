@@ -61,15 +61,21 @@ class Provider(NamedTuple):
     overwrites: bool = False  # leaves its gradient in the logits
 
 
-def paper_formula(logits: Tensor, target: Tensor, log_end: float = LOG_END, reduction: str = "mean") -> Tensor:
-    """Return the loss as the paper's code computes it: every step a full [n_rows, n_classes] tensor."""
+def paper_terms(logits: Tensor, log_end: float = LOG_END) -> tuple[Tensor, Tensor]:
+    """Return log p and the bonus as the paper's code computes them: every step a full [n_rows, n_classes] tensor."""
     # float32 as under autocast: in bfloat16 1 - p is 0 from p = 0.998 on
-    log_p = F.log_softmax(logits, -1, dtype=torch.float32)
+    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
     p = log_p.exp()
     bonus = torch.log(torch.clamp(1 - p, min=1e-5))
     if log_end < 1:
         tangent = math.log(1 - log_end) - (p - log_end) / (1 - log_end)
         bonus = torch.where(p > log_end, tangent, bonus)
+    return log_p, bonus
+
+
+def paper_formula(logits: Tensor, target: Tensor, log_end: float = LOG_END, reduction: str = "mean") -> Tensor:
+    """Return the loss as the paper's code computes it."""
+    log_p, bonus = paper_terms(logits, log_end)
     return F.nll_loss(log_p - bonus, target, reduction=reduction)
 
 
@@ -172,20 +178,25 @@ def check(provider: Provider, logits: Tensor, target: Tensor) -> None:
     values = logits.detach().clone()
     outcome = call(provider, logits, target)
     if outcome.loss is not None:
-        _close("loss", outcome.loss, (exact.bonus_loss if provider.bonus else exact.loss).mean(), tolerance)
+        close("loss", outcome.loss, (exact.bonus_loss if provider.bonus else exact.loss).mean(), tolerance)
     if provider.trains:
         slope = (exact.bonus_slope if provider.bonus else exact.slope) * provider.upstream / len(target)
         largest = provider.upstream / len(target)  # that the gradient of a row can be
-        _close("gradient", logits.grad.cpu().double() / largest, slope[:, None] * exact.direction / largest, tolerance)
+        close("gradient", logits.grad.cpu().double() / largest, slope[:, None] * exact.direction / largest, tolerance)
     if outcome.scores is not None:
         for name, score in zip(SCORE_NAMES, outcome.scores, strict=False):
-            _close(name, score, exact.scores[name], 1e-4)
-        # by value: in bfloat16 the runner-up is often tied
-        both = values.double().gather(1, torch.stack([target, outcome.scores[5].long()], 1))
-        _close("runner_up", both[:, 0] - both[:, 1], exact.scores["margin"], 0.0)
+            close(name, score, exact.scores[name], 1e-4)
+        check_runner_up(values, target, outcome.scores[5], exact.scores["margin"])
 
 
-def _close(name: str, x: Tensor, true: Tensor, tolerance: float) -> None:
+def check_runner_up(logits: Tensor, target: Tensor, runner_up: Tensor, margin: Tensor) -> None:
+    """Check by value: in bfloat16 the runner-up is often tied."""
+    both = logits.detach().double().gather(1, torch.stack([target, runner_up.long()], 1))
+    close("runner_up", both[:, 0] - both[:, 1], margin, 0.0)
+
+
+def close(name: str, x: Tensor, true: Tensor, tolerance: float) -> None:
+    """Raise `WrongResult` where ``x`` is off by more than ``tolerance`` of 1 + |true|."""
     error = ((x.detach().cpu().double() - true).abs() / (1 + true.abs())).max()
     if not error <= tolerance:
         raise WrongResult(f"{name} is off by {error:.1e}, more than {tolerance:.0e}")

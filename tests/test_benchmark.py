@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import __main__, gpu, measure, plots, report
+from bench import __main__, gpu, measure, plots, report, shares
 from bench.gpu import goals, peers
 from bench.gpu import report as gpu_report
 from bench.gpu import steps as gpu_steps
@@ -27,7 +27,7 @@ SERIES = {quantity: {"ours": [1e-7, float("inf")]} for quantity in plots.PANELS}
 EXAMPLE = {
     "n_classes": 10,
     "n_rows": 1,
-    "gaps": [0.0, 20.0],
+    "gaps": [0.0, 12.0],
     "by_gap": SERIES,
     "offsets": [0.0, 100.0],
     "by_offset": SERIES,
@@ -115,15 +115,22 @@ def test_ratio_is_taken_round_by_round():
 
 
 def test_a_section_is_written_and_rendered_again_from_its_json(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(__main__, "ROOT", tmp_path)
+    monkeypatch.setattr(__main__, "RESULTS", tmp_path)
     monkeypatch.setitem(__main__.SECTIONS, "accuracy", lambda quick, device, progress: EXAMPLE)
     __main__.main(["accuracy", "--device", "cpu", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "cpu.json").read_text())
     assert results["accuracy"]["command"].startswith("python -m bench accuracy")
     written = (tmp_path / "cpu.md").read_text()
     assert "| cross-entropy, relative | ours | 1e-07 | not finite |" in written
+    quoted = readme.read_text()
+    assert quoted.startswith("before\n") and quoted.endswith("after\n") and "old" not in quoted
+    assert "Relative error of a row at gap 12, float32, of cross-entropy: ours not finite;" in quoted
     (tmp_path / "cpu.md").unlink()
     __main__.main(["report", "--device", "cpu", "--out", str(tmp_path)])
-    assert (tmp_path / "cpu.md").read_text() == written
+    assert (tmp_path / "cpu.md").read_text() == written and readme.read_text() == quoted
 
 
 def test_a_failed_bound_is_shown_with_its_case():
@@ -131,7 +138,100 @@ def test_a_failed_bound_is_shown_with_its_case():
         {"bound": "a <= 1", "case": "x", "dtype": "float32", "value": 0.5, "passed": True},
         {"bound": "a <= 1", "case": "y", "dtype": "float32", "value": 2.0, "passed": False},
     ]
-    assert "| a <= 1 | FAIL | 2 y float32 |" in report._verdicts(bounds)
+    assert "| a <= 1 | **missed** | 2 y float32 |" in report._verdicts(bounds)
+    assert "| a <= 1 | met | 0.5 x float32 |" in report._verdicts(bounds[:1])
+    results = {"environment": {}, "speed": {"bounds": bounds[:1]}, "shares": {"bounds": bounds[1:]}}
+    assert report.missed(results) == ["- missed: a <= 1: 2 y float32\n"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What a quick run of the sections not timed here otherwise writes."""
+    folder = tmp_path_factory.mktemp("quick")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "keep_memory", lambda: False)  # it is for the whole process
+        patch.setattr(plots, "why_not", lambda: "no pictures are tested here")
+        __main__.main(["shares", "elementwise", "tracker", "--quick", "--device", "cpu", "--out", str(folder)])
+    return json.loads((folder / "cpu.json").read_text()), (folder / "cpu.md").read_text()
+
+
+def test_a_quick_run_measures_every_case_and_judges_none(quick):
+    results, text = quick
+    ratios = {(c["case"], c["dtype"], c["target"]): set(c["ratios"]) for c in results["shares"]["cases"]}
+    assert len(ratios) == len(shares.SHAPES) * len(DTYPES) * len(shares.KINDS)
+    for (_, _, target), found in ratios.items():
+        assert found == ({"paper's formula / ours"} if shares.KINDS[target].torch is None else set(shares.RATIOS))
+    for case in results["shares"]["cases"]:
+        assert all(each["median"] > 0 for each in case["ratios"].values())
+        assert all(each["peak_gradients"] > 1 for each in case["providers"].values())
+    assert all(
+        results[name]["quick"] and results[name]["bounds"] == [] for name in ("shares", "elementwise", "tracker")
+    )
+    for title in ("Targets that are shares of classes", "Sigmoid family", "Example tracker"):
+        assert f"## {title}\n" in text
+    assert "| detection 1x80x6400 bfloat16 | Focal(2), alpha |" in text
+    assert "| beside index_add_ | all fields |" in text
+
+
+def test_the_readme_names_what_is_not_measured(quick):
+    block = report.readme_block(quick[0])
+    assert "| llama2-vocab 16x32000 bfloat16 |" in block and "| multi-label 64x1000 float32 |" in block
+    assert "`ExampleTracker.update` with all fields / training step of a small CNN: " in block
+    assert (
+        "Not in this record yet: `python -m bench speed`, `python -m bench accuracy`, `python -m bench digits`."
+        in block
+    )
+
+
+@pytest.mark.parametrize("name", shares.KINDS)
+def test_check_refuses_wrong_shares(monkeypatch, name):
+    kind = shares.KINDS[name]
+    batch = shares.batch(FEW, 100, torch.float32, "cpu").of(kind)
+    shares.check(kind, *batch)
+    right = shares.ours
+
+    def scaled(z, target, kind):
+        loss, scores = right(z, target, kind)
+        return 1.01 * loss, scores
+
+    def scored(z, target, kind):
+        loss, scores = right(z, target, kind)
+        return loss, scores._replace(entropy=scores.entropy * 1.001)
+
+    def without_bonus(z, target, kind):
+        return right(z, target, kind._replace(options=kind.options | {"bonus": None}))
+
+    def drifting(z, target, kind):
+        loss, scores = right(z, target, kind)
+        return loss + (z - z.detach())[:, 0].sum() / len(z) / 100, scores
+
+    for wrong, what in ((scaled, "loss"), (scored, "entropy"), (without_bonus, "loss"), (drifting, "gradient")):
+        monkeypatch.setattr(shares, "ours", wrong)
+        with pytest.raises(WrongResult, match=what):
+            shares.check(kind, *batch)
+
+
+def test_shares_are_judged_by_their_own_bounds():
+    ratios = {"ours / F.cross_entropy": {"median": 1.5}, "paper's formula / ours": {"median": 4.9}}
+    case = {"case": "x", "dtype": "float32", "ratios": ratios}
+    cases = [case | {"target": name} for name in shares.KINDS]
+    found = [(verdict["bound"], verdict["passed"]) for verdict in shares.verdicts(cases)]
+    assert found == [
+        ("label smoothing 0.1: ours / F.cross_entropy <= 1.5", True),
+        ("label smoothing 0.1: paper's formula / ours >= 5", False),
+        ("probabilities: ours / F.cross_entropy <= 1.5", True),
+        ("probabilities: paper's formula / ours >= 5", False),
+    ]
+
+
+def test_the_readme_quotes_the_record():
+    """`python -m bench` and `python -m bench report` write both."""
+    readme, results = (ROOT / "README.md").read_text(), json.loads((ROOT / "bench/results/cpu.json").read_text())
+    assert report.with_results(readme, results) == readme
+    results["speed"]["cases"][0]["ratios"]["ours / F.cross_entropy"]["median"] += 1
+    assert report.with_results(readme, results) != readme
+    with pytest.raises(ValueError, match="expected .*end of results"):
+        report.with_results(readme.replace(report.END, ""), results)
 
 
 # --- the GPU run, rehearsed -------------------------------------------------------------------------------------------
