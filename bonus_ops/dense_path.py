@@ -23,7 +23,7 @@ from .sums import dot, row_sum
 
 __all__ = ["visit"]
 
-WORKSPACE_SHARE = 0.5  # of one gradient's bytes: four buffers in blocks that are worth their operators
+WORKSPACE_SHARE = 1.0  # of one gradient's bytes: up to five buffers, in blocks that are worth their operators
 
 
 def visit(
@@ -44,7 +44,8 @@ def visit(
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not fallback._by_class(logits)
     in_place = by_row and logits.dtype == dtype  # the gradient holds the exponentials
     n_buffers = (1 if in_place else 2) + (2 + both if dense else 0)
-    plan = fallback._Plan(logits, n_buffers, grad, WORKSPACE_SHARE)
+    elements = fallback.BLOCK_ELEMENTS // 2 if dense else fallback.BLOCK_ELEMENTS  # what stays in cache
+    plan = fallback._Plan(logits, n_buffers, grad, WORKSPACE_SHARE, elements)
     sources, labels = plan.pieces(logits), index.split_with_sizes(plan.sizes)
     given = None if shares.probabilities is None else plan.pieces(shares.probabilities)
     keeps = None if counts is None else counts.split_with_sizes(plan.sizes)
@@ -105,39 +106,45 @@ class _Block:
             moments = dot(e, e, z), sum_exp_z
         gap = (z_target - maximum) - sum_exp.log()
         self.columns = fallback._Columns(gap, maximum, sum_exp, z_target, *moments, self.runner_up)
-        self.gaps = [gap]  # of the label, and of the runner-up where it is taken apart
+        self.gaps, self.apart = gap, label  # of the label, and of the runner-up where it is taken apart: [n, 1 or 2]
         self.scale = torch.sigmoid(-gap) / sum_exp.clamp(min=1.0)  # of e, to probabilities
 
         self.value: Tensor = torch.zeros_like(gap)
         self.mass: Tensor | float = 0.0  # the pulls of all classes that are not taken apart
-        self.pulls: list[Tensor | float] = [0.0]  # of those that are
+        self.pulls: Tensor | float = 0.0  # of those that are, [n, 1 or 2]
         self.others: list[tuple[Tensor | float, float]] = []  # pulls [n, C] of the others, and a factor
         if t is not None:
             self.mass = t.total(z.shape[1], label)
             lse = sum_exp.clamp(min=1.0).log() - logsigmoid(-gap)  # from the max of the rest
             self.value = t.label * -logsigmoid(gap) + self.mass * lse.clamp(max=torch.finfo(z.dtype).max) - share_of_z
-            self.pulls = [t.label]
+            self.pulls = t.label
         if loss.is_cross_entropy():
             self.others = [] if t is None else [(t.off, 1.0)]
             return
         # the runner-up has exp(0) where there is one; an empty rest has none: its index is the label's
         others = row_sum(e.scatter_(1, self.runner_up, 0.0))
-        self.gaps.append((maximum - origin) - torch.logaddexp(others.log(), z_target - origin))
-        self.present = (self.runner_up != label).to(z.dtype)
+        next_gap = (maximum - origin) - torch.logaddexp(others.log(), z_target - origin)
+        self.absent = self.runner_up == label
+        self.gaps, self.apart = torch.cat([gap, next_gap], 1), torch.cat([label, self.runner_up], 1)
         if t is not None:
-            self.pulls.append(t.at(self.runner_up) * self.present)
-            self.mass = self.mass - self.pulls[1]
-        else:
-            self.pulls.append(0.0)
+            self.pulls = self._shares_apart(t)
+            self.mass = self.mass - self.pulls[:, 1:]
         if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
             self._add_logarithm(z, loss, v)
         else:
             self._add_terms(z, loss, v)
         self._add_apart(loss, v)
 
+    def _shares_apart(self, share: BlockShare) -> Tensor:
+        """Return the shares [n, 2] of label and runner-up, 0 for a runner-up that is absent."""
+        both = self.gaps.new_empty(self.gaps.shape)
+        both[:, :1], both[:, 1:] = share.label, share.at(self.runner_up)
+        both[:, 1:].masked_fill_(self.absent, 0.0)
+        return both
+
     def _add_logarithm(self, rest: Tensor, loss: LogBonus, v: BlockShare) -> None:
         """Add ``v log(1 - p)``, whose pull ``v p / (1 - p)`` is ``v / (1 - p) - v``; ``rest`` is a buffer."""
-        torch.addcmul(self.e.new_ones(1, 1), self.e, self.scale, value=-1, out=rest)
+        torch.mul(self.e, -self.scale, out=rest).add_(1.0)
         self.value = self.value + v.dot_log(rest).mul_(loss.strength)
         if isinstance(v.off, Tensor) and v.off.dim() == 2:
             inverse, factor = torch.div(v.off, rest, out=rest), loss.strength
@@ -147,7 +154,7 @@ class _Block:
             inverse, factor = rest.reciprocal_(), v.off * loss.strength
         inverse.scatter_(1, self.label, 0.0).scatter_(1, self.runner_up, 0.0)
         self.others = [(inverse, factor), *_difference(self.t, v, loss.strength)]
-        total = v.total(rest.shape[1], self.label) - v.at(self.runner_up) * self.present
+        total = v.total(rest.shape[1], self.label) - self._shares_apart(v)[:, 1:]
         self.mass = self.mass + row_sum(inverse).mul_(factor) - total * loss.strength
 
     def _add_terms(self, rest: Tensor, loss: Loss, v: BlockShare) -> None:
@@ -165,33 +172,31 @@ class _Block:
 
     def _add_apart(self, loss: Loss, v: BlockShare) -> None:
         """Add what the loss adds for label and runner-up, from their gaps."""
-        for i, (gap, share) in enumerate(zip(self.gaps, (v.label, v.at(self.runner_up)), strict=True)):
-            p, rest = torch.sigmoid(gap), torch.sigmoid(-gap).clamp(min=torch.finfo(gap.dtype).tiny)
-            # the gap is exact where 1 - p underflows
-            value = share * loss.excess(gap) if isinstance(loss, GapLoss) else loss.class_value(p, rest, p, share)
-            pull = loss.class_pull(p, rest, logsigmoid(gap), share)
-            if i == 1:
-                absent = self.present == 0
-                value, pull = value.masked_fill(absent, 0.0), pull.masked_fill(absent, 0.0)
-            self.value = self.value + value
-            self.pulls[i] = self.pulls[i] + pull
+        share, gaps = self._shares_apart(v), self.gaps
+        p, rest = torch.sigmoid(gaps), torch.sigmoid(-gaps).clamp(min=torch.finfo(gaps.dtype).tiny)
+        # the gap is exact where 1 - p underflows
+        value = share * loss.excess(gaps) if isinstance(loss, GapLoss) else loss.class_value(p, rest, p, share)
+        pull = loss.class_pull(p, rest, logsigmoid(gaps), share)
+        value[:, 1:].masked_fill_(self.absent, 0.0)
+        pull[:, 1:].masked_fill_(self.absent, 0.0)
+        self.value = self.value + value.sum(1, keepdim=True)
+        self.pulls = pull + self.pulls
 
     def gradient(self, grad_loss: Tensor) -> None:
         """Turn ``e`` into the gradient for the upstream gradient [n, 1]."""
-        total = self.mass
-        for pull in self.pulls:
-            total = total + pull
-        self.e.mul_(self.scale * total * grad_loss)
+        pulls = torch.broadcast_to(torch.as_tensor(self.pulls, dtype=self.e.dtype), self.gaps.shape)
+        self.e.mul_(self.scale * (self.mass + pulls.sum(1, keepdim=True)) * grad_loss)
         for share, factor in self.others:
             if isinstance(share, Tensor):
                 self.e.addcmul_(share.expand_as(self.e), grad_loss * factor, value=-1)
             elif share * factor != 0:
                 self.e.sub_(grad_loss * (share * factor))
         # from the pulls of all other classes: a difference with its own would cancel
-        apart = zip((self.label, self.runner_up), self.gaps, self.pulls, reversed(self.pulls), strict=False)
-        for index, gap, own, other in reversed(list(apart)):
-            mass = self.mass if len(self.pulls) == 1 else self.mass + other
-            self.e.scatter_(1, index, (torch.sigmoid(gap) * mass - torch.sigmoid(-gap) * own) * grad_loss)
+        mass = self.mass + pulls.flip(1) if pulls.shape[1] == 2 else self.mass
+        at = (torch.sigmoid(self.gaps) * mass - torch.sigmoid(-self.gaps) * pulls) * grad_loss
+        if pulls.shape[1] == 2:
+            at[:, 1:] = torch.where(self.absent, at[:, :1], at[:, 1:])
+        self.e.scatter_(1, self.apart, at)
 
 
 def _difference(t: BlockShare | None, v: BlockShare, strength: float) -> list[tuple[Tensor | float, float]]:
