@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from .class_losses import ClassLoss
 from .losses import Bonus, GapLoss
+from .schedules import Scheduled
 
 __all__ = [
     "check_bonus",
@@ -40,6 +41,8 @@ def check_bonus(bonus: Any) -> None:
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
         )
+    bonus = bonus.loss if isinstance(bonus, Scheduled) else bonus
+    kind = type(bonus)
     if not is_dataclass(bonus):
         raise TypeError(
             f"bonus must be a dataclass of numbers, but {kind.__name__} is not one\nExpected a subclass of GapLoss "
@@ -68,7 +71,7 @@ def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> flo
 def check_shares(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
     """Raise for options of the bonus that the loss or the input cannot have."""
     given = [n for n, x in (("bonus_smoothing", bonus_smoothing), ("bonus_weight", bonus_weight)) if x is not None]
-    loss = getattr(bonus, "loss", bonus)  # what is scheduled
+    loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
     if given and not isinstance(loss, Bonus):
         raise ValueError(
             f"{given[0]} needs a bonus on cross-entropy, which {type(loss).__name__} is not.\nExpected LogBonus, "
