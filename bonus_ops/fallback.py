@@ -256,8 +256,7 @@ def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: boo
     gap, maximum, sum_exp = (c[:, 0] for c in columns[:3])
     padded = _padded(gap)
     value = _first(loss.value(padded), len(gap))
-    if counts is not None:
-        value = value.masked_fill_(~counts, 0.0)
+    value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # no view leaves an operator
     saved = torch.stack([gap, maximum, sum_exp])
     if not scores:
         return RowOutputs(value, None, None, saved)
