@@ -270,6 +270,8 @@ class Bonus(GapLoss):
         return -logsigmoid(gap) if self.strength == 0 else -logsigmoid(gap) + self.excess(gap)
 
     def excess(self, gap: Tensor) -> Tensor:
+        if self.strength == 0:
+            return torch.zeros_like(gap)  # of an infinite bonus too
         bonus = self.bonus(gap)
         if self.start > 0:
             bonus = bonus - self._bonus_at_start()
