@@ -4,13 +4,12 @@ Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what ea
 """
 
 import json
-import re
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from bench.codegen import NVIDIA, describe, disassemble, parse
+from bench.codegen.machine_code import inspect
 from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus, sigmoid_ops
 from bonus_ops.elementwise import Elements
 from tests.compile_launches import Driver
@@ -37,11 +36,7 @@ def main() -> None:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        usage, text = disassemble(built.asm["cubin"])
-        registers, stack = map(int, re.findall(r"(?:REG|STACK):(\d+)", usage))
-        opcodes, loops = parse(text, NVIDIA)
-        found = describe(opcodes, NVIDIA, 1) | {"loops": [describe(loop, NVIDIA, 1) for loop in loops]}
-        BUILT.append({"kernel": self.__name__, "registers": registers, "stack": stack, **found})
+        BUILT.append({"kernel": self.__name__, **inspect(built, "sm_90", 1)})
         return built
 
     JITFunction.run = compile_only
