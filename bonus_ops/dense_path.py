@@ -116,7 +116,7 @@ class _Block:
         if t is not None:
             self.mass = t.total(z.shape[1], label)
             lse = sum_exp.clamp(min=1.0).log() - logsigmoid(-gap)  # from the max of the rest
-            self.value = t.label * -logsigmoid(gap) + self.mass * lse.clamp(max=torch.finfo(z.dtype).max) - share_of_z
+            self.value = t.label * -logsigmoid(gap) + _paid(self.mass, lse) - share_of_z
             self.pulls = t.label
         if loss.is_cross_entropy():
             self.others = [] if t is None else [(t.off, 1.0)]
@@ -208,6 +208,13 @@ def _difference(t: BlockShare | None, v: BlockShare, strength: float) -> list[tu
     if isinstance(t.off, float) and isinstance(v.off, float):
         return [(t.off - strength * v.off, 1.0)]
     return [(t.off, 1.0), (v.off, -strength)]
+
+
+def _paid(mass: Tensor | float, lse: Tensor) -> Tensor | float:
+    """Return the product, 0 where there is no mass."""
+    if isinstance(mass, Tensor):
+        return (mass * lse).masked_fill_(mass == 0, 0.0)
+    return mass * lse if mass != 0 else 0.0
 
 
 def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:
