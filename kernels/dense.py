@@ -31,7 +31,8 @@ def chunk_classes(rows, chunk):
 def paid(t, z, z_target):
     """Return the sums over the last axis of t and of t (z_target - z); a class without a share pays nothing."""
     anchor = tl.where(z_target == -float("inf"), 0.0, z_target)[:, None, None]
-    return tl.sum(t, 2), tl.sum(tl.where(t == 0.0, 0.0, t * (anchor - z)), 2)
+    # a NaN logit makes its row NaN by the second sum; asking for it ties t to the lanes of z, else it would be shuffled
+    return tl.sum(tl.where(z == z, t, 0.0), 2), tl.sum(tl.where(t == 0.0, 0.0, t * (anchor - z)), 2)
 
 
 @triton.jit
@@ -141,6 +142,15 @@ def dense_forward_kernel(
         rows, target, z_target, n_classes, class_stride, gamma, ROWS, LANES, VECTOR, POWER
     )
     gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
+    loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
+    inside = row < n_rows
+    missing = tl.where(rows.active, 0.0, float("nan"))
+    # scores first: their sums need not be kept through a second sweep
+    if scores_ptr is not None:
+        column = scores_ptr + row
+        for score in tl.static_range(5):
+            tl.store(column, scores_of(z_target, gap, rest)[score] + missing, inside)
+            column += n_rows
     if POWER:
         log_scale = log_sigmoid(-gap) - tl.log(tl.maximum(rest.sum_exp, 1.0))
         power = params[0] * exp(gamma * log_scale) * power
@@ -181,16 +191,8 @@ def dense_forward_kernel(
     at_next = p_next * (mass + label_pull) - u_next * next_pull
     scale = u / tl.maximum(rest.sum_exp, 1.0)
 
-    loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
-    inside = row < n_rows
-    missing = tl.where(rows.active, 0.0, float("nan"))
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
     tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
-    if scores_ptr is not None:
-        column = scores_ptr + row
-        for score in tl.static_range(5):
-            tl.store(column, scores_of(z_target, gap, rest)[score] + missing, inside)
-            column += n_rows
     column = saved_ptr + row
     tl.store(column, rest.max, inside)
     tl.store(column + n_rows, scale, inside)
@@ -233,7 +235,7 @@ def dense_backward_kernel(
         t, v = shares_in_chunks(target, classes, chunk, mask & rows.active[:, None, None], z, VECTOR)
         x = dense_gradient(z, classes, t, v, of_row, special, params, TERMS)
         x = tl.where(rows.ignored[:, None, None], 0.0, x)
-        store_chunks(out, rows, classes, x, mask, grad_strides[2], VECTOR)
+        store_chunks(out, rows, chunk, x, mask, grad_strides[2], VECTOR)
 
     if tl.program_id(1) == 0:
         classes = edge_classes(rows)
@@ -260,11 +262,20 @@ def dense_gradient(z, classes, t, v, of_row, special, params, TERMS: tl.constexp
 
 
 @triton.jit
-def store_chunks(out_ptr, rows, classes, x, mask, out_class_stride, VECTOR: tl.constexpr):
+def store_chunks(out_ptr, rows, chunk, x, mask, out_class_stride, VECTOR: tl.constexpr):
     """Store [ROWS, LANES, CHUNK]; with VECTOR > 1 the rows of ``out_ptr`` are as aligned as the logits'."""
     x = x.to(out_ptr.dtype.element_ty)
+    first = (chunk * CHUNK)[:, :, None]
     if VECTOR == 1:
-        tl.store(out_ptr[:, None, None] + classes.to(tl.int64) * out_class_stride, x, mask)
+        at = (first + tl.arange(0, CHUNK)[None, None, :]).to(tl.int64) * out_class_stride
+        tl.store(out_ptr[:, None, None] + at, x, mask)
     else:
-        body = tl.multiple_of(out_ptr + rows.head, 16)[:, None, None]
-        tl.store(body + (classes - rows.head[:, None, None]), x, mask)
+        out = tl.multiple_of(out_ptr + rows.head, 16)[:, None, None] + first
+        if VECTOR == 4:  # as `load_chunks`
+            halves = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, 4]), (0, 1, 3, 2))
+            low, high = tl.split(halves)
+            half = tl.arange(0, 4)[None, None, :]
+            tl.store(out + half, low, mask)
+            tl.store(out + (4 + half), high, mask)
+        else:
+            tl.store(out + tl.arange(0, CHUNK)[None, None, :], x, mask)

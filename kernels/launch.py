@@ -47,12 +47,19 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
 def dense_forward(n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program for targets that are shares: rows are not split."""
     n_chunks = max(n_classes // CHUNK, 1)
-    return _short_rows(n_chunks, warp_size) if n_chunks < 256 else Launch(1, 256, 1, 256 // warp_size)
+    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 256 else Launch(1, 256, 1, 256 // warp_size)
 
 
 def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a backward program for targets that are shares: as `backward`."""
-    return backward(1, n_classes, warp_size)
+    n_chunks = max(n_classes // CHUNK, 1)
+    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 256 else backward(1, n_classes, warp_size)
+
+
+def _dense_short_rows(n_chunks: int, warp_size: int) -> Launch:
+    """As `_short_rows`, but the edge of a row, two chunks, and their shares are more than one thread can hold."""
+    how = _short_rows(n_chunks, warp_size)
+    return how._replace(rows=min(how.rows, 32))
 
 
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:

@@ -1,0 +1,92 @@
+"""Launches of dense_ops.py through the JIT's own binder and compiler, for GPUs that are not here.
+
+Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to: registers, stack
+and spills, and the widths of the loads and stores in its loops.
+"""
+
+import json
+import re
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from bench.codegen import NVIDIA, describe, disassemble, parse
+from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus, dense_ops, ops
+from bonus_ops.losses import Loss
+from bonus_ops.shares import Shares
+from tests.compile_launches import Driver
+
+BUILT: list[dict] = []
+
+
+class AmdDriver(Driver):
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("hip", "gfx942", 64)
+
+    def get_current_device(self) -> int:
+        return 1  # the JIT keeps what it knows of a target by device
+
+
+def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transposed=False, smoothing=0.1):
+    """Make the launches of one forward with scores and one backward; ``given`` and ``weight`` are dtypes."""
+    shape = (n_classes, n_rows) if transposed else (n_rows, n_classes)
+    logits = torch.zeros(shape, dtype=dtype)
+    logits = (logits.t() if transposed else logits)[:, None]
+    label = torch.zeros(n_rows, 1, dtype=torch.int64)
+    probabilities = None if given is None else torch.zeros(n_rows, 1, n_classes, dtype=given)
+    weights = (None, None) if weight is None else (torch.ones(n_classes, dtype=weight),) * 2
+    shares = Shares(probabilities, *weights, smoothing, smoothing)
+    before = len(BUILT)
+    out = dense_ops._launch_forward(logits, label, -100, loss, shares, True)
+    upstream = torch.ones(n_rows, dtype=out.loss.dtype)
+    dense_ops._launch_backward(logits, label, -100, loss, shares, (out.saved, out.runner_up), upstream)
+    what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
+    for built in BUILT[before:]:
+        built["case"] = " ".join(str(x) for x in what if x is not None)
+
+
+def usage(built, target: str) -> dict:
+    """Return registers, stack and what loops load and store."""
+    if target == "gfx942":
+        amdgcn = built.asm["amdgcn"]
+        names = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
+        return {name: int(re.search(rf"\.{field}:\s+(\d+)", amdgcn).group(1)) for name, field in names.items()}
+    resources, text = disassemble(built.asm["cubin"])
+    registers, stack = map(int, re.findall(r"(?:REG|STACK):(\d+)", resources))
+    opcodes, loops = parse(text, NVIDIA)
+    spills = describe(opcodes, NVIDIA, 1)["spills"]
+    found = [describe(loop, NVIDIA, 1) for loop in loops]
+    return {"registers": registers, "stack": stack, "spills": spills, "loops": found}
+
+
+def main() -> None:
+    run = JITFunction.run
+    target = ""
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        built = run(self, *args, grid=grid, warmup=True, **kwargs)
+        BUILT.append({"kernel": self.__name__, "target": target} | usage(built, target))
+        return built
+
+    JITFunction.run = compile_only
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for target, driver, ops.WARP_SIZE in (("sm_90", Driver(), 32), ("gfx942", AmdDriver(), 64)):  # noqa: B007
+        triton.runtime.driver.set_active(driver)
+        launch(600, 10, single, LogBonus(), weight=single)
+        launch(600, 50257, half, LogBonus())
+        launch(600, 50257, half, CrossEntropy(), half, half)
+        if target == "gfx942":
+            continue
+        launch(1, 1, half, LogBonus(1.0))
+        launch(600, 1000, half, PowerBonus(2.5), single)
+        launch(600, 1003, single, SoftmaxSquaredError(1.0), single)
+        launch(64, 1000, double, Focal(), double, double)
+        launch(600, 3000, torch.float16, SubDataBonus(0.5), transposed=True)
+        launch(4, 200000, half, LogBonus(), weight=half)
+    print(json.dumps(BUILT))
+
+
+if __name__ == "__main__":
+    main()
