@@ -73,7 +73,7 @@ class SoftmaxSquaredError(ClassLoss):
         Zhao et al. 2022, https://arxiv.org/abs/2110.06537, MSE with the mirror bonus.
     """
 
-    kernel: ClassVar[Any] = "squared_error"
+    kernel: ClassVar[Any] = "softmax_squared_error"
 
     def error(self, distance: Tensor) -> Tensor:
         return distance * distance
@@ -95,7 +95,7 @@ class SoftmaxAbsoluteError(ClassLoss):
         Zhao et al. 2022, https://arxiv.org/abs/2110.06537, MAE with the mirror bonus.
     """
 
-    kernel: ClassVar[Any] = "absolute_error"
+    kernel: ClassVar[Any] = "softmax_absolute_error"
 
     def error(self, distance: Tensor) -> Tensor:
         return distance.abs()

@@ -86,14 +86,14 @@ def mirror_terms(p, rest, log_p, share, params):
 
 
 @triton.jit
-def squared_error_terms(p, rest, log_p, share, params):
+def softmax_squared_error_terms(p, rest, log_p, share, params):
     value, pull = mirror_terms(p, rest, log_p, share, params)
     distance = (1.0 - share) * p - share * rest
     return value + distance * distance, pull - 2.0 * p * distance
 
 
 @triton.jit
-def absolute_error_terms(p, rest, log_p, share, params):
+def softmax_absolute_error_terms(p, rest, log_p, share, params):
     value, pull = mirror_terms(p, rest, log_p, share, params)
     distance = (1.0 - share) * p - share * rest
     return value + tl.abs(distance), pull - p * tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
