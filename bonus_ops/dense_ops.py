@@ -25,9 +25,8 @@ class DenseResult(NamedTuple):
 
 def has_terms(loss: Loss) -> bool:
     """Return whether kernels know what a class adds under this loss."""
-    if loss.is_cross_entropy():
-        return True
-    return isinstance(loss.kernel, str) and hasattr(ops._kernels()["class_terms"], f"{loss.kernel}_terms")
+    kernel = _as_power(loss).kernel
+    return isinstance(kernel, str) and hasattr(ops._kernels()["class_terms"], f"{kernel}_terms")
 
 
 def _as_power(loss: Loss) -> Loss:

@@ -93,32 +93,15 @@ DEVIATIONS = {
 }
 OUT_OF_RANGE = (75, 76, 78, 79, 80, 81, 82)
 
-# --- what waits -------------------------------------------------------------------------------------------------------
-
-# Function transforms, on their way: delete once they work.
-TRANSFORMS = (158, 160, 161, 162, 163, 164)
-# The dense losses' own autograd rule, on its way: delete once it is there.
-DENSE = {
-    "probabilities 0 at -inf": "torch's 0 * -inf is NaN, ours 0",
-    "target changed in place, smoothing": "the target is not saved, so a change goes unseen: the gradient is right",
-}
-# The same, as long as its gradient is laid out by autograd.
-DENSE_BEYOND_TWO_AXES = {"smoothing, 3-D", "probabilities of a mixture, 3-D"}
 # The specification is differentiated by autograd: it saves no target, keeps no rule for infinite upstream gradients,
 # and checks labels by their values, which vmap over the target forbids.
 NOT_OF_THE_SPECIFICATION = {
-    "target changed in place", "target changed in place, none", "upstream inf in a row", "upstream inf, sum",
+    "target changed in place", "target changed in place, none", "target changed in place, smoothing",
+    "upstream inf in a row", "upstream inf, sum",
     "weights that cancel", "vmap", "vmap of func.grad",
 }  # fmt: skip
 # Interpreted, these take seconds; `tests/test_autograd.py` has them for the kernels.
 SLOW_INTERPRETED = {"gradcheck", "gradgradcheck"}
-
-
-def waits(row: Case, implementation: str | None) -> bool:
-    if implementation == "reference":
-        return row.name in DENSE
-    transform = row.number in TRANSFORMS and (implementation, row.name) != ("triton", "func.grad")
-    return transform or (row.name in DENSE and implementation is None)
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -189,15 +172,9 @@ def test_the_row_is_as_in_torch_or_deviates_as_listed(number, implementation, re
             pytest.skip("the table runs on a CPU, kernels interpreted")
         if row.name in SLOW_INTERPRETED or row.name == "both on meta":
             pytest.skip("slow interpreted, or no kernel's business")
-    if waits(row, implementation):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="on its way"))
     expected, truth = of_torch(number)
     actual = run(row, ours(implementation))
     assert actual.untouched and expected.untouched, "an argument was written"
-    if implementation == "triton" and actual.error is not None and "has no kernel" in actual.error[1]:
-        made = row.make()
-        assert made.options.get("label_smoothing") or made.target.is_floating_point()
-        pytest.skip("no kernel for dense targets")
     deviation = DEVIATIONS.get(number)
     if deviation is None or (implementation == "reference" and deviation.item == 4):  # it saves no logits to guard
         assert_same(actual, expected, truth)
@@ -259,8 +236,8 @@ def test_the_readme_lists_these_deviations_five_at_most():
 
 def test_every_exception_names_a_row():
     names = {row.name for row in CASES}
-    assert names.issuperset(DENSE) and names.issuperset(NOT_OF_THE_SPECIFICATION | SLOW_INTERPRETED)
-    assert not DEVIATIONS.keys() & (set(TRANSFORMS) | set(OUT_OF_RANGE))
+    assert names.issuperset(NOT_OF_THE_SPECIFICATION | SLOW_INTERPRETED)
+    assert not DEVIATIONS.keys() & set(OUT_OF_RANGE)
 
 
 # --- beyond torch -----------------------------------------------------------------------------------------------------
@@ -271,10 +248,8 @@ LEAVES = [row for row in LEAVES if row.make().input.is_contiguous() and row.numb
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
 @pytest.mark.parametrize("row", LEAVES, ids=[row.name for row in LEAVES])
-def test_the_gradient_of_contiguous_logits_is_contiguous(row, request):
+def test_the_gradient_of_contiguous_logits_is_contiguous(row):
     """Before autograd lays it out for a leaf: what a hook, or the layer below, is handed."""
-    if row.name in DENSE_BEYOND_TWO_AXES:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="on its way"))
     input, target, options = row.make()
     leaf = leaf_of(input)
     loss = bonus_cross_entropy(leaf, target, **options, bonus=None)
