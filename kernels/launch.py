@@ -57,9 +57,9 @@ def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
 
 
 def _dense_short_rows(n_chunks: int, warp_size: int) -> Launch:
-    """As `_short_rows`, but the edge of a row, two chunks, and their shares are more than one thread can hold."""
-    how = _short_rows(n_chunks, warp_size)
-    return how._replace(rows=min(how.rows, 32))
+    """Return four warps for 32 rows at most: more edges of two chunks, and their shares, a thread could not hold."""
+    lanes = _power_of_two(n_chunks)
+    return Launch(min(max(128 // lanes, 1), 32), lanes, 1, 128 // warp_size)
 
 
 def _short_rows(n_chunks: int, warp_size: int) -> Launch:
