@@ -4,6 +4,7 @@ python -m bench [section ...]       see SECTIONS; all of them without a name
 python -m bench report              the tables, the pictures and the README's again, from the JSON
 python -m bench codegen [--gate]    machine code of the kernels, compiled offline
 python -m bench gpu                 everything that needs a GPU: tests, times, goals
+python -m bench claims [name ...]   what the papers claim, with verdicts from the data
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ def main(arguments: list[str]) -> None:
         from . import gpu
 
         return gpu.main(arguments[1:], RESULTS, _commit)
+    if arguments[:1] == ["claims"]:
+        from . import claims
+
+        return claims.main(arguments[1:])
     options = _parser().parse_args(arguments)
     device = options.device
     if device == "cpu":
