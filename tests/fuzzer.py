@@ -199,6 +199,19 @@ def specified(
     return loss, grad.view(case.shape)
 
 
+def pulls_of(case: Case, rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Return what pulls each logit [N, C] up and down, the larger of both, where cross-entropy is paid by shares."""
+    label, given = label_of(case, target), as_rows(target).double() if case.target == "probabilities" else None
+    shares = Shares(given, weight, weight, case.smoothing, case.smoothing)
+    t = shares.of_cross_entropy(rows.shape[1]).of(shares.hard(label, rows.shape[1], torch.float64))
+    pulls = torch.maximum(t, torch.softmax(rows, -1) * t.sum(-1, keepdim=True))
+    if case.reduction != "mean":
+        return pulls
+    counts = label != ignore_index
+    of_row = torch.ones(len(rows)) if weight is None or given is not None else weight[torch.where(counts, label, 0)]
+    return pulls / torch.where(counts, of_row, 0.0).sum()
+
+
 def label_of(case: Case, target: Tensor) -> Tensor:
     """Return the label of each row, of probabilities their argmax."""
     return as_rows(target).argmax(-1) if case.target == "probabilities" else target.reshape(-1).long()
@@ -289,12 +302,16 @@ def check(case: Case) -> None:
             largest = true_rows.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True).clamp(min=smallest)
             ratio = largest / true_rows.abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=smallest)
             floor = (2.0**-19 if epsilon > 1e-9 else 2.0**-42) * ratio.clamp(min=1.0) + cast
-        if dense and not (case.reduction == "none" or truth.isfinite()):
-            got = true_rows  # which entries a division by no weight makes infinite, which NaN, is nobody's promise
-        assert_within_budget(
-            got, in_range(true_rows, grad.dtype), as_rows(eager_grad) if dense else None,
-            factor=1.5, floor=floor, unit=smallest, what="gradient",
-        )  # fmt: skip
+            # and each entry is a difference of two: of shares that are all alike nothing is left
+            terms = 8 * epsilon * pulls_of(case, rows, target, exact_weight, ignore_index)
+            terms = terms * max(upstream.abs().flatten().tolist(), default=0.0)
+            floor = floor + terms / true_rows.abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=smallest)
+        # which entries a division by no weight makes infinite, which NaN, is nobody's promise
+        if not dense or case.reduction == "none" or truth.isfinite():
+            assert_within_budget(
+                got, in_range(true_rows, grad.dtype), as_rows(eager_grad) if dense else None,
+                factor=1.5, floor=floor, unit=smallest, what="gradient",
+            )  # fmt: skip
     if scores is not None:
         for name in COLUMNS:
             relative = name in ("loss", "el2n")  # these keep relative accuracy in confident rows

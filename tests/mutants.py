@@ -417,7 +417,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient forgets the strength of the bonus", "bonus_ops/losses.py",
-        "rest.add_(self._in_window(gap, slope), alpha=self.strength)", "rest.add_(self._in_window(gap, slope))",
+        "self.bonus_slope(gap, p, rest)), alpha=self.strength)", "self.bonus_slope(gap, p, rest)))",
         "tests/test_properties.py::test_16_the_gradient_is_the_central_difference",
     ),
     # transforms and schedules

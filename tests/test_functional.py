@@ -319,7 +319,7 @@ def test_infinities_and_nan_are_as_in_torch(implementation, reduction, row, plac
     options = {"reduction": reduction, "implementation": implementation}
     assert_same_as_torch(logits.to(place), target.to(place), **options)
     if row == [3e38, -3e38, 1]:
-        logits = logits.double()  # the share is taken before a difference of logits overflows: only so is the loss finite
+        logits = logits.double()  # of shares first, only then of a difference that overflows: the loss is finite
     if implementation != "triton":
         assert_same_as_torch(logits, target, **options, label_smoothing=0.1)
         assert_same_as_torch(logits, torch.tensor([[0.7, 0.2, 0.1]] * 2), **options)
