@@ -488,7 +488,7 @@ MUTANTS = (
     Mutant(
         "an ignored row stands for its example", "bonus_ops/dynamics/tracker.py",
         "torch.where(scores.loss.isnan(), self.num_examples, rows)", "rows",
-        f"{TRACKER}::test_a_last_row_that_is_ignored_leaves_the_duplicate_before_it",
+        f"{TRACKER}::test_statistic_is_its_definition",
     ),
     Mutant(
         "an example never learned is forgotten", "bonus_ops/dynamics/events.py",
