@@ -83,6 +83,8 @@ def check_shares(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, b
         return
     if not isinstance(bonus_weight, Tensor):
         raise TypeError(f"bonus_weight must be a Tensor or None, got {type(bonus_weight).__name__}")
+    if bonus_weight.layout != torch.strided:
+        raise RuntimeError(f"bonus_weight must be dense (torch.strided), got {bonus_weight.layout}")
     n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
     if list(bonus_weight.shape) != [n_classes]:
         raise RuntimeError(

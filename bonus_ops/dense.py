@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, dense_ops, dense_path, reference
 from .losses import GapLoss, Loss, encode
@@ -136,7 +137,8 @@ def _needs_formula(logits: Tensor, loss: Loss, shares: Shares, implementation: s
     dtype = reference.accumulation_dtype(logits.dtype)
     if any(torch.promote_types(x.dtype, dtype) != dtype for x in tensors):
         return True  # a float64 share makes a float64 loss
-    if not torch.compiler.is_compiling() and not autograd.is_plain_eager(logits):
+    watched = not autograd.is_plain_eager(logits) and not is_traceable_wrapper_subclass(logits)
+    if watched and not torch.compiler.is_compiling():
         return True
     if forward_ad._current_level >= 0:
         return True

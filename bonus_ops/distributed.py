@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from . import ops  # noqa: F401  the operators must exist
+from . import dense_ops, ops  # noqa: F401  the operators must exist
 
 __all__ = ["register_row_sharding"]
 
 # the axis of rows: of the arguments that have one, and of the results
-_ROWS_IN = {"logits": 0, "target": 0, "saved": 1, "grad_loss": 0}
-_ROWS_OUT = {"forward": (0, 1, 0, 1, 0), "backward": (0,)}  # loss, scores, runner_up, saved, softmax; gradient
+_ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0}
+_ROWS_OUT = {
+    "forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, softmax
+    "backward": (0,),
+    "dense_forward": (0, 1, 0, 1),  # loss, scores, runner_up, saved
+    "dense_backward": (0,),
+}
 
 
 @functools.cache
@@ -53,7 +58,7 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
     """Run ``op`` on this rank's rows of the arguments that have rows; the others are the same on every rank."""
     call = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
     for name in _ROWS_IN:
-        if not isinstance(call.get(name, call["logits"]), DTensor):
+        if isinstance(call.get(name), Tensor) and not isinstance(call[name], DTensor):
             raise RuntimeError(
                 f"{op}: got mixed torch.Tensor and DTensor.\nExpected input and target to be DTensors on one mesh, got "
                 f"a plain tensor as {name}, of shape {list(call[name].shape)}."
@@ -70,7 +75,7 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
 
     mine, whole = {}, {}  # this rank's arguments; their shapes on all ranks
     for name, x in call.items():
-        if name in _ROWS_IN:
+        if name in _ROWS_IN and x is not None:
             mine[name] = x.redistribute(mesh, placements(_ROWS_IN[name])).to_local()
             whole[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         else:

@@ -20,6 +20,8 @@ from .scalar import exp, log_sigmoid, sigmoid
 from .scores import gap_of, scores_of
 from .shares import shares_at, shares_in_chunks, target_of
 
+LARGEST = tl.constexpr(3.4e38)  # a float32
+
 
 @triton.jit
 def chunk_classes(rows, chunk):
@@ -30,9 +32,10 @@ def chunk_classes(rows, chunk):
 @triton.jit
 def paid(t, z, z_target):
     """Return the sums over the last axis of t and of t (z_target - z); a class without a share pays nothing."""
-    anchor = tl.where(z_target == -float("inf"), 0.0, z_target)[:, None, None]
-    # a NaN logit makes its row NaN by the second sum; asking for it ties t to the lanes of z, else it would be shuffled
-    return tl.sum(tl.where(z == z, t, 0.0), 2), tl.sum(tl.where(t == 0.0, 0.0, t * (anchor - z)), 2)
+    d = tl.where(z_target == -float("inf"), 0.0, z_target)[:, None, None] - z
+    d = tl.where(d == -float("inf"), -LARGEST, d)  # an overflow
+    # a NaN logit makes its row NaN by the gap; asking for it ties t to the lanes of z, else it would be shuffled
+    return tl.sum(tl.where(z == z, t, 0.0), 2), tl.sum(tl.where(t == 0.0, 0.0, t * d), 2)
 
 
 @triton.jit
@@ -178,6 +181,7 @@ def dense_forward_kernel(
 
     # t (lse - z) of the others, from the label's logit; where that is -inf they were counted from 0
     lse = tl.where(z_target == -float("inf"), rest.max + tl.log(rest.sum_exp), -log_sigmoid(gap))
+    lse = tl.where(lse == float("inf"), LARGEST, lse)  # an overflow, which the label pays for
     loss = tl.where(total == 0.0, 0.0, total * lse) + cost + tl.where(t_label == 0.0, 0.0, t_label * -log_sigmoid(gap))
     mass = total - t_next + pull
     if POWER:

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "plain": ((6, 7), 0, {"bonus": None}),
     "power": ((6, 7), 0, {"bonus": PowerBonus(gamma=2.0, strength=0.5)}),
     "weight": ((5, 7), 0, {"weight": (torch.arange(7) + 1.0) / 4}),
+    "smoothing": ((5, 7), 0, {"label_smoothing": 0.1}),
+    "smoothing-none": ((6, 7), 0, {"label_smoothing": 0.1, "reduction": "none"}),
     "replicated": ((5, 7), "R", {}),
     "classes": ((5, 7), 1, {}),
     "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
@@ -167,9 +169,9 @@ def test_dtensor_equals_one_process(results: dict[str, Any], name: str) -> None:
 
 
 def test_rows_stay_where_they_are(results: dict[str, Any]) -> None:
-    for name in ("none", "a-rank-without-rows", "extra-dimension"):
+    for name in ("none", "smoothing-none", "a-rank-without-rows", "extra-dimension"):
         assert results[name][2:] == (("S(0)", "S(0)"), {}), name
-    for name in ("mean", "uneven", "power", "weight"):
+    for name in ("mean", "uneven", "power", "weight", "smoothing"):
         # the divisor, a scalar, forward and backward
         assert results[name][2:] == (("P(sum)", "S(0)"), {"c10d_functional.all_reduce": 2}), name
     assert results["sum"][2:] == (("P(sum)", "S(0)"), {})

@@ -22,6 +22,9 @@ from bonus_ops import (
     Poly1,
     PowerBonus,
     Scores,
+    SoftmaxAbsoluteError,
+    SoftmaxSquaredError,
+    SquaredError,
     SubDataBonus,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
@@ -266,15 +269,6 @@ def test_an_unknown_implementation_is_refused(function, implementation):
         BonusCrossEntropyLoss(implementation=implementation)(logits(), labels())
 
 
-@pytest.mark.parametrize(
-    ("target", "options"),
-    [(labels(), {"label_smoothing": 0.1}), (probabilities(), {}), (probabilities(), {"weight": torch.ones(5)})],
-)
-def test_what_has_no_kernel_says_so(target, options):
-    with pytest.raises(NotImplementedError, match="implementation='triton' has no kernel"):
-        bonus_cross_entropy(logits(), target, **options, implementation="triton")
-
-
 def test_an_unknown_reduction_says_which_there_are():
     with pytest.raises(ValueError, match="avg is not a valid value for reduction\nExpected 'mean', 'sum' or 'none'"):
         bonus_cross_entropy(logits(), labels(), reduction="avg")
@@ -294,14 +288,6 @@ def test_an_unknown_reduction_says_which_there_are():
 def test_a_bonus_must_be_an_instance_of_a_gap_loss(function, bonus, came):
     with pytest.raises(TypeError, match=f"^bonus must be a GapLoss instance .*, not {came}$"):
         function(logits(), labels(), bonus=bonus)
-
-
-def test_probability_targets_have_no_scores():
-    for function in FUNCTIONS[1:]:
-        with pytest.raises(NotImplementedError, match="(?s)scores of probability targets.*got torch.float32"):
-            function(logits(), probabilities())
-    with pytest.raises(NotImplementedError, match="scores of probability targets"):
-        difficulty_scores(logits(), probabilities())
 
 
 @pytest.mark.parametrize("name", ["label C", "target (N + 1)", "input int64", "target int32", "ignore_index float"])
@@ -437,8 +423,53 @@ OWN = (
     ("unknown option", called(temperature=2.0), TypeError, ".* unexpected keyword argument 'temperature'"),
     ("smoothing NaN with a bonus", called(bonus=Focal(), label_smoothing=math.nan), RuntimeError,
      "label_smoothing must be between 0.0 and 1.0. Got: nan"),
-    ("smoothing has no kernel", called(label_smoothing=0.1, implementation="triton"), NotImplementedError,
-     "implementation='triton' has no kernel .*"),
+    # the bonus' own smoothing and weight
+    ("smoothing without a kernel", called(bonus=Formulas(), label_smoothing=0.1, implementation="triton"),
+     NotImplementedError, "implementation='triton' has no kernel for Formulas with targets that are shares of classes."),
+    ("smoothing of a loss of the gap without a kernel", called(
+        bonus=SquaredError(), label_smoothing=0.1, implementation="triton",
+     ), NotImplementedError, "implementation='triton' has no kernel for SquaredError with targets that are shares .*"),
+    ("bonus_smoothing above", called(bonus_smoothing=1.1), ValueError,
+     r"bonus_smoothing must be in \[0, 1\], got 1.1"),
+    ("bonus_smoothing below", called(bonus_smoothing=-0.1), ValueError,
+     r"bonus_smoothing must be in \[0, 1\], got -0.1"),
+    ("bonus_smoothing NaN", called(bonus_smoothing=math.nan), ValueError,
+     r"bonus_smoothing must be in \[0, 1\], got nan"),
+    ("bonus_smoothing str", called(bonus_smoothing="0.1"), TypeError,
+     "bonus_smoothing must be a number or None, got str"),
+    ("bonus_smoothing bool", called(bonus_smoothing=True), TypeError,
+     "bonus_smoothing must be a number or None, got bool"),
+    ("bonus_smoothing tensor", called(bonus_smoothing=torch.tensor(0.1)), TypeError,
+     "bonus_smoothing must be a number or None, got Tensor"),
+    ("bonus_smoothing without a bonus", called(bonus=None, bonus_smoothing=0.1), ValueError,
+     "bonus_smoothing needs a bonus on cross-entropy, which CrossEntropy is not."),
+    ("bonus_weight with focal", called(bonus=Focal(), bonus_weight=torch.ones(5)), ValueError,
+     "bonus_weight needs a bonus on cross-entropy, which Focal is not."),
+    ("bonus_weight with an error", called(bonus=SoftmaxSquaredError(), bonus_weight=torch.ones(5)), ValueError,
+     "bonus_weight needs a bonus on cross-entropy, which SoftmaxSquaredError is not."),
+    ("bonus_weight (4)", called(bonus_weight=torch.ones(4)), RuntimeError,
+     r"bonus_weight must have shape \[5\], one number a class, got \[4\]"),
+    ("bonus_weight (1, 5)", called(bonus_weight=torch.ones(1, 5)), RuntimeError,
+     r"bonus_weight must have shape \[5\], one number a class, got \[1, 5\]"),
+    ("bonus_weight int64", called(bonus_weight=torch.ones(5).long()), RuntimeError,
+     "bonus_weight must have a floating point type, got torch.int64"),
+    ("bonus_weight list", called(bonus_weight=[1.0] * 5), TypeError, "bonus_weight must be a Tensor or None, got list"),
+    ("bonus_weight on meta", called(bonus_weight=torch.ones(5, device="meta")), RuntimeError,
+     "bonus_weight must be on the device of input, cpu, got meta"),
+    ("bonus_weight requires_grad", called(bonus_weight=torch.ones(5, requires_grad=True)), RuntimeError,
+     "bonus_weight must not require a gradient"),
+    ("bonus_weight sparse", called(bonus_weight=torch.ones(5).to_sparse()), RuntimeError,
+     "bonus_weight must be dense .*, got torch.sparse_coo"),
+    ("weight with an error", called(bonus=SoftmaxSquaredError(), weight=torch.ones(5)), ValueError,
+     "weight has no meaning for SoftmaxSquaredError."),
+    ("error, strength NaN", lambda: SoftmaxSquaredError(math.nan), ValueError,
+     "SoftmaxSquaredError: strength must be finite, got nan"),
+    ("error, gamma below", lambda: SoftmaxAbsoluteError(1.0, 0.5), ValueError,
+     "SoftmaxAbsoluteError: gamma must be a finite number >= 1, got 0.5"),
+    ("error, gamma str", lambda: SoftmaxAbsoluteError(gamma="2"), TypeError,
+     "SoftmaxAbsoluteError: gamma must be a number, got str"),
+    ("module, bonus_weight list", lambda: BonusCrossEntropyLoss(bonus_weight=[1.0]), TypeError,
+     "cannot assign 'list' object to buffer .*"),
     ("validated labels", lambda input, target: bonus_cross_entropy(input, target + 2, validate=True), IndexError,
      "Target 5 is out of bounds."),
     ("meta in triton", lambda: bonus_cross_entropy(logits().to("meta"), labels().to("meta"), implementation="triton"),
@@ -458,8 +489,6 @@ OWN = (
      ".* unexpected keyword argument 'reduction'"),
     ("difficulty_scores, validate", lambda input, target: difficulty_scores(input, target, validate=2), TypeError,
      "validate must be True or False, got int"),
-    ("difficulty_scores, probabilities", lambda input, target: difficulty_scores(input, probabilities()),
-     NotImplementedError, "scores of probability targets are not defined."),
     ("difficulty_scores, label C", lambda input, target: difficulty_scores(input, target + 2), IndexError,
      "Target 5 is out of bounds."),
     # scores
