@@ -143,19 +143,25 @@ class _Block:
         return both
 
     def _add_logarithm(self, rest: Tensor, loss: LogBonus, v: BlockShare) -> None:
-        """Add ``v log(1 - p)``, whose pull ``v p / (1 - p)`` is ``v / (1 - p) - v``; ``rest`` is a buffer."""
+        """Add ``v log(1 - p)``, whose pull is ``v p / (1 - p)``; ``rest`` is a buffer."""
+        off, strength = v.off, loss.strength
+        uniform = isinstance(off, float)
+        inverted = self.t is v and strength == 1  # then t + v p / (1 - p) = v / (1 - p), which saves a pass
+        if not inverted:
+            self.e.mul_(self.scale)
+            self.scale = torch.ones_like(self.scale)
         torch.mul(self.e, -self.scale, out=rest).add_(1.0)
-        self.value = self.value + v.dot_log(rest).mul_(loss.strength)
-        if isinstance(v.off, Tensor) and v.off.dim() == 2:
-            inverse, factor = torch.div(v.off, rest, out=rest), loss.strength
-        elif isinstance(v.off, Tensor):
-            inverse, factor = rest.reciprocal_().mul_(v.off), loss.strength
+        self.value = self.value + v.dot_log(rest).mul_(strength)
+        pull = rest.reciprocal_() if inverted and uniform else torch.div(off if inverted else self.e, rest, out=rest)
+        if not (inverted or uniform):
+            pull.mul_(off)
+        factor = off * strength if isinstance(off, float) else strength
+        if inverted:
+            self.others = [(pull.scatter_(1, self.label, 0.0).scatter_(1, self.runner_up, 0.0), factor)]
+            self.mass = row_sum(pull).mul_(factor)
         else:
-            inverse, factor = rest.reciprocal_(), v.off * loss.strength
-        inverse.scatter_(1, self.label, 0.0).scatter_(1, self.runner_up, 0.0)
-        self.others = [(inverse, factor), *_difference(self.t, v, loss.strength)]
-        total = v.total(rest.shape[1], self.label) - self._shares_apart(v)[:, 1:]
-        self.mass = self.mass + row_sum(inverse).mul_(factor) - total * loss.strength
+            self.others = [(pull, factor)] if self.t is None else [(pull, factor), (self.t.off, 1.0)]
+            self.mass = self.mass + row_sum(pull).mul_(factor)
 
     def _add_terms(self, rest: Tensor, loss: Loss, v: BlockShare) -> None:
         """Add what any loss adds for the classes that are not taken apart; ``rest`` is a buffer."""
@@ -197,17 +203,6 @@ class _Block:
         if pulls.shape[1] == 2:
             at[:, 1:] = torch.where(self.absent, at[:, :1], at[:, 1:])
         self.e.scatter_(1, self.apart, at)
-
-
-def _difference(t: BlockShare | None, v: BlockShare, strength: float) -> list[tuple[Tensor | float, float]]:
-    """Return ``t - strength v`` of the other classes, nothing where that is 0; ``t`` is not needed any more."""
-    if t is None:
-        return [(v.off, -strength)]
-    if t is v:
-        return [] if strength == 1 else [(v.off, 1 - strength)]
-    if isinstance(t.off, float) and isinstance(v.off, float):
-        return [(t.off - strength * v.off, 1.0)]
-    return [(t.off, 1.0), (v.off, -strength)]
 
 
 def _paid(mass: Tensor | float, lse: Tensor) -> Tensor | float:
