@@ -102,4 +102,5 @@ class BonusCrossEntropyLoss(_WeightedLoss):
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
         options = f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
-        return f"{options}, label_smoothing={self.label_smoothing}"
+        own = "" if self.bonus_smoothing is None else f", bonus_smoothing={self.bonus_smoothing}"
+        return f"{options}, label_smoothing={self.label_smoothing}{own}"

@@ -364,3 +364,452 @@ def test_kernels(loss, target, dtype, n_classes, kernel_device, poison):
 def test_every_layout_in_kernels(layout, kernel_device, poison):
     for dtype, given_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         check("log_bonus", "any sum", dtype, "triton", 137, layout, given_dtype, kernel_device)
+
+
+# --- as torch, without a bonus ----------------------------------------------------------------------------------------
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+
+
+@pytest.fixture
+def place(implementation, request) -> str:
+    return request.getfixturevalue("kernel_device") if implementation == "triton" else "cpu"
+
+
+def loss_and_grad(function, logits, target, *args, **options) -> tuple[Tensor, Tensor]:
+    """Return the loss and the gradient of half its sum."""
+    leaf = logits.detach().clone().requires_grad_()
+    loss = function(leaf, target, *args, **options)
+    (loss.sum() * 0.5).backward()
+    return loss.detach(), leaf.grad
+
+
+def widened(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    ("implementation", "reduction"),
+    [(None, "mean"), (None, "sum"), (None, "none"), ("reference", "mean"), ("triton", "none")],
+)
+def test_without_a_bonus_it_is_torch(implementation, reduction, dtype, place):
+    for shape in ((6, 5), (2, 5, 3), (2, 5, 2, 2), (5,)):
+        logits = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).to(place)
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        label = torch.randint(0, 5, rows, device=place)
+        if len(rows):
+            label.view(-1)[1] = -100
+        weight = torch.linspace(0.5, 2, 5, dtype=dtype, device=place)
+        given = torch.softmax(torch.randn(shape, dtype=torch.float64), 1 if len(shape) > 1 else 0).to(dtype).to(place)
+        for target, options in (
+            (label, {"label_smoothing": 0.1}), (label, {"label_smoothing": 0.3, "weight": weight}),
+            (label, {"label_smoothing": 1.0}), (given, {}), (given, {"label_smoothing": 0.1, "weight": weight}),
+        ):  # fmt: skip
+            options["reduction"] = reduction
+            ours = loss_and_grad(
+                bonus_cross_entropy, logits, target, **options, bonus=None, implementation=implementation
+            )
+            theirs = loss_and_grad(F.cross_entropy, logits, target, **options)
+            wide = {name: widened(x) for name, x in options.items()}
+            truth = loss_and_grad(F.cross_entropy, widened(logits), widened(target), **wide)
+            floor = {torch.float32: 2.0**-22, torch.float64: 2.0**-44}.get(dtype) or rounding(dtype, implementation)
+            for what, actual, eager, exactly in zip(("loss", "gradient"), ours, theirs, truth, strict=True):
+                assert actual.dtype == eager.dtype and actual.shape == eager.shape
+                assert_within_budget(actual, exactly, eager, floor=floor, what=f"{what} {shape} {list(options)}")
+
+
+# --- the papers' forms ------------------------------------------------------------------------------------------------
+
+
+def papers_bonus(p: Tensor, log_end: float) -> Tensor:
+    return torch.log(1 - p.clamp(max=log_end)) - (p - log_end).clamp(min=0) / (1 - log_end)
+
+
+def test_the_form_of_image_classification_smooths_both_alike():
+    """timm's: mean over rows of sum_k t_k (-log p_k + b(p_k)), t = (1 - a) onehot + a / C, a = .1, log_end = .75."""
+    logits, label = logits_and_label(10, torch.float64)
+    p = torch.softmax(logits, 1)
+    t = 0.9 * F.one_hot(label, 10) + 0.1 / 10
+    truth = (t * (papers_bonus(p, 0.75) - torch.log_softmax(logits, 1))).sum(1).mean()
+    torch.testing.assert_close(bonus_cross_entropy(logits, label, label_smoothing=0.1, bonus=LogBonus(0.75)), truth)
+
+
+def test_the_form_of_translation_smooths_each_by_its_own():
+    """fairseq's: summed over tokens that are no padding, bonus shares (1 - a') rho onehot + a' rho / C."""
+    logits, label = logits_and_label(10, torch.float64)
+    label[2] = pad = 1
+    p = torch.softmax(logits, 1)
+    hot = F.one_hot(label, 10)
+    for smoothing, bonus_smoothing, strength in ((0.1, 0.1, 1.0), (0.1, 0.0, 0.5)):
+        t = (1 - smoothing) * hot + smoothing / 10
+        v = strength * ((1 - bonus_smoothing) * hot + bonus_smoothing / 10)
+        rows = (v * papers_bonus(p, 0.5) - t * torch.log_softmax(logits, 1)).sum(1)
+        loss = bonus_cross_entropy(
+            logits, label, ignore_index=pad, reduction="sum", label_smoothing=smoothing,
+            bonus_smoothing=bonus_smoothing, bonus=LogBonus(0.5, strength=strength),
+        )  # fmt: skip
+        torch.testing.assert_close(loss, rows[label != pad].sum())
+
+
+def test_the_mean_of_a_weighted_bonus_is_over_rows():
+    """Class weights for cross-entropy and bonus apart: the first is divided by its weights, the second by the rows."""
+    logits, label = logits_and_label(10, torch.float64)
+    label[3] = -100
+    counts = label != -100
+    p = torch.softmax(logits, 1)[counts]
+    hot = F.one_hot(label[counts], 10)
+    weight, bonus_weight = (torch.rand(10, dtype=torch.float64) + 0.5 for _ in range(2))
+    bonus = (hot * bonus_weight * papers_bonus(p, 0.5)).sum(1)
+    for own_weight in (None, weight):
+        truth = F.cross_entropy(logits, label, own_weight) + bonus.sum() / counts.sum()
+        loss = bonus_cross_entropy(logits, label, own_weight, bonus=LogBonus(0.5), bonus_weight=bonus_weight)
+        torch.testing.assert_close(loss, truth)
+        total = F.cross_entropy(logits, label, own_weight, reduction="sum") + bonus.sum()
+        for implementation in (None, "reference"):
+            loss = bonus_cross_entropy(
+                logits, label, own_weight, bonus=LogBonus(0.5), bonus_weight=bonus_weight, reduction="sum",
+                implementation=implementation,
+            )  # fmt: skip
+            torch.testing.assert_close(loss, total)
+
+
+def test_the_squared_error_with_its_mirror_is_twice_the_absolute_one_less_one():
+    logits, label = logits_and_label(10, torch.float64)
+    p = torch.softmax(logits, 1)
+    hot = F.one_hot(label, 10).double()
+    truth = ((p - hot) ** 2 - hot * p**2 - (1 - hot) * (1 - p) ** 2).mean()
+    torch.testing.assert_close(bonus_cross_entropy(logits, label, bonus=SoftmaxSquaredError(1.0, 2.0)), truth)
+    absolute = bonus_cross_entropy(logits, label, bonus=SoftmaxAbsoluteError())
+    torch.testing.assert_close(absolute, (p - hot).abs().mean())
+    torch.testing.assert_close(truth, 2 * absolute - 1)
+    torch.testing.assert_close(
+        bonus_cross_entropy(logits, label, bonus=SoftmaxSquaredError()), F.mse_loss(torch.softmax(logits, 1), hot)
+    )
+
+
+# --- rows that are none -----------------------------------------------------------------------------------------------
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("bonus", [None, LogBonus(), PowerBonus(2.0), SoftmaxSquaredError(1.0)], ids=repr)
+def test_ignored_rows_teach_nothing_whatever_they_hold(implementation, bonus, place):
+    logits, label = logits_and_label(9, torch.float32)
+    logits[1], logits[2] = math.nan, math.inf
+    label[1:3] = -100
+    options = {"label_smoothing": 0.1, "bonus": bonus, "implementation": implementation, "reduction": "none"}
+    loss, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), label.to(place), **options)
+    assert (loss[1:3] == 0).all() and (grad[1:3] == 0).all()
+    others = [0, *range(3, 9)]
+    alone = loss_and_grad(bonus_cross_entropy, logits[others].to(place), label[others].to(place), **options)
+    torch.testing.assert_close(loss[others], alone[0])
+    torch.testing.assert_close(grad[others], alone[1], rtol=1e-5, atol=1e-7)
+    options["reduction"] = "mean"
+    mean, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), label.to(place), **options)
+    torch.testing.assert_close(mean, alone[0].mean())
+    assert (grad[1:3] == 0).all()
+    label[:] = -100
+    mean, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), label.to(place), **options)
+    assert mean.isnan() and not (grad[[1, 2]].isfinite() & (grad[[1, 2]] != 0)).any()
+    options["reduction"] = "sum"
+    total, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), label.to(place), **options)
+    assert total == 0 and (grad == 0).all()
+
+
+@IMPLEMENTATIONS
+def test_no_rows_and_no_labels(implementation, place):
+    for target in (torch.empty(0, dtype=torch.int64, device=place), torch.empty(0, 5, device=place)):
+        logits = torch.empty(0, 5, device=place)
+        for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
+            loss, grad = loss_and_grad(
+                bonus_cross_entropy, logits, target, label_smoothing=0.1, reduction=reduction,
+                implementation=implementation,
+            )  # fmt: skip
+            torch.testing.assert_close(loss.cpu(), torch.tensor(expected), equal_nan=True)
+            assert grad.shape == (0, 5)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("bonus", [None, LogBonus(), LogBonus(0.3), PowerBonus(2.0), SoftmaxSquaredError()], ids=repr)
+def test_a_class_at_minus_infinity_without_a_share_is_not_there(implementation, bonus, place):
+    logits, label = logits_and_label(9, torch.float64)
+    given = given_probabilities("soft", label, 9, torch.float64)
+    wide, shares_of = (F.pad(x, (2, 3), value=v) for x, v in ((logits, -math.inf), (given, 0.0)))
+    options = {"reduction": "none", "bonus": bonus, "implementation": implementation}
+    truth, true_grad = loss_and_grad(bonus_cross_entropy, logits, given, **options | {"implementation": "reference"})
+    loss, grad = loss_and_grad(bonus_cross_entropy, wide.to(place), shares_of.to(place), **options)
+    if isinstance(bonus, SoftmaxSquaredError):
+        truth, true_grad = truth * 9 / 14, true_grad * 9 / 14
+    torch.testing.assert_close(loss.cpu(), truth, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(grad[:, 2:11].cpu(), true_grad, rtol=1e-9, atol=1e-12)
+    assert (grad[:, :2] == 0).all() and (grad[:, 11:] == 0).all()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("target", ["label", "probabilities"])
+def test_a_bad_logit_spoils_its_row_alone(implementation, bad, target, place):
+    logits, label = logits_and_label(9, torch.float32)
+    given = label if target == "label" else given_probabilities("soft", label, 9, torch.float32)
+    logits[3, 4] = bad
+    options = {"label_smoothing": 0.1, "reduction": "none", "implementation": implementation}
+    for bonus in (None, LogBonus(), LogBonus(0.0)):
+        loss, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), given.to(place), bonus=bonus, **options)
+        assert loss.isnan().tolist() == [i == 3 for i in range(9)]
+        assert grad.isnan().any(1).tolist() == [i == 3 for i in range(9)]
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("target", ["label", "probabilities"])
+def test_scores_are_those_of_the_label(implementation, target, place):
+    """Of probabilities the label is the largest, the first of equals."""
+    logits, label = logits_and_label(9, torch.float32)
+    given = label
+    if target == "probabilities":
+        given = given_probabilities("soft", label, 9, torch.float32)
+        given[2] = 1 / 9
+        label = given.argmax(1)
+        assert label[2] == 0
+    options = {"implementation": implementation, "reduction": "mean", "label_smoothing": 0.1}
+    leaf = logits.to(place).requires_grad_()
+    loss, scores = bonus_cross_entropy_with_scores(leaf, given.to(place), **options)
+    _, expected = bonus_cross_entropy_with_scores(logits.to(place), label.to(place), implementation=implementation)
+    for ours, theirs in zip(scores, expected, strict=True):
+        assert ours.dtype == theirs.dtype and not ours.requires_grad
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    again, _, softmax = bonus_cross_entropy_with_softmax(leaf, given.to(place), **options)
+    torch.testing.assert_close(again, loss)
+    torch.testing.assert_close(softmax, torch.softmax(leaf.detach(), 1))
+    plain, grad = loss_and_grad(bonus_cross_entropy, logits.to(place), given.to(place), **options)
+    torch.testing.assert_close(loss.detach(), plain)
+    loss.backward(torch.tensor(0.5))
+    torch.testing.assert_close(leaf.grad, grad)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "apart": {"label_smoothing": 0.1, "bonus_smoothing": 0.3, "weight": True, "bonus_weight": True},
+    "probabilities": {"probabilities": True},
+}
+over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def problem(options: dict[str, Any], dtype=torch.float64, place="cpu", n_rows=3, n_classes=4):
+    """Return logits, target and options of a call."""
+    options = dict(options)
+    logits = (2 * torch.randn(n_rows, n_classes, dtype=torch.float64)).to(dtype).to(place).requires_grad_()
+    target = torch.arange(n_rows, device=place) % n_classes
+    if options.pop("probabilities", False):
+        target = torch.softmax(torch.randn(n_rows, n_classes, dtype=torch.float64), 1).to(dtype).to(place)
+    for name in (W, B):
+        if name in options:
+            options[name] = torch.linspace(0.5, 2, n_classes, dtype=dtype, device=place)
+    return logits, target, options
+
+
+SMOOTH_LOSSES = (LogBonus(), LogBonus(0.3), PowerBonus(2.5), CosineBonus(), SubDataBonus(0.6))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reduction"), [(None, "mean"), (None, "none"), ("reference", "none"), ("triton", "none")]
+)
+@over_options
+def test_first_and_second_derivatives_are_right(implementation, reduction, options, place):
+    logits, target, options = problem(options, place=place)
+    losses = SMOOTH_LOSSES[:1] if implementation == "triton" else SMOOTH_LOSSES
+    if options.keys() <= {"label_smoothing"}:
+        losses = (*losses, None, SoftmaxSquaredError(0.7), Focal())
+    for bonus in losses:
+
+        def loss(z, bonus=bonus):
+            return bonus_cross_entropy(
+                z, target, **options, bonus=bonus, reduction=reduction, implementation=implementation
+            )
+
+        assert torch.autograd.gradcheck(loss, logits, fast_mode=True)
+        assert torch.autograd.gradgradcheck(loss, logits, fast_mode=True)
+
+
+@over_options
+def test_transforms_take_the_formula(options):
+    from torch.func import grad, hessian, jvp, vmap
+
+    logits, target, options = problem(options)
+    logits = logits.detach()
+
+    def ours(z, reduction="mean", implementation=None):
+        return bonus_cross_entropy(z, target, **options, reduction=reduction, implementation=implementation)
+
+    def plain(z, reduction="mean"):
+        return ours(z, reduction, "reference")
+
+    torch.testing.assert_close(grad(ours)(logits), loss_and_grad(lambda z, _: plain(z), logits, None)[1] * 2)
+    both = torch.stack([logits, 2 * logits])
+    torch.testing.assert_close(vmap(lambda z: ours(z, "none"))(both), torch.stack([plain(z, "none") for z in both]))
+    torch.testing.assert_close(vmap(grad(ours))(both), torch.stack([grad(plain)(z) for z in both]))
+    value, tangent = jvp(ours, (logits,), (logits.cos(),))
+    torch.testing.assert_close((value, tangent), (plain(logits), (grad(plain)(logits) * logits.cos()).sum()))
+    torch.testing.assert_close(hessian(ours)(logits), torch.autograd.functional.hessian(plain, logits))
+
+
+@pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+@pytest.mark.parametrize("bonus", [None, LogBonus()], ids=repr)
+def test_probabilities_have_a_gradient(implementation, bonus, place):
+    logits, given, _ = problem(OPTIONS["probabilities"], place=place)
+    weight = torch.rand(4, dtype=torch.float64, device=place)
+    given.requires_grad_()
+    options = {"label_smoothing": 0.1, "weight": weight, "bonus": bonus, "implementation": implementation}
+    assert torch.autograd.gradcheck(lambda z, t: bonus_cross_entropy(z, t, **options), (logits, given), fast_mode=True)
+    if bonus is None:
+        ours = torch.autograd.grad(bonus_cross_entropy(logits, given, **options), (logits, given))
+        theirs = torch.autograd.grad(F.cross_entropy(logits, given, weight, label_smoothing=0.1), (logits, given))
+        torch.testing.assert_close(ours, theirs)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@over_options
+def test_upstream_gradients(implementation, reduction, options, place):
+    """Any, twice with retain_graph, zero, NaN in a row."""
+    logits, target, options = problem(options, place=place)
+    options |= {"reduction": reduction, "implementation": implementation}
+    loss = bonus_cross_entropy(logits, target, **options)
+    rows = torch.autograd.grad(bonus_cross_entropy(logits, target, **options | {"reduction": "none"}).sum(), logits)[0]
+    one = rows / 3 if reduction == "mean" else rows
+    shape = loss.shape
+    for upstream in (1.0, -2.5, 0.0):
+        given = torch.full(shape, upstream, dtype=loss.dtype, device=place)
+        (grad,) = torch.autograd.grad(loss, logits, given, retain_graph=True)
+        torch.testing.assert_close(grad, one * upstream)
+    given = torch.ones(shape, dtype=loss.dtype, device=place)
+    given.view(-1)[0] = math.nan
+    (grad,) = torch.autograd.grad(loss, logits, given)
+    assert grad[0].isnan().all()
+    if reduction == "none":
+        torch.testing.assert_close(grad[1:], rows[1:])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, logits, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@over_options
+def test_a_half_is_rounded_after_it_is_scaled(dtype, options):
+    """What a gradient scaler relies on."""
+    logits, target, options = problem(options, dtype, n_rows=64, n_classes=50)
+    (bonus_cross_entropy(logits, target, **options) * 1024).backward()
+    exactly = logits.detach().double().requires_grad_()
+    wide = {name: widened(x) for name, x in options.items()}
+    (bonus_cross_entropy(exactly, widened(target), **wide, implementation="reference") * 1024).backward()
+    # rounded before the scale, an element would be off by half of fp16's smallest number times 1024, 3e-5
+    floor = 0.51 * torch.finfo(dtype).eps
+    assert_within_budget(logits.grad, exactly.grad, None, floor=floor, unit=2.0**-6, what="gradient")
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@over_options
+def test_a_change_in_place_before_backward_is_noticed(implementation, reduction, options, place):
+    for changed in range(2):
+        logits, target, more = problem(options, place=place)
+        z = logits * 1  # a leaf cannot be changed
+        loss = bonus_cross_entropy(z, target, **more, reduction=reduction, implementation=implementation).sum()
+        with torch.no_grad():
+            (z, target)[changed].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@over_options
+def test_the_operators_keep_their_contract(implementation, options, place):
+    from bonus_ops import dense_ops
+    from bonus_ops.losses import encode
+
+    logits, target, options = problem(options, torch.float32, place)
+    given = target[:, None] if target.is_floating_point() else None
+    label = (target if given is None else target.argmax(1))[:, None]
+    smoothings = options.get("label_smoothing", 0.0), options.get("bonus_smoothing", 0.0)
+    name, fields = encode(LogBonus())
+    tensors = (logits.detach()[:, None], label, given, options.get(W), options.get(B), fields)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (*tensors, *smoothings, -100, name, True, implementation)
+    torch.library.opcheck(dense_ops.forward, args, test_utils=checks)
+    _, _, runner_up, saved = dense_ops.forward(*args)
+    args = (*tensors, saved, runner_up, torch.rand(3, device=place), *smoothings, -100, name, implementation)
+    torch.library.opcheck(dense_ops.backward, args, test_utils=checks)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@over_options
+def test_it_is_one_graph_for_any_number_of_rows(implementation, options, place, forget_compiled_code):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(bonus_cross_entropy_with_scores, fullgraph=True, dynamic=True, backend=counter)
+    for n_rows in (3, 7) if implementation == "triton" else (3, 7, 4):
+        logits, target, more = problem(options, torch.float32, place, n_rows)
+        more["implementation"] = implementation
+        (loss, scores), (expected, same) = (f(logits, target, **more) for f in (compiled, bonus_cross_entropy_with_scores))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(tuple(scores), tuple(same))
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
+    assert counter.frame_count <= 2
+
+
+def test_a_scheduled_bonus_compiles_once(forget_compiled_code):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    bonus = Scheduled(LogBonus(0.75), strength=Linear(epochs=4))
+    criterion = BonusCrossEntropyLoss(label_smoothing=0.1, bonus=bonus)
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    logits, target, _ = problem(OPTIONS["smoothing"], torch.float32)
+    for epoch in range(5):
+        loss = compiled(logits, target)
+        (grad,) = torch.autograd.grad(loss, logits)
+        now = LogBonus(0.75, strength=epoch / 4)
+        for ours, truth in zip(
+            (loss.detach(), grad * 0.5),
+            loss_and_grad(bonus_cross_entropy, logits, target, label_smoothing=0.1, bonus=now), strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(ours, truth)
+        bonus.step()
+    assert counter.frame_count == 1
+
+
+# --- module -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_module_holds_the_weight_of_the_bonus():
+    logits, target, options = problem(OPTIONS["apart"])
+    module = BonusCrossEntropyLoss(**options)
+    assert module(logits, target) == bonus_cross_entropy(logits, target, **options)
+    assert list(module.state_dict()) == ["weight", "bonus_weight"] and not list(module.parameters())
+    assert module.float().bonus_weight.dtype == torch.float32
+    other = BonusCrossEntropyLoss(torch.zeros(4), label_smoothing=0.1, bonus_smoothing=0.3, bonus_weight=torch.zeros(4))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.bonus_weight, module.bonus_weight)
+    assert not BonusCrossEntropyLoss(label_smoothing=0.1, bonus_smoothing=0.3).state_dict()
+
+
+def test_the_module_shows_what_differs():
+    shown = repr(BonusCrossEntropyLoss(label_smoothing=0.1, bonus_smoothing=0.3, bonus_weight=torch.ones(4)))
+    for part in ("label_smoothing=0.1", "bonus_smoothing=0.3"):
+        assert part in shown
+    assert "bonus_smoothing" not in repr(BonusCrossEntropyLoss())
