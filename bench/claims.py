@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .claims_verdict import ABOVE_ZERO
+from .record import commit, environment, plain, progress
 
 NAMES = ("encouraging", "prioritisation", "separation")
 PROCESSES = 2
@@ -43,11 +44,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(NAMES):
         sys.exit(f"unknown claim {', '.join(sorted(unknown))}; expected {', '.join(NAMES)}")
-    from .__main__ import _progress  # which imports this module
-
     folder = options.out or (RESULTS / "quick" if options.quick else RESULTS)
     command = " ".join(["python -m bench claims", *arguments])
-    text, written = run(options.names or NAMES, options.quick, folder, _progress, command)
+    text, written = run(options.names or NAMES, options.quick, folder, progress, command)
     print(text)
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
 
@@ -61,8 +60,6 @@ def run(
     """
     if not importlib.util.find_spec("sklearn"):
         sys.exit("scikit-learn is not installed: no digits (pip install scikit-learn)")
-    from .__main__ import _commit, _plain, environment
-
     path = folder / "claims.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results["environment"] = environment("cpu") | {"processes": 1 if quick else PROCESSES}
@@ -70,10 +67,10 @@ def run(
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         start = time.perf_counter()
         section = _measure(name, quick, progress)
-        stamp = {"command": command, "commit": _commit(), "date": date, "quick": quick}
+        stamp = {"command": command, "commit": commit(), "date": date, "quick": quick}
         results[name] = section | stamp | {"elapsed_s": time.perf_counter() - start}
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
+        path.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
     progress("")
     return report(folder)
 

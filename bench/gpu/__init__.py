@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ..record import ROOT, plain
+
 BUDGET_S = 460.0
 
 
@@ -123,7 +124,7 @@ def rehearse(name: str) -> dict[str, Any]:
         found["status"] = "done"
     except Exception as error:
         found |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return _plain(found | {"seconds": round(time.monotonic() - start, 1)})
+    return plain(found | {"seconds": round(time.monotonic() - start, 1)})
 
 
 def in_process(name: str, limit_s: float, command: list[str] | None = None) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _child(options: argparse.Namespace) -> None:
     def save(found: dict[str, Any]) -> None:
         latest.update(found)
         new = options.save.with_suffix(".new")
-        new.write_text(json.dumps(_plain(latest)))
+        new.write_text(json.dumps(plain(latest)))
         new.replace(options.save)  # never half written
 
     try:
@@ -185,9 +186,3 @@ def _child(options: argparse.Namespace) -> None:
     except Exception as error:
         save({"error": f"{type(error).__name__}: {str(error)[:300]}"})
         raise
-
-
-def _plain(x: Any) -> Any:
-    from ..__main__ import _plain
-
-    return _plain(x)
