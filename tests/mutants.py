@@ -344,7 +344,7 @@ MUTANTS = (
     ),
     Mutant(
         "an ignored row zeroes the loss of all", "bonus_ops/fallback.py",
-        "value = value.masked_fill_(~counts, 0.0)", "value = value * counts.all()",
+        "else value.masked_fill(~counts, 0.0)", "else value * counts.all()",
         "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch",
         seen_in="linkedin/Liger-Kernel #968: 'none' with ignore",
     ),
