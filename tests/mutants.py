@@ -391,17 +391,17 @@ MUTANTS = (
     ),
     Mutant(
         "columns of rows are not padded", "bonus_ops/fallback.py",
-        "    missing = -x.numel() % (VECTOR * _threads(x.numel()))\n", "    missing = 0\n",
+        "    missing = -x.numel() % (VECTOR * threads(x.numel()))\n", "    missing = 0\n",
         "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",
     ),
     Mutant(
-        "a single long row is shared by threads", "bonus_ops/fallback.py",
-        "if len(x) == 1 and _threads(x.numel()) > 1:", "if False:",
+        "a single long row is shared by threads", "bonus_ops/sums.py",
+        "if len(x) == 1 and threads(x.numel()) > 1:", "if False:",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
     Mutant(
         "bounds of threads are no bounds of vectors", "bonus_ops/fallback.py",
-        "    whole = n - n % (VECTOR * threads)\n", "    whole = n - n % VECTOR\n",
+        "    whole = n - n % (VECTOR * n_threads)\n", "    whole = n - n % VECTOR\n",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
     # what the matrix, the properties and the fuzzer are for
