@@ -4,9 +4,10 @@
 
 Label and runner-up are left out of the sums over classes and added from their gaps: only they can be near p = 1.
 
-Traffic a row of V logits of b bytes and, where given, V probabilities of c bytes: the one-sweep forward reads
-V (b + c), the two-sweep forward 2 V (b + c), the second time from cache as far as it reaches; both read label, runner-up
-and its chunk again, and 4 V bytes of each class weight. Backward reads V (b + c) and writes V b.
+Traffic a row of V logits of b bytes and, where given, V probabilities of c bytes: a sweep reads V (b + c), the second
+from cache as far as it reaches. Besides, forward reads the label's logit, the runner-up's chunk, and label's and
+runner-up's probabilities again. Backward reads V (b + c) and writes V b. Either reads class weights as a sweep reads
+probabilities.
 """
 
 import triton

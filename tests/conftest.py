@@ -19,7 +19,14 @@ if ACCELERATOR is None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so set before any test module is
 WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
-    collect_ignore = ["interpreter_guard.py", "test_rest.py", "test_kernels.py", "test_traffic.py", "test_codegen.py"]
+    collect_ignore = [
+        "interpreter_guard.py",
+        "test_dense_kernels.py",
+        "test_rest.py",
+        "test_kernels.py",
+        "test_traffic.py",
+        "test_codegen.py",
+    ]
 torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
 
 

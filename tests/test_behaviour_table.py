@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonus_ops import bonus_cross_entropy, reference
-from tests.behaviour_cases import CASES, RECORDED, Case, Outcome, labels, leaf_of, loss_and_grad, run, x
+from tests.behaviour_cases import CASES, RECORDED, Outcome, labels, leaf_of, loss_and_grad, run, x
 from tests.budget import FLOAT32_FLOOR, FLOAT64_FLOOR, assert_within_budget
 
 TABLE = {row.number: row for row in CASES}

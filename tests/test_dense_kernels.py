@@ -1,0 +1,166 @@
+"""The kernels for targets that are shares: what they touch, to the byte, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
+from tests.conftest import ACCELERATOR
+from tests.test_traffic import CHUNK, body_of, draw, reads
+
+if ACCELERATOR is None:
+    from tests.interpreter_guard import guard
+
+watched = pytest.mark.skipif(ACCELERATOR is not None, reason="the guard watches the interpreter, here a GPU runs")
+ROOT = Path(__file__).resolve().parent.parent
+ONE_SWEEP = (None, LogBonus(0.0), PowerBonus(2.5), LogBonus(strength=0.0))
+TWO_SWEEPS = (LogBonus(), LogBonus(0.0, start=0.2), PowerBonus(2.0, abrupt=0.9), CosineBonus(), SoftmaxSquaredError())
+SHAPES = [(5, 3, "contiguous"), (19, 10, "transposed"), (3, 65, "padded_rows"), (3, 1003, "offset_3")]
+
+
+def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False):
+    """Run forward and backward under the guard; the second row is ignored unless there are probabilities."""
+    logits, target = draw(n_rows, n_classes, layout, dtype)
+    if given:
+        target = torch.softmax(torch.randn(n_rows, n_classes), 1).to(dtype)
+    options = {}
+    if weighted:
+        options = {"weight": torch.rand(n_classes, dtype=dtype), "bonus_weight": torch.rand(n_classes, dtype=dtype)}
+    with guard() as launches:
+        loss, _ = bonus_cross_entropy_with_scores(
+            logits.requires_grad_(), target, reduction="sum", label_smoothing=0.1, bonus=bonus, **options,
+            implementation="triton",
+        )  # fmt: skip
+        loss.backward()
+    assert [x.kernel for x in launches] == ["dense_forward_kernel", "dense_backward_kernel"]
+    return logits.detach(), target, launches
+
+
+def forward_reads(logits, label, sweeps, aligned=True):
+    """Return how often forward must read each logit: sweeps, the label, the chunk of the runner-up but the label."""
+    times = np.zeros(logits.shape, int)
+    for i, (row, y) in enumerate(zip(logits, label.tolist(), strict=True)):
+        if y == -100:
+            continue
+        times[i] = sweeps
+        times[i, y] += 1
+        head, end = body_of(row, aligned)
+        others = row.float().clone()
+        others[y] = -torch.inf
+        if end > head and others[head:end].max() > -torch.inf:
+            chunk = head + int(others[head:end].argmax()) // CHUNK * CHUNK
+            times[i, chunk : chunk + CHUNK] += np.arange(chunk, chunk + CHUNK) != y
+    return times
+
+
+@watched
+@pytest.mark.parametrize(("bonus", "sweeps"), [*((x, 1) for x in ONE_SWEEP), *((x, 2) for x in TWO_SWEEPS)], ids=repr)
+def test_how_many_sweeps_a_loss_takes(bonus, sweeps):
+    logits, target, (forward, backward) = observe(bonus, 3, 65, "contiguous", torch.float32)
+    np.testing.assert_array_equal(reads(forward), forward_reads(logits, target, sweeps))
+    counted = (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
+    np.testing.assert_array_equal(reads(backward), counted)
+
+
+@watched
+@pytest.mark.parametrize(("n_rows", "n_classes", "layout"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("bonus", "sweeps"), [(None, 1), (LogBonus(), 2)], ids=["one sweep", "two sweeps"])
+def test_every_byte_of_a_smoothed_label(n_rows, n_classes, layout, dtype, bonus, sweeps):
+    logits, target, (forward, backward) = observe(bonus, n_rows, n_classes, layout, dtype)
+    size, counted = logits.element_size(), int((target != -100).sum())
+    times = forward_reads(logits, target, sweeps)
+    np.testing.assert_array_equal(reads(forward), times)
+    assert forward.bytes_read() == {"logits_ptr": int(times.sum()) * size, "targets[0]": 8 * n_rows}
+    # loss, five scores, runner-up, five columns for backward
+    assert forward.bytes_written() == {f"outputs[{i}]": 4 * n * n_rows for i, n in enumerate((1, 5, 1, 5))}
+    assert backward.bytes_read() == {
+        "logits_ptr": counted * n_classes * size, "targets[0]": 8 * n_rows,
+        "saved[0]": 20 * n_rows, "saved[1]": 4 * n_rows, "saved[2]": 4 * n_rows,
+    }  # fmt: skip
+    assert (backward.times_written("grad_ptr") == 1).all()
+    assert backward.bytes_written() == {"grad_ptr": n_rows * n_classes * size}
+
+
+@watched
+@pytest.mark.parametrize(("n_rows", "n_classes", "layout"), [(5, 10, "contiguous"), (2, 1003, "padded_rows")])
+@pytest.mark.parametrize(("bonus", "sweeps"), [(None, 1), (LogBonus(), 2)], ids=["one sweep", "two sweeps"])
+def test_every_byte_of_probabilities_and_weights(n_rows, n_classes, layout, bonus, sweeps):
+    weighted = bonus is not None  # two weights; the second would have no meaning without a bonus
+    logits, given, (forward, backward) = observe(bonus, n_rows, n_classes, layout, torch.float32, True, weighted)
+    label = given.argmax(1)
+    aligned = layout == "contiguous"  # where rows of both lie alike
+    times = forward_reads(logits, label, sweeps, aligned)
+    np.testing.assert_array_equal(forward.times_read("logits_ptr")[:, 0], times)
+    shares = (sweeps * n_classes + 2) * n_rows * 4  # label and runner-up once more
+    read = {"logits_ptr": int(times.sum()) * 4, "targets[0]": 8 * n_rows, "targets[1]": shares}
+    if weighted:
+        read |= {"targets[2]": shares, "targets[3]": shares}
+    assert forward.bytes_read() == read
+    once = n_rows * n_classes * 4
+    read = {"logits_ptr": once, "targets[0]": 8 * n_rows, "targets[1]": once}
+    if weighted:
+        read |= {"targets[2]": once, "targets[3]": once}
+    columns = {"saved[0]": 20 * n_rows, "saved[1]": 4 * n_rows, "saved[2]": 4 * n_rows}
+    assert backward.bytes_read() == read | columns
+    assert backward.bytes_written() == {"grad_ptr": once}
+
+
+# --- what the compiler makes of them ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def builds() -> list[dict]:
+    """Compile in another process: under TRITON_INTERPRET nothing can be."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_dense"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def named(wanted) -> dict[str, object]:
+    return {f"{x['target']} {x['kernel']} {x['case']}": wanted(x) for x in builds()}
+
+
+def test_every_launch_binds_and_compiles():
+    """`None` in a tuple, a number below the smallest float32: the interpreter takes what the compiler does not."""
+    assert {(x["target"], x["kernel"]) for x in builds()} == {
+        (target, f"dense_{kernel}_kernel") for target in ("sm_90", "gfx942") for kernel in ("forward", "backward")
+    }
+    assert len(builds()) == 2 * (7 + 2)
+
+
+def test_no_stack_and_no_spill():
+    assert {name: x for name, x in named(lambda x: x["stack"] + x["spills"]).items() if x} == {}
+
+
+def test_registers_leave_room_for_many_lanes():
+    """float64 aside; a transposed row, and one whose weights are read class by class, take most."""
+    used = {name: x for name, x in named(lambda x: x["registers"]).items() if "float64" not in name}
+    assert {name: x for name, x in used.items() if x > 192} == {}
+    wide = {name: x for name, x in used.items() if "50257" in name and "weight" not in name}
+    assert wide and {name: x for name, x in wide.items() if x > 104} == {}
+
+
+def test_long_rows_are_read_and_written_by_whole_vectors_and_no_lane_waits():
+    """Odd numbers of classes too; class weights are read one by one."""
+    rows = [x for x in builds() if x["target"] == "sm_90" and "50257 torch.bfloat16" in x["case"]]
+    assert len(rows) == 4
+    for x in rows:
+        name = f"{x['kernel']} {x['case']}"
+        for loop in x["loops"]:
+            allowed = {"128", "16"} if "weight" in name else {"128"}
+            assert set(loop["loads"]) <= allowed and loop["loads"]["128"] == 1 + ("probabilities" in name), name
+            assert loop["stores"] == ({"128": 1} if "backward" in name else {}), name
+            assert loop["barriers"] == loop["shuffles"] == 0, name
