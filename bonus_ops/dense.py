@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, dense_ops, dense_path, reference
-from .losses import GapLoss, Loss, encode
+from .losses import GapLoss, Loss, decode, encode
 from .shares import Shares
 
 __all__ = ["ShareResult", "share_rows"]
@@ -32,8 +32,10 @@ class _Rows(torch.autograd.Function):
     """Loss of each row; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, scores,
-                implementation):  # type: ignore[no-untyped-def]  # fmt: skip
+    def forward(  # type: ignore[no-untyped-def]
+        logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, scores,
+        implementation,
+    ):  # fmt: skip
         return dense_ops.forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
                                  loss, scores, implementation)  # fmt: skip
 
@@ -47,7 +49,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, label, *shares, fields, saved, runner_up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            loss = dense_ops.decode(ctx.loss, fields)
+            loss = decode(ctx.loss, fields)
             grad = _gradient(logits, label, ctx.ignore_index, loss, Shares(*shares, *ctx.smoothings), grad_loss)
         else:
             grad = dense_ops.backward(logits, label, *shares, fields, saved, runner_up, grad_loss, *ctx.smoothings,

@@ -98,8 +98,8 @@ def _launch_backward(
     how = ops._kernels()["launch"].dense_backward(n_classes, ops.WARP_SIZE)
     with ops._device_guard(logits):
         ops._kernels()["dense"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
-            **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()), grad_ptr=grad,
-            grad_strides=grad.stride(), TERMS=_terms(loss)[0], ROWS=how.rows, LANES=how.lanes,
+            **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()),
+            grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[0], ROWS=how.rows, LANES=how.lanes,
             VECTOR=_vector(shares, logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
@@ -132,17 +132,24 @@ def forward(
     out = _empty_result(logits, scores)
     if logits.device.type == "cpu":
         rows, _ = dense_path.visit(logits, label, ignore_index, decoded, shares, scores, None)
-        columns, runner_up = (out.scores, out.runner_up.zero_()) if rows.scores is None else rows[1:3]
-        return rows.loss, columns, runner_up, out.saved.zero_()  # type: ignore[return-value]
+        columns = out.scores if rows.scores is None else rows.scores
+        return (
+            rows.loss,
+            columns,
+            out.runner_up.zero_() if rows.runner_up is None else rows.runner_up,
+            out.saved.zero_(),
+        )
     value = reference.dense_rows(logits, label, ignore_index, decoded, shares).reshape(-1)
-    *columns, runner_up = reference.scores(logits, label, ignore_index)
-    five = torch.stack(columns).reshape(5, -1) if scores else out.scores
-    return value.to(out.loss.dtype), five, runner_up.reshape(-1), out.saved.zero_()
+    *five, runner_up = reference.scores(logits, label, ignore_index)
+    columns = torch.stack(five).reshape(5, -1) if scores else out.scores
+    return value.to(out.loss.dtype), columns, runner_up.reshape(-1), out.saved.zero_()
 
 
 @forward.register_fake
-def _(logits, label, probabilities, weight, bonus_weight, fields, smoothing, bonus_smoothing, ignore_index, loss,
-      scores, implementation):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(  # type: ignore[no-untyped-def]
+    logits, label, probabilities, weight, bonus_weight, fields, smoothing, bonus_smoothing, ignore_index, loss, scores,
+    implementation,
+):  # fmt: skip
     return tuple(_empty_result(logits, scores))
 
 
@@ -169,6 +176,8 @@ def backward(
 
 
 @backward.register_fake
-def _(logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, smoothing,
-      bonus_smoothing, ignore_index, loss, implementation):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(  # type: ignore[no-untyped-def]
+    logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, smoothing,
+    bonus_smoothing, ignore_index, loss, implementation,
+):  # fmt: skip
     return torch.empty_like(logits)

@@ -57,14 +57,17 @@ def visit(
         z, *buffers = (plan.buffer(k, i)[: plan.sizes[i]] for k in range(n_buffers))
         fallback._as_rows(source, z).copy_(source)
         e = grads[i] if in_place else buffers.pop(0)
-        row_label, scratch, hard = labels[i], None, [None, None]
-        if given is not None:
+        row_label = labels[i]
+        if given is None:
+            v = v_share.in_block(row_label, None, None, dtype)
+            t = t_share.in_block(row_label, None, None, dtype) if both else v
+        else:
             scratch, *hard = buffers
             for buffer in hard:
                 fallback._as_rows(given[i], buffer).copy_(given[i])
             row_label = fallback._max(hard[0])[1]
-        v = v_share.in_block(row_label, hard[0], scratch, dtype)
-        t = t_share.in_block(row_label, hard[-1], scratch, dtype) if both else v
+            v = v_share.in_block(row_label, hard[0], scratch, dtype)
+            t = t_share.in_block(row_label, hard[1], scratch, dtype) if both else v
         block = _Block(z, e, row_label, loss, t if loss.adds_to_cross_entropy else None, v, scores)
         found.append(block.columns)
         found_labels.append(row_label)

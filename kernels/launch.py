@@ -23,8 +23,8 @@ def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
     Short rows share a warp, longer ones get one or two: every thread repeats the scalar work at a row's end, of about
-    600 instructions, and its full tiles take 13 a logit. A row of 16384 classes or more is split over up to 16 programs,
-    whatever the number of rows, so that it is always merged by the same tree: its bits do not tell its batch.
+    600 instructions, and its full tiles take 13 a logit. A row of 16384 classes or more is split over up to 16
+    programs, whatever the number of rows, so that it is always merged by the same tree: its bits do not tell its batch.
     """
     n_chunks = max(n_classes // CHUNK, 1)
     if n_chunks < 256:
