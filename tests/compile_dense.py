@@ -5,14 +5,13 @@ and spills, and the widths of the loads and stores in its loops.
 """
 
 import json
-import re
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.codegen import NVIDIA, describe, disassemble, parse
+from bench.codegen.machine_code import inspect
 from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus, dense_ops, ops
 from bonus_ops.losses import Loss
 from bonus_ops.shares import Shares
@@ -47,27 +46,13 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
         built["case"] = " ".join(str(x) for x in what if x is not None)
 
 
-def usage(built, target: str) -> dict:
-    """Return registers, stack and what loops load and store."""
-    if target == "gfx942":
-        amdgcn = built.asm["amdgcn"]
-        names = {"registers": "vgpr_count", "spills": "vgpr_spill_count", "stack": "private_segment_fixed_size"}
-        return {name: int(re.search(rf"\.{field}:\s+(\d+)", amdgcn).group(1)) for name, field in names.items()}
-    resources, text = disassemble(built.asm["cubin"])
-    registers, stack = map(int, re.findall(r"(?:REG|STACK):(\d+)", resources))
-    opcodes, loops = parse(text, NVIDIA)
-    spills = describe(opcodes, NVIDIA, 1)["spills"]
-    found = [describe(loop, NVIDIA, 1) for loop in loops]
-    return {"registers": registers, "stack": stack, "spills": spills, "loops": found}
-
-
 def main() -> None:
     run = JITFunction.run
     target = ""
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        BUILT.append({"kernel": self.__name__, "target": target} | usage(built, target))
+        BUILT.append({"kernel": self.__name__, "target": target, **inspect(built, target, 1)})
         return built
 
     JITFunction.run = compile_only

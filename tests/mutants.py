@@ -373,6 +373,67 @@ MUTANTS = (
         "tests/test_properties.py::test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap",
         seen_in="lancopku/well-classified-examples-are-underestimated: the loss saturates at -log 1e-5",
     ),
+    # shares of classes
+    Mutant(
+        "weights apply before smoothing", "bonus_ops/shares.py",
+        "share = hard * self.keep + self.off\n        return share if self.weight is None else share * self.weight",
+        "return (hard if self.weight is None else hard * self.weight) * self.keep + self.off",
+        "tests/test_dense.py::test_every_loss_and_target[reference-fp64-log_bonus-weight]",
+    ),
+    Mutant(
+        "the bonus is smoothed as cross-entropy is", "bonus_ops/shares.py",
+        "Share(1 - self.bonus_smoothing, self.bonus_smoothing / n_classes,",
+        "Share(1 - self.smoothing, self.smoothing / n_classes,",
+        "tests/test_dense.py::test_the_form_of_translation_smooths_each_by_its_own",
+        seen_in="lancopku/well-classified-examples-are-underestimated: smoothing applied alike or twice in its copies",
+    ),
+    Mutant(
+        "a weighted bonus is divided by the weights of cross-entropy", "bonus_ops/functional.py",
+        "bonus_weight = self.bonus_weight * (divisor / self._divisor(label, None))", "pass",
+        "tests/test_dense.py::test_the_mean_of_a_weighted_bonus_is_over_rows",
+    ),
+    Mutant(
+        "the target is not kept for backward", "bonus_ops/dense.py",
+        "ctx.save_for_backward(logits, label, target, scale)", "ctx.save_for_backward(logits, label, scale, scale)",
+        "tests/test_dense.py::test_a_change_in_place_before_backward_is_noticed[probabilities-mean-None]",
+    ),
+    Mutant(
+        "a class at -inf without a share makes the loss NaN", "kernels/dense.py",
+        "tl.sum(tl.where(t == 0.0, 0.0, t * d), 2)", "tl.sum(t * d, 2)",
+        "tests/test_dense.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
+    ),
+    Mutant(
+        "the runner-up is counted twice where two sweeps are made", "kernels/dense.py",
+        "others = mask & (classes != rows.target[:, None]) & (classes != rest.argmax[:, None])",
+        "others = mask & (classes != rows.target[:, None])",
+        "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+    ),
+    Mutant(
+        "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/dense.py",
+        "mass -= next_pull", "pass", "tests/test_dense.py::test_kernels[power_bonus-any sum-torch.float32-9]",
+    ),
+    Mutant(
+        "the label's 1 - p is a difference", "kernels/dense.py",
+        "at_label = p * (mass + next_pull) - u * label_pull",
+        "at_label = p * (mass + next_pull) - (1.0 - p) * label_pull",
+        "tests/test_dense.py::test_kernels[log_bonus-one-hot-torch.float32-9]",
+    ),
+    Mutant(
+        "lanes are not rescaled to a new max", "kernels/dense.py",
+        "power = power * exp(gamma * (before - origin(rest.max))) + powers", "power += powers",
+        "tests/test_dense.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
+    ),
+    Mutant(
+        "probabilities are walked as the logits are", "kernels/shares.py",
+        "hard = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
+        "hard = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
+        "tests/test_dense.py::test_every_layout_in_kernels[transposed]",
+    ),
+    Mutant(
+        "the smallest number is below float32's", "kernels/class_terms.py",
+        "TINY = tl.constexpr(2.0**-126)", "TINY = tl.constexpr(1e-38)",
+        "tests/test_dense_kernels.py::test_every_launch_binds_and_compiles",
+    ),
     # bits that tell the batch
     Mutant(
         "a row is split by the number of rows", "kernels/launch.py",
