@@ -129,7 +129,7 @@ def mixup_backward_kernel(
         mask = ((chunk < rows.n_chunks[:, None]) & inside[:, None])[:, :, None]
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask & rows.active[:, None, None], strides[2], VECTOR)
-        store_chunks(out, rows, classes, mixup_gradient(z, classes, rest_max, scale, special), mask, grad_strides[2],
+        store_chunks(out, rows, chunk, mixup_gradient(z, classes, rest_max, scale, special), mask, grad_strides[2],
                      VECTOR)  # fmt: skip
     if tl.program_id(1) == 0:
         classes = edge_classes(rows)
