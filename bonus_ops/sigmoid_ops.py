@@ -51,7 +51,7 @@ def _launch_forward(of: Elements, reduce: bool, out: Tensor) -> Tensor:
         return out.zero_()
     kernels, launch = _kernels()
     value, _ = kernel_pair(of.loss)
-    how = launch.elementwise(n, WARP_SIZE)
+    how = (launch.elementwise_sum if reduce else launch.elementwise)(n, WARP_SIZE)
     n_tiles = -(-n // how.block)
     with _device_guard(of.input):
         if not reduce:

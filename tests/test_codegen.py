@@ -56,10 +56,21 @@ def test_nothing_is_missing(found):
         for kernel in ("forward_kernel", "partial_kernel", "merge_kernel", "backward_kernel", "forward_softmax_kernel")
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     }
+    assert {x["call"] for x in found["builds"]} >= {
+        f"{target}, {what}"
+        for target, calls in {
+            "smoothing": ("forward", "one sweep", "backward"), "probabilities": ("forward", "one sweep", "backward"),
+            "two labels": ("forward", "backward"), "sigmoid": ("sum", "losses", "backward"),
+        }.items() for what in calls
+    }  # fmt: skip
+    sweeps = {x["call"]: len(x["loops"]) for x in found["builds"] if x["kernel"] == "dense_forward_kernel"}
+    assert sweeps == {f"{target}, {what}": n for target in ("smoothing", "probabilities")
+                      for what, n in (("forward", 2), ("one sweep", 1))}  # fmt: skip
     for x in filter(gates.by_vectors, found["builds"]):
         first, last = x["loops"][0], x["loops"][-1]
-        assert bool(last["stores"]) == (x["kernel"] in ("forward_softmax_kernel", "backward_kernel")), gates.label(x)
-        assert bool(first["stores"]) == (x["kernel"] == "backward_kernel"), gates.label(x)
+        backward = x["kernel"].endswith("backward_kernel")
+        assert bool(last["stores"]) == (backward or x["kernel"] == "forward_softmax_kernel"), gates.label(x)
+        assert bool(first["stores"]) == backward, gates.label(x)
 
 
 def test_the_loops_of_a_long_row_are_told_apart(found):
@@ -97,6 +108,24 @@ def test_a_gate_sees_its_fault(found, gate):
     build = a_build(found)
     assert gate(build) is None
     assert gate(FAULTS[gate](build) or build) is not None
+
+
+def test_a_gate_sees_the_faults_of_what_came_later(found):
+    """A sum that waits in its loop, probabilities read twice, their gradient stored in halves."""
+    builds = {x["call"]: x for x in found["builds"] if ", " in x["call"]}
+    assert list(gates.failures([*builds.values()])) == []
+    for call, gate, fault in (
+        ("sigmoid, sum", gates.no_barrier_in_a_loop, {"barriers": 1}),
+        ("sigmoid, sum", gates.loads_of_128_bits, {"loads": {"16": 16}}),
+        ("probabilities, forward", gates.each_logit_once, {"logits": 24}),
+        ("probabilities, backward", gates.stores_of_128_bits, {"stores": {"64": 2}}),
+        ("smoothing, forward", gates.no_barrier_in_a_loop, {"shuffles": 1}),
+        ("smoothing, one sweep", gates.one_exponential_a_logit, {"exp": 19}),
+        ("two labels, forward", gates.one_exponential_a_logit, {"exp": 10}),
+    ):
+        build = copy.deepcopy(builds[call])
+        build["loops"][-1].update(fault)
+        assert gate(build) is not None, (call, gate.__name__)
 
 
 def the_case(found, call, n_rows, n_classes):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 from . import machine_code
@@ -17,6 +18,7 @@ from .launches import BYTES, Case, compile_case, launches
 
 def build(cases: list[Case], progress: Callable[[str], None]) -> dict[str, Any]:
     """Return {"builds": one a specialisation, "cases": the launches of every case, by number of their build}."""
+    torch.set_num_threads(1)  # a forked worker would wait for ever for threads that only its parent had
     start = time.perf_counter()
     number: dict[str, int] = {}
     work: dict[Case, list[str]] = collections.defaultdict(list)
@@ -49,8 +51,9 @@ def _inspect(case: Case, keys: list[str]) -> dict[str, dict[str, Any]]:
     return {
         key: {
             "kernel": built.metadata.name,
+            "call": case.call,  # this, dtype and classes: of the first case that needs it
             "dtype": case.dtype,
-            "n_classes": case.n_classes,  # of the first case that needs it
+            "n_classes": case.n_classes,
             "target": case.target,
             "misaligned": bool(case.offset),
             "threads": threads[key],

@@ -21,9 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bonus_ops import (
+    PowerBonus,
+    bonus_binary_cross_entropy_with_logits,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
+    mixup_cross_entropy,
 )
 
 TARGETS = {
@@ -62,12 +65,53 @@ def _backward(z: Tensor, y: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss, z)
 
 
-CALLS: dict[str, Call] = {
+def _forward_of(loss: Callable[..., object], likewise: bool = False, **options: Any) -> Call:
+    """Return the call of a loss with options; ``likewise``: its target is shaped like the logits."""
+
+    def call(z: Tensor, y: Tensor) -> Callable[[], object]:
+        target = torch.empty_like(z) if likewise else y
+        return lambda: loss(z, target, implementation="triton", **options)
+
+    return call
+
+
+def _backward_of(loss: Callable[..., Tensor], likewise: bool = False, **options: Any) -> Call:
+    def call(z: Tensor, y: Tensor) -> Callable[[], object]:
+        z = z.requires_grad_()
+        value = loss(z, torch.empty_like(z) if likewise else y, implementation="triton", **options)
+        return lambda: torch.autograd.grad(value, z)
+
+    return call
+
+
+def _mixed(z: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return mixup_cross_entropy(z, y, y.clone(), 0.3, **options)
+
+
+ONE_SWEEP = PowerBonus(2.0)  # plain cross-entropy is this kernel too, with strength 0
+SIGMOID = bonus_binary_cross_entropy_with_logits
+HARD: dict[str, Call] = {
     "forward": _forward,  # with all scores
     "backward": _backward,
     "loss only": _loss_only,
     "softmax": _softmax,  # forward with scores and probabilities
 }
+OF_ROWS: dict[str, Call] = {  # forwards with all scores where there are scores
+    "smoothing, forward": _forward_of(bonus_cross_entropy_with_scores, label_smoothing=0.1),
+    "smoothing, one sweep": _forward_of(bonus_cross_entropy_with_scores, label_smoothing=0.1, bonus=ONE_SWEEP),
+    "smoothing, backward": _backward_of(bonus_cross_entropy, label_smoothing=0.1),
+    "probabilities, forward": _forward_of(bonus_cross_entropy_with_scores, True),
+    "probabilities, one sweep": _forward_of(bonus_cross_entropy_with_scores, True, bonus=ONE_SWEEP),
+    "probabilities, backward": _backward_of(bonus_cross_entropy, True),
+    "two labels, forward": _forward_of(_mixed),
+    "two labels, backward": _backward_of(_mixed),
+}
+OF_ELEMENTS: dict[str, Call] = {
+    "sigmoid, sum": _forward_of(SIGMOID, True, reduction="sum"),
+    "sigmoid, losses": _forward_of(SIGMOID, True, reduction="none"),
+    "sigmoid, backward": _backward_of(SIGMOID, True, reduction="sum"),
+}
+CALLS = HARD | OF_ROWS | OF_ELEMENTS
 
 SHAPES = (
     (65536, 10),
@@ -103,9 +147,15 @@ def cases() -> list[Case]:
         Case(call, dtype, *shape, target)
         for target in TARGETS
         for dtype in ("fp16", "bf16", "fp32")
-        for call in CALLS
+        for call in HARD
         for shape in SHAPES
         if call in MAIN or dtype == "bf16" and shape in SPOTS
+    ]
+    everything += [
+        Case(call, "bf16", *shape, target)
+        for target in TARGETS
+        for call in (*OF_ROWS, *OF_ELEMENTS)
+        for shape in (SPOTS[:2] if call in OF_ELEMENTS else SPOTS)
     ]
     spots = [
         Case(call, "fp64", *shape, target)
@@ -113,18 +163,19 @@ def cases() -> list[Case]:
         for call in ("forward", "backward")
         for shape in ((65536, 1000), (8192, 50257))
     ]
-    return everything + spots + [Case(call, "bf16", 8192, 32000, "sm_90", 1) for call in CALLS]
+    return everything + spots + [Case(call, "bf16", 8192, 32000, "sm_90", 1) for call in HARD]
 
 
 def quick_cases() -> list[Case]:
     """Return what the test suite compiles: each path once."""
     shapes = ((65536, 10), (65536, 1000), (8192, 32000), (8192, 50257), (64, 262144))
     spot = shapes[3]
-    found = [Case(call, "bf16", *s, "sm_90") for call in CALLS for s in shapes if call in MAIN or s == spot]
+    found = [Case(call, "bf16", *s, "sm_90") for call in HARD for s in shapes if call in MAIN or s == spot]
     found += [Case(call, "bf16", 8192, 32000, "sm_90", 1) for call in MAIN]
     for target, dtype in (("sm_90", "fp32"), ("sm_80", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16")):
         found += [Case(call, dtype, *spot, target) for call in (*MAIN, "softmax")]
         found += [Case(call, dtype, *s, target) for call in MAIN for s in (shapes[1], shapes[4])]
+    found += [Case(call, "bf16", *shapes[1], "sm_90") for call in (*OF_ROWS, *OF_ELEMENTS)]
     return found
 
 
@@ -189,8 +240,13 @@ def _key(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return f"{kernel.__name__} {target.arch} {specialization} {sorted(options.items())}"
 
 
+def planned_rows(case: Case) -> int:
+    # elements in a row count no rows: how many a program takes depends on all of them
+    return case.n_rows if case.call in OF_ELEMENTS else min(case.n_rows, PLANNED_ROWS)
+
+
 def _inputs(case: Case) -> tuple[Tensor, Tensor]:
-    n_rows = min(case.n_rows, PLANNED_ROWS)
+    n_rows = planned_rows(case)
     flat = torch.empty(n_rows * case.n_classes + case.offset, dtype=DTYPES[case.dtype])
     logits = flat[case.offset :].view(n_rows, case.n_classes)
     return logits, torch.zeros(n_rows, dtype=torch.int64)
@@ -199,7 +255,7 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
 def launches(case: Case) -> list[Launch]:
     """Return what a call would launch, in order."""
     found: list[Launch] = []
-    scale = case.n_rows // min(case.n_rows, PLANNED_ROWS)
+    scale = case.n_rows // planned_rows(case)
 
     def record(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
         threads = kwargs["num_warps"] * TARGETS[case.target].warp_size

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..machines import LAUNCH_US, MACHINES, REACHABLE
 from ..report import _table
-from . import roofline
+from . import gates, roofline
 
 INTRO = """# What the compiler makes of the kernels
 
@@ -27,6 +27,11 @@ In ms, and what binds: bandwidth, the special-function units (exp), instruction 
 that memory alone would take over the predicted one. Lower bounds, not measurements: {reachable:.0%} of the table's
 bandwidth, {launch:g} us a launch, no latency, no cache, no uneven waves. "forward" is with all scores.
 """
+ABOVE = """## Not met
+
+At most {most:g} instructions a bf16 logit in the loops that stream (sm_90, both sweeps together) are wanted, so that
+memory binds; more than that take:
+"""
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -35,7 +40,11 @@ def markdown(results: dict[str, Any]) -> str:
         KERNELS,
         _kernels(results),
         TIMES.format(reachable=REACHABLE, launch=LAUNCH_US),
-        *(f"### {call}\n\n{_times(results, call)}" for call in ("forward", "backward")),
+        *(f"### {call}\n\n{_times(results, [call])}" for call in ("forward", "backward")),
+        "### Shares, two labels, the sigmoid family\n",
+        _times(results, list(dict.fromkeys(c["call"] for c in results["cases"] if ", " in c["call"]))),
+        ABOVE.format(most=gates.MOST_INSTRUCTIONS),
+        _table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
         "## Machines\n\nNone of these numbers was measured here; `bench/machines.py` says where they come from.\n",
         _machines(),
     ]
@@ -69,10 +78,11 @@ def _kernels(results: dict[str, Any]) -> str:
     for number, build in enumerate(results["builds"]):
         loop, constants = binding_loop(build), build["constants"]
         tile = f"{constants.get('ROWS', 1)} x {constants['LANES']}" if "LANES" in constants else "-"
-        logits = max(loop["logits"], 1) if loop else 1
+        logits = max(loop["logits"] // gates.arrays(build), 1) if loop else 1
         grouped.setdefault(
             (
-                build["kernel"] + (", loss only" if number in without_scores else "")
+                build["kernel"] + (f", {build['call']}" if ", " in build["call"] else "")
+                + (", loss only" if number in without_scores else "")
                 + (", misaligned" if build["misaligned"] else ""), build["dtype"], build["target"],
                 tile, build["threads"], build["registers"], build["stack"], build["shared"],
                 _widths(loop["loads"]) if loop else "-", _widths(loop["stores"]) if loop else "-",
@@ -97,15 +107,16 @@ def _widths(widths: dict[str, int]) -> str:
     return " + ".join(f"{n} x {bits}" for bits, n in widths.items()) or "-"
 
 
-def _times(results: dict[str, Any], call: str) -> str:
-    cases = [c for c in results["cases"] if c["call"] == call and c["dtype"] == "bf16" and not c["offset"]]
-    shapes = list(dict.fromkeys((c["n_rows"], c["n_classes"]) for c in cases))
+def _times(results: dict[str, Any], calls: list[str]) -> str:
+    cases = [c for c in results["cases"] if c["call"] in calls and c["dtype"] == "bf16" and not c["offset"]]
+    shapes = list(dict.fromkeys((c["call"], c["n_rows"], c["n_classes"]) for c in cases))
     rows = []
     for shape in shapes:
-        row = [f"{shape[0]} x {shape[1]}"]
+        row = [(f"{shape[0]}, " if len(calls) > 1 else "") + f"{shape[1]} x {shape[2]}"]
         for machine in MACHINES.values():
             case = next(
-                (c for c in cases if (c["n_rows"], c["n_classes"]) == shape and c["target"] == machine.target), None
+                (c for c in cases if (c["call"], c["n_rows"], c["n_classes"], c["target"]) == (*shape, machine.target)),
+                None,
             )
             row.append(_cell(case, results, machine))
         rows.append(row)

@@ -5,6 +5,8 @@ units do every exponential, the schedulers issue every instruction, the launches
 longest of them plus the launches is a lower bound. What runs is counted from the code: all instructions outside the
 loops that stream logits (an upper bound where a branch skips some), those of each loop times its turns.
 
+A second sweep of a row is charged no traffic: it is one only as far as the cache reaches.
+
 Not modelled: latency with too few bytes in flight, cache hits of a second read, uneven waves, clocks under load.
 """
 
@@ -16,9 +18,18 @@ from ..machines import LAUNCH_US, Machine
 from .launches import BYTES
 
 CHUNK = 8
-COLUMNS_OUT = {"forward": 4 * (1 + 5 + 1 + 3), "loss only": 4 * (1 + 3), "softmax": 4 * (1 + 5 + 1 + 3), "backward": 0}
-COLUMNS_IN = {"forward": 8, "loss only": 8, "softmax": 8, "backward": 8 + 4 * (3 + 1)}
-WRITES = ("softmax", "backward")  # calls that write an array like the logits
+COLUMNS_OUT = {
+    "forward": 4 * (1 + 5 + 1 + 3), "loss only": 4 * (1 + 3), "softmax": 4 * (1 + 5 + 1 + 3), "backward": 0,
+    "two labels, forward": 4 * (2 + 7),
+} | {f"{target}, {what}": 4 * (1 + 5 + 1 + 5) for target in ("smoothing", "probabilities")
+     for what in ("forward", "one sweep")}  # fmt: skip
+COLUMNS_IN = {
+    "forward": 8, "loss only": 8, "softmax": 8, "backward": 8 + 4 * (3 + 1), "two labels, forward": 2 * 8,
+    "two labels, backward": 2 * 8 + 4 * (7 + 2), "smoothing, backward": 8 + 4 * (5 + 1 + 1),
+    "probabilities, backward": 8 + 4 * (5 + 1 + 1), "sigmoid, sum": 0, "sigmoid, losses": 0, "sigmoid, backward": 0,
+}  # fmt: skip
+WRITES = ("softmax", "sigmoid, losses")  # and every backward: calls that write an array like the logits
+READS_TWO = ("probabilities", "sigmoid")  # targets are one more
 
 # What the loops of a kernel are, in the order of the code: `full` tiles without a mask, `masked` ones (the label's and
 # the last of one row, all tiles of several), `all` tiles. A kernel not named here streams all tiles in each loop.
@@ -55,6 +66,8 @@ def passes(build: dict[str, Any]) -> list[str]:
 def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: int) -> list[float]:
     """Return how often each loop of a program turns."""
     constants = launch["constants"]
+    if "BLOCK" in constants:
+        return [float(constants.get("TILES", 1))] * len(build["loops"])
     if "LANES" not in constants:
         return [0.0] * len(build["loops"])
     rows, lanes = constants.get("ROWS", 1), constants["LANES"]
@@ -90,7 +103,8 @@ def predict(case: dict[str, Any], builds: list[dict[str, Any]], machine: Machine
     n_rows, n_classes, call = case["n_rows"], case["n_classes"], case["call"]
     done = [work(builds[launch["build"]], launch, n_rows, n_classes) for launch in case["launches"]]
     n_logits = n_rows * n_classes
-    moved = n_logits * BYTES[case["dtype"]] * (2 if call in WRITES else 1)
+    passes_over = 1 + call.startswith(READS_TWO) + (call in WRITES or call.endswith("backward"))
+    moved = n_logits * BYTES[case["dtype"]] * passes_over
     moved += n_rows * (COLUMNS_IN.get(call, 8) + COLUMNS_OUT.get(call, 0))
     instructions, special = sum(w.instructions for w in done), sum(w.special for w in done)
     busy = min(max(launch["programs"] for launch in case["launches"]) / machine.multiprocessors, 1.0)
