@@ -239,9 +239,9 @@ def test_the_readme_quotes_the_record():
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """Every step but the second collection of tests, on the stand-in; torch as another test may have left it."""
+    """Every step but further collections of tests, on the stand-in; torch as another test may have left it."""
     folder = tmp_path_factory.mktemp("gpu")
-    steps = [name for name in gpu.STEPS if name != "matrix"]
+    steps = [name for name in gpu.STEPS if name not in ("matrix", "parity")]
     gpu.main(["--dry-run", "--out", str(folder), "--steps", *steps], ROOT / "bench/results", lambda: "a commit")
     return folder, json.loads((folder / "gpu-dry-run.json").read_text())
 
@@ -255,6 +255,9 @@ def test_a_dry_run_passes_every_step(dry_run):
         "ours", "ours, loss only", "F.cross_entropy", "difficulty_scores",
     }  # fmt: skip
     assert len(steps["sweep"]["rows"]) == len(gpu_steps.SWEEP)
+    assert [(row["target"], set(row["ms"])) for row in steps["targets"]["rows"]] == 2 * [
+        (target, {"ours", "F.cross_entropy"}) for target in ("label smoothing 0.1", "probabilities", "sigmoid")
+    ]
     assert all({"host_us", "replay_us"} <= set(row) for row in steps["small"]["rows"])
     assert steps["sanitizer"]["tools"]["memcheck"]["launches"] > 15
 
@@ -334,15 +337,36 @@ def test_pytest_output_is_counted():
     assert found["failures"] == [lines[1]]
 
 
-def test_the_readme_shows_what_was_measured_on_a_gpu():
-    """Every measured GPU has its generated table; with none the README says so."""
+def test_the_readme_shows_what_was_measured_on_a_gpu(tmp_path):
+    """`python -m bench gpu` writes a table of every measured GPU; with none the README says so."""
     text = (ROOT / "README.md").read_text()
-    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("gpu-*.json"))]
-    assert all(not run["dry"] for run in runs)
-    if runs:
-        assert any(gpu_report.readme_table(run) in text for run in runs)
-    else:
-        assert "**GPU: not measured.**" in text
-    # what would be pasted there
-    table = gpu_report.readme_table(measured(lambda provider, mode, n, v: 1.0))
+    assert gpu_report.with_runs(text, ROOT / "bench/results") == text
+    run = measured(lambda provider, mode, n, v: 1.0)
+    table = gpu_report.readme_table(run)
     assert table.startswith("A GPU, 2030-01-01, copy bandwidth 4000 GB/s") and "| 8192 x 128256 | 1 | 53% |" in table
+    (tmp_path / "gpu-a-gpu.json").write_text(json.dumps(run))
+    (tmp_path / "gpu-dry-run.json").write_text(json.dumps(run | {"dry": True}))
+    (tmp_path / "gpu-unknown.json").write_text(json.dumps(run | {"steps": {"ceilings": {"error": "none"}}}))
+    written = gpu_report.with_runs(text, tmp_path)
+    assert written.count("A GPU, 2030-01-01") == 1 and table in written and "**GPU: not measured.**" not in written
+    assert gpu_report.with_runs(written, tmp_path) == written
+    (tmp_path / "gpu-a-gpu.json").unlink()
+    assert "**GPU: not measured.**" in gpu_report.with_runs(written, tmp_path)
+
+
+def test_a_gpu_run_writes_the_readme_after_every_step(tmp_path, monkeypatch):
+    steps, folder, readme = measured(lambda *_: 1.0)["steps"], tmp_path / "bench/results", tmp_path / "README.md"
+    readme.write_text(f"before {gpu_report.BEGIN}{gpu_report.END} after")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def step(name, limit):
+        if name == "speed":
+            assert "A GPU" in readme.read_text()
+        return steps[name] | {"status": "done", "seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "in_process", step)
+    gpu.main(["--steps", "speed"], folder, lambda: "a commit")
+    assert "| 8192 x 128256 | 1 | 53% |" in readme.read_text()
+    before = readme.read_text()
+    gpu.main(["--steps", "speed", "--out", str(tmp_path / "elsewhere")], folder, lambda: "a commit")
+    assert readme.read_text() == before

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command of under eight minutes: tests, ceilings, times, goals, launch parameters.
 
-    python -m bench gpu                      every step, to bench/results/gpu-<name>.{json,md} and a picture
+    python -m bench gpu                      every step, to bench/results/gpu-<name>.{json,md}, a picture, the README
     python -m bench gpu --steps speed sweep  some of them, into the same files
     python -m bench gpu --dry-run            every path on the CPU at toy sizes with a stand-in clock
 
@@ -39,8 +39,10 @@ STEPS = {
     "gpu tests": Step("gpu_tests", 90),
     "speed": Step("speed", 130),
     "small": Step("small", 40),
+    "targets": Step("targets", 40),
     "sweep": Step("sweep", 90),
     "matrix": Step("matrix", 120),
+    "parity": Step("parity", 90),
     "linear": Step("linear", 40),
     "sanitizer": Step("sanitizer", 120),
 }
@@ -60,7 +62,8 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
 
         if not torch.cuda.is_available():
             sys.exit("no CUDA device here; --dry-run shows that every path runs")
-    results = run(options, folder, " ".join(["python -m bench gpu", *arguments]), commit())
+    readme = results_folder.parent.parent / "README.md" if folder == results_folder.resolve() else None
+    results = run(options, folder, " ".join(["python -m bench gpu", *arguments]), commit(), readme)
     print(_report().summary(results))
     if any(step["status"] != "done" for step in results["steps"].values()):
         sys.exit(1)
@@ -89,8 +92,10 @@ def _report() -> Any:
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 
-def run(options: argparse.Namespace, folder: Path, command: str, commit: str) -> dict[str, Any]:
-    """Run the steps, each in its process; write the results after every one."""
+def run(
+    options: argparse.Namespace, folder: Path, command: str, commit: str, readme: Path | None = None
+) -> dict[str, Any]:
+    """Run the steps, each in its process; write the results, and the README that quotes them, after every one."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.budget
     results: dict[str, Any] = {
@@ -110,6 +115,8 @@ def run(options: argparse.Namespace, folder: Path, command: str, commit: str) ->
             device = results["steps"].get("ceilings", {}).get("device", {})
             stem = "gpu-" + re.sub(r"\W+", "-", device["gpu"]).strip("-").lower() if "gpu" in device else None
         write(results, folder, stem or "gpu-unknown")
+        if readme is not None:
+            readme.write_text(_report().with_runs(readme.read_text(), folder))
     return results
 
 

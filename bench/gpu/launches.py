@@ -9,7 +9,13 @@ import sys
 
 import torch
 
-from bonus_ops import bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax
+from bonus_ops import (
+    bonus_binary_cross_entropy_with_logits,
+    bonus_cross_entropy,
+    bonus_cross_entropy_with_scores,
+    bonus_cross_entropy_with_softmax,
+    mixup_cross_entropy,
+)
 
 
 def main(device: str) -> None:
@@ -28,6 +34,18 @@ def main(device: str) -> None:
             if n_classes < 6000:
                 bonus_cross_entropy_with_softmax(logits.detach(), target)
                 n_launches += 1
+    for dtype in (torch.float32, torch.bfloat16):
+        storage = torch.randn(3 * 1003 + 1, device=device).to(dtype)
+        logits = storage[1:].view(3, 1003).requires_grad_()
+        target, shares = torch.tensor([0, 1002, -100], device=device), torch.rand(3, 1003, device=device).to(dtype)
+        for loss in (
+            bonus_cross_entropy(logits, target, label_smoothing=0.1),
+            bonus_cross_entropy(logits, shares),
+            mixup_cross_entropy(logits, target, target.flip(0), 0.3),
+            bonus_binary_cross_entropy_with_logits(logits, shares),
+        ):
+            loss.backward()
+            n_launches += 2
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{n_launches} launches of our kernels")

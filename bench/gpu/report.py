@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .goals import ANCHORS, MET, NOT_MEASURED, Times, goals, ratio
 from .peers import COMPILED, EAGER, LOSS_ONLY, OURS
 from .steps import SHAPES
 
+NO_RUN = "**GPU: not measured.**\n"
 DRY = "**Dry run: the times are those of a stand-in clock and mean nothing.**\n"
 README_SHAPES = ((65536, 1000), (8192, 32000), (8192, 50257), (8192, 128256), (8192, 262144))
 
@@ -33,12 +35,28 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
                for name, step in steps.items())),
         "## Times, ms, median\n\nForward and backward start from an upstream gradient of 1/2.\n",
         _times(steps),
+        "## Targets that are no labels, forward and backward, ms\n",
+        _targets(steps),
         "## Small batches\n",
         _small(steps),
         "## Launch parameters\n",
         "\n".join(f"- {row['line']}" for row in steps.get("sweep", {}).get("rows", [])) + "\n",
     ]  # fmt: skip
     return "\n".join(part for part in parts if part)
+
+
+BEGIN, END = "<!-- from bench/results/gpu-*.json, by `python -m bench gpu` -->", "<!-- end of GPU results -->"
+
+
+def with_runs(readme: str, folder: Path) -> str:
+    """Return the README with a table of every measured run in ``folder`` between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"expected {BEGIN!r} and then {END!r} in the README")
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
+    tables = [readme_table(run) for run in runs if not run["dry"] and "copy_gb_per_s" in run["steps"]["ceilings"]]
+    return f"{before}{begin}\n\n{chr(10).join(tables) or NO_RUN}\n{end}{after}"
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -110,6 +128,17 @@ def _times(steps: dict[str, Any]) -> str:
         ["rows x classes", *(f"{provider}, {mode}" for provider, mode in columns)],
         ([f"{a} x {b} {dtype}", *(_ms(times.ms((a, b), *column, dtype)) for column in columns)]
          for a, b, dtype in cases),
+    )  # fmt: skip
+
+
+def _targets(steps: dict[str, Any]) -> str:
+    def ms(row: dict[str, Any], provider: str) -> float | None:
+        return row["ms"][provider]["median"] if "ms" in row else None
+
+    return _table(
+        ["rows x classes", "target", OURS, "eager torch, no bonus, no scores", "ours / eager"],
+        ([f"{r['n_rows']} x {r['n_classes']}", r["target"], _ms(ms(r, OURS)), _ms(ms(r, EAGER)),
+          _ms(ratio(ms(r, OURS), ms(r, EAGER)))] for r in steps.get("targets", {}).get("rows", [])),
     )  # fmt: skip
 
 

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bonus_ops import bonus_cross_entropy_with_scores, difficulty_scores
+from bonus_ops import bonus_binary_cross_entropy_with_logits, bonus_cross_entropy_with_scores, difficulty_scores
 
 from .. import measure
 from .devices import Gpu
-from .peers import COMPILED, EAGER, LOSS_ONLY, OURS, PEERS, Loss, check, cut_cross_entropy, logits
+from .peers import BONUS, COMPILED, EAGER, LOSS_ONLY, OURS, PEERS, Loss, check, cut_cross_entropy, logits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Save = Callable[[dict[str, Any]], None]
@@ -38,6 +39,7 @@ SHAPES = (
     (64, 262144),
 )
 COMPILED_SHAPES = ((65536, 1000), (8192, 32000), (8192, 128256))
+TARGET_SHAPES = ((65536, 1000), (8192, 32000))
 SMALL = ((128, 10), (128, 1000), (1024, 1000))
 
 
@@ -65,6 +67,12 @@ def gpu_tests(device: Gpu, save: Save) -> None:
 def matrix(device: Gpu, save: Save) -> None:
     """Run the tests' matrix on compiled kernels."""
     _pytest(device, save, "tests/test_kernels.py", "tests/test_rest.py")
+
+
+def parity(device: Gpu, save: Save) -> None:
+    """Run the tests of the kernels for shares, two labels and elements."""
+    files = ("tests/test_dense.py", "tests/test_mixup.py", "tests/test_sigmoid.py")
+    _pytest(device, save, *files, "-k", "kernel or triton")
 
 
 def _pytest(device: Gpu, save: Save, *files: str) -> None:
@@ -182,6 +190,49 @@ def speed(device: Gpu, save: Save) -> None:
             found["skipped"][f"{n_rows} x {n_classes} {dtype}"] = _reason(error)
         save(found)
         device.reset()
+
+
+TARGETS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # of (logits, label, probabilities)
+    "label smoothing 0.1": (
+        lambda z, y, t: bonus_cross_entropy_with_scores(z, y, bonus=BONUS, label_smoothing=0.1)[0],
+        lambda z, y, t: F.cross_entropy(z, y, label_smoothing=0.1),
+    ),
+    "probabilities": (
+        lambda z, y, t: bonus_cross_entropy_with_scores(z, t, bonus=BONUS)[0],
+        lambda z, y, t: F.cross_entropy(z, t),
+    ),
+    "sigmoid": (
+        lambda z, y, t: bonus_binary_cross_entropy_with_logits(z, t, bonus=BONUS),
+        lambda z, y, t: F.binary_cross_entropy_with_logits(z, t),
+    ),
+}
+
+
+def targets(device: Gpu, save: Save) -> None:
+    """Time forward and backward of targets that are no labels beside torch's own, which have no bonus and no scores."""
+    rows: list[dict[str, Any]] = []
+    for n_rows, n_classes in TARGET_SHAPES:
+        bench = Bench(device, n_rows, n_classes, "bf16")
+        shares = bench.batches[0][0].detach().softmax(1)
+        for target, losses in TARGETS.items():
+            given = shares.round() if target == "sigmoid" else shares
+            steps = {
+                name: bench.step(functools.partial(_of_target, loss, given), True)
+                for name, loss in zip((OURS, EAGER), losses, strict=True)
+            }
+            case = {"n_rows": n_rows, "n_classes": n_classes, "target": target}
+            try:
+                times = device.interleave(steps, 2.0)
+                rows.append(case | {"ms": {name: measure.summary(values) for name, values in times.items()}})
+            except Exception as error:
+                rows.append(case | {"skipped": _reason(error)})
+            print(f"targets: {rows[-1]}", flush=True)
+            save({"rows": rows})
+        device.reset()
+
+
+def _of_target(loss: Callable[..., Tensor], shares: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return loss(z, y, shares)
 
 
 def load_peers(device: Gpu) -> tuple[dict[str, Loss], dict[str, str]]:
