@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import fields, is_dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def check_bonus(bonus: Any) -> None:
         )
     for field in fields(bonus):
         value = getattr(bonus, field.name)
-        if value is not None and not isinstance(value, (int, float)):
+        if value is not None and not isinstance(value, Real):
             raise TypeError(
                 f"bonus must have fields that are numbers or None, but {kind.__name__}.{field.name} is "
                 f"{type(value).__name__}"
@@ -61,9 +62,9 @@ def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> flo
     """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
     if bonus_smoothing is None:
         return label_smoothing
-    if isinstance(bonus_smoothing, bool) or not isinstance(bonus_smoothing, (int, float)):
+    if isinstance(bonus_smoothing, bool) or not isinstance(bonus_smoothing, Real):
         raise TypeError(f"bonus_smoothing must be a number or None, got {type(bonus_smoothing).__name__}")
-    if not 0 <= bonus_smoothing <= 1:
+    if not 0 <= float(bonus_smoothing) <= 1:
         raise ValueError(f"bonus_smoothing must be in [0, 1], got {bonus_smoothing!r}")
     return float(bonus_smoothing)
 
@@ -106,7 +107,7 @@ def check_validate(validate: Any) -> None:
 
 def _ask_torch(**option: Any) -> None:
     """Raise what torch raises for the option alone, if it does."""
-    cross_entropy(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), **option)
+    cross_entropy(torch.zeros(1, 1, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"), **option)
 
 
 def checked_ignore_index(ignore_index: Any) -> int:

@@ -50,7 +50,7 @@ def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_in
     given = shares.probabilities
     t, v = shares.of_cross_entropy(n_classes), shares.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
-    weights = (None if w is None else w.contiguous() for w in (shares.weight, shares.bonus_weight))
+    weights = (None if w is None else w.contiguous() for w in (t.weight, v.weight))
     return dict(
         logits_ptr=logits, targets=(label.reshape(-1).contiguous(), given, *weights),
         shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(),

@@ -193,7 +193,7 @@ class _Block:
 
     def gradient(self, grad_loss: Tensor) -> None:
         """Turn ``e`` into the gradient for the upstream gradient [n, 1]."""
-        pulls = torch.broadcast_to(torch.as_tensor(self.pulls, dtype=self.e.dtype), self.gaps.shape)
+        pulls = torch.broadcast_to(torch.as_tensor(self.pulls, dtype=self.e.dtype, device="cpu"), self.gaps.shape)
         self.e.mul_(self.scale * (self.mass + pulls.sum(1, keepdim=True)) * grad_loss)
         for share, factor in self.others:
             if isinstance(share, Tensor):

@@ -313,7 +313,7 @@ class _Call:
     def _share_loss(self, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
         logits = _rows(self.input)
         label, given, dtype = None, None, self.dtype
-        bonus_weight = self.weight if self.bonus_weight is None else self.bonus_weight
+        bonus_weight = self.bonus_weight
         if self.dense:
             given = _rows(self.target)
             divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -145,7 +146,7 @@ def _check_numbers(loss: Loss, *optional: str) -> None:
         x = getattr(loss, field.name)
         if x is None and field.name in optional:
             continue
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
+        if isinstance(x, bool) or not isinstance(x, Real):
             raise TypeError(f"{type(loss).__name__}: {field.name} must be a number, got {type(x).__name__}")
 
 
@@ -257,7 +258,11 @@ class Bonus(GapLoss):
         return self.strength, logit(self.start), self._bonus_at_start(), logit(self.abrupt), *self.bonus_parameters()
 
     def _bonus_at_start(self) -> float:
-        return 0.0 if self.start == 0 else float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64)))
+        return (
+            0.0
+            if self.start == 0
+            else float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64, device="cpu")))
+        )
 
     def _in_window(self, gap: Tensor, x: Tensor) -> Tensor:
         if self.start > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def mixup_cross_entropy(
 
 
 def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
-    """Return ``lam``; a tensor's range is not looked at, which would wait for a GPU."""
+    """Return ``lam``; the range of a tensor on a GPU is not looked at: that would wait."""
     if isinstance(lam, Tensor):
         if lam.dim() > 0 and lam.shape != target.shape:
             raise RuntimeError(
@@ -111,10 +112,12 @@ def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
             raise RuntimeError(f"lam must have a floating point type, got {lam.dtype}")
         if lam.device != target.device and lam.dim() > 0:
             raise RuntimeError(f"lam must be on the device of the targets, {target.device}, got {lam.device}")
+        if lam.device.type == "cpu" and autograd.is_plain_eager(lam) and not ((lam >= 0) & (lam <= 1)).all():
+            raise ValueError(f"lam must be in [0, 1], got {lam.min().item()} to {lam.max().item()}")
         return lam
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)):
+    if isinstance(lam, bool) or not isinstance(lam, Real):
         raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
-    if not 0 <= lam <= 1:
+    if not 0 <= float(lam) <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam!r}")
     return float(lam)
 

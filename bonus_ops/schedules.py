@@ -155,7 +155,8 @@ class Scheduled(GapLoss):
 
     Raises:
         TypeError: ``loss`` is no `GapLoss`, or a schedule cannot be called.
-        ValueError: ``loss`` has no such field or it is None; at any epoch, the field leaves its range.
+        ValueError: ``loss`` has no such field, or it is None or 0; at any epoch, the field leaves its range: a ramp
+            from 0 fits only fields that may be 0.
 
     Example:
         >>> import torch
@@ -189,6 +190,8 @@ class Scheduled(GapLoss):
                     f"Scheduled: {type(loss).__name__} has no number {name!r} to schedule, expected one of "
                     f"{', '.join(n for n in names if getattr(loss, n) is not None)}"
                 )
+            if getattr(loss, name) == 0:
+                raise ValueError(f"Scheduled: {name} of {loss!r} is 0, which no factor changes")
             if not callable(schedule):
                 raise TypeError(f"Scheduled: {name} must be a schedule, got {type(schedule).__name__}")
         self.loss = loss

@@ -92,7 +92,7 @@ class Shares(NamedTuple):
 
     probabilities: Tensor | None  # [outer, inner, C]; None for class indices
     weight: Tensor | None  # [C]
-    bonus_weight: Tensor | None  # [C]
+    bonus_weight: Tensor | None  # [C]; None is as weight
     smoothing: float
     bonus_smoothing: float
 
@@ -108,4 +108,5 @@ class Shares(NamedTuple):
 
     def of_bonus(self, n_classes: int) -> Share:
         """Return v."""
-        return Share(1 - self.bonus_smoothing, self.bonus_smoothing / n_classes, self.bonus_weight)
+        weight = self.weight if self.bonus_weight is None else self.bonus_weight
+        return Share(1 - self.bonus_smoothing, self.bonus_smoothing / n_classes, weight)

@@ -302,3 +302,12 @@ def test_it_exports_with_dynamic_shapes(implementation, strict, place):
     for n_rows in (2, 7):
         logits, target = (x.detach() for x in batch(place, torch.float32, n_rows=n_rows))
         torch.testing.assert_close(program.module()(logits, target), criterion(logits, target))
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"bonus_smoothing": 0.1}, {"given": True}], ids=str)
+def test_a_class_weight_of_shares_is_no_second_input(options):
+    logits, weight = torch.randn(4, 9, requires_grad=True), torch.rand(9)
+    target = torch.softmax(torch.randn(4, 9), 1) if options.pop("given", False) else torch.tensor([0, 3, 8, 1])
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="eager")
+    expected = bonus_cross_entropy(logits, target, weight, **options)
+    torch.testing.assert_close(compiled(logits, target, weight, **options), expected)

@@ -583,3 +583,19 @@ def test_the_module_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2 and losses[-1] == min(losses)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"bonus_smoothing": 0.2}, {"bonus": LogBonus(start=0.2)}], ids=str
+)
+def test_the_default_device_is_not_asked(options):
+    logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 4])
+    expected = bonus_cross_entropy(logits, target, **options)
+    torch.set_default_device("meta")  # as a cuda default, for tensors that are on the CPU
+    try:
+        loss = bonus_cross_entropy(logits, target, **options)
+        loss.backward()
+    finally:
+        torch.set_default_device("cpu")
+    torch.testing.assert_close(loss, expected)
+    assert logits.grad is not None
