@@ -7,11 +7,13 @@ transformers itself is not needed. Options are bound with `functools.partial`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .class_losses import ClassLoss
 from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import GapLoss, LogBonus
 from .scores import Scores
@@ -19,6 +21,7 @@ from .scores import Scores
 __all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]
 
 _DEFAULT_BONUS = LogBonus()
+_CROSS_ENTROPYS = frozenset(inspect.signature(bonus_cross_entropy).parameters)
 
 
 def causal_lm_loss(
@@ -29,9 +32,13 @@ def causal_lm_loss(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
     implementation: str | None = None,
+    validate: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """Compute the loss of predicting token t + 1 from the logits at t; the twin of transformers' ``ForCausalLMLoss``.
@@ -47,15 +54,21 @@ def causal_lm_loss(
             ranks; None divides by the tokens of this call that are not ignored.
         ignore_index: label that costs nothing.
         shift_labels: labels [..., T] already aligned with the logits, as sequence parallelism needs.
-        bonus: as in `bonus_cross_entropy`; None is what transformers computes.
+        weight: as in `bonus_cross_entropy`; the weighted sum too is divided by ``num_items_in_batch``, if given.
         label_smoothing: as in `bonus_cross_entropy`.
+        bonus: as in `bonus_cross_entropy`; None is what transformers computes.
+        bonus_smoothing: as in `bonus_cross_entropy`.
+        bonus_weight: as in `bonus_cross_entropy`.
         implementation: as in `bonus_cross_entropy`.
-        kwargs: whatever else a model hands its loss; ignored, as by transformers.
+        validate: as in `bonus_cross_entropy`.
+        kwargs: whatever else a model hands its loss; ignored, as by transformers. Only names of `bonus_cross_entropy`
+            that are not taken here, such as ``reduction``, raise.
 
     Returns:
         A scalar in nats, float32, or float64 for float64 logits.
 
     Raises:
+        TypeError: for logits or labels that are no tensors, or an option of `bonus_cross_entropy` not taken here.
         ValueError: for a ``vocab_size`` other than V, or labels that do not fit the logits.
         Otherwise as `bonus_cross_entropy`.
 
@@ -68,12 +81,14 @@ def causal_lm_loss(
         tensor(2.3979)
         >>> loss_function = functools.partial(causal_lm_loss, bonus=LogBonus(log_end=0.5))  # model.loss_function = ...
     """
+    _refuse(kwargs)
     input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
     reduction = "mean" if num_items_in_batch is None else "sum"
     with _float32_loss(logits):
         loss = bonus_cross_entropy(
-            input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, implementation=implementation,
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
+            validate=validate,
         )  # fmt: skip
     return _per_item(loss, num_items_in_batch)
 
@@ -86,9 +101,13 @@ def causal_lm_loss_with_scores(
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
     *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
     implementation: str | None = None,
+    validate: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Scores]:
     """Compute `causal_lm_loss` and the difficulty scores of every token from the same pass.
@@ -102,12 +121,14 @@ def causal_lm_loss_with_scores(
     Raises:
         As `causal_lm_loss`.
     """
+    _refuse(kwargs)
     input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
     reduction = "mean" if num_items_in_batch is None else "sum"
     with _float32_loss(logits):
         loss, scores = bonus_cross_entropy_with_scores(
-            input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, implementation=implementation,
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
+            validate=validate,
         )  # fmt: skip
     return _per_item(loss, num_items_in_batch), Scores(*(column.view(logits.shape[:-1]) for column in scores))
 
@@ -118,35 +139,72 @@ def trainer_loss(
     """Compute the loss of a model's outputs: ``Trainer(..., compute_loss_func=trainer_loss)``.
 
     Args:
-        outputs: has ``logits`` as an attribute or a key, or is a tuple whose first member they are.
+        outputs: has ``logits`` as an attribute or a key, or is a tuple whose first member they are (not the loss).
         labels: [..., T], or [N] for ``shift=False`` and logits [N, V].
         num_items_in_batch: as in `causal_lm_loss`; the Trainer gives it.
         shift: whether the label of a position is the token after it; False for masked language models and classifiers.
-        options: further options of `causal_lm_loss`, such as ``bonus``.
+        options: further options of `causal_lm_loss`, such as ``bonus``, by their names; no others.
 
     Returns:
         A scalar, as `causal_lm_loss`.
 
     Raises:
-        As `causal_lm_loss`.
+        TypeError: for an option that `causal_lm_loss` does not name.
+        ValueError: for a tuple whose first member is a loss.
+        Otherwise as `causal_lm_loss`.
 
     Example:
         >>> import functools
         >>> from bonus_ops.causal_lm import trainer_loss
         >>> classify = functools.partial(trainer_loss, shift=False)  # Trainer(..., compute_loss_func=classify)
     """
+    if unknown := [name for name in options if name not in _OPTIONS]:
+        raise TypeError(
+            f"trainer_loss() got an unexpected option {unknown[0]!r}.\nExpected options of causal_lm_loss: "
+            f"{', '.join(_OPTIONS)}."
+        )
     if isinstance(outputs, dict):
         logits = outputs["logits"]
     else:
         logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs.logits
+        if isinstance(outputs, (tuple, list)) and isinstance(logits, Tensor) and logits.dim() == 0:
+            raise ValueError(
+                "expected outputs whose first member is the logits [..., V], got a scalar there, as of a model that "
+                "has computed a loss: give the members from the logits on"
+            )
     aligned = None if shift else labels
-    return causal_lm_loss(logits, labels, None, num_items_in_batch, shift_labels=aligned, **options)
+    return causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch, shift_labels=aligned, **options)
+
+
+_OPTIONS = [
+    name
+    for name, parameter in inspect.signature(causal_lm_loss).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+    and name not in ("logits", "labels", "num_items_in_batch", "shift_labels")
+]
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Raise for an option of cross-entropy among what a model hands its loss: to ignore it would change the loss."""
+    if refused := [name for name in kwargs if name in _CROSS_ENTROPYS]:
+        raise TypeError(
+            f"causal_lm_loss() got an unexpected option {refused[0]!r}.\nExpected options: {', '.join(_OPTIONS)}; of "
+            "other names only those that bonus_cross_entropy does not have are ignored."
+        )
 
 
 def _aligned(
     logits: Tensor, labels: Tensor | None, vocab_size: int | None, ignore_index: int, shift_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return input and target of cross-entropy: every position's logits and label, without a copy of the logits."""
+    for position, (name, x) in enumerate((("logits", logits), ("labels", labels), ("shift_labels", shift_labels)), 1):
+        if not isinstance(x, Tensor) and (x is not None or name == "logits"):
+            kind = type(x)
+            came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+            where = "" if name == "shift_labels" else f" (position {position})"
+            raise TypeError(f"causal_lm_loss(): argument '{name}'{where} must be Tensor, not {came}")
+    if logits.dim() == 0:
+        raise ValueError("expected logits [..., V], got shape []")
     if vocab_size is not None and logits.shape[-1] != vocab_size:
         raise ValueError(f"expected logits [..., vocab_size = {vocab_size}], got shape {list(logits.shape)}")
     target = shift_labels

@@ -16,6 +16,7 @@ from bonus_ops import (
     BonusCrossEntropyLoss,
     LogBonus,
     PowerBonus,
+    SoftmaxSquaredError,
     bonus_cross_entropy,
     difficulty_scores,
     patch_cross_entropy,
@@ -250,6 +251,60 @@ def test_scores_of_tokens() -> None:
 def test_causal_lm_errors(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal_lm_loss(torch.zeros(2, 6, 11), **given)
+
+
+def test_causal_lm_loss_passes_on_every_option_of_cross_entropy() -> None:
+    logits, labels = tokens()
+    rows, targets = logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1)
+    plain = causal_lm_loss(logits, labels)
+    given: list[dict[str, Any]] = [
+        {"bonus_smoothing": 0.3},
+        {"bonus_weight": torch.linspace(0.5, 1.5, 11)},
+        {"weight": torch.linspace(0.5, 2.0, 11)},
+        {"bonus": SoftmaxSquaredError()},
+    ]
+    for options in given:
+        expected = bonus_cross_entropy(rows, targets, **options)
+        assert not torch.isclose(expected, plain), "the option counts"
+        torch.testing.assert_close(causal_lm_loss(logits, labels, **options), expected)
+        torch.testing.assert_close(trainer_loss({"logits": logits}, labels, **options), expected)
+        torch.testing.assert_close(causal_lm_loss_with_scores(logits, labels, **options)[0], expected)
+        expected = bonus_cross_entropy(rows, targets, reduction="sum", **options) / 7
+        torch.testing.assert_close(trainer_loss({"logits": logits}, labels, 7, **options), expected)
+    with pytest.raises(TypeError, match="validate must be"):
+        causal_lm_loss(logits, labels, validate=1)
+
+
+def test_options_that_would_be_lost_raise() -> None:
+    logits, labels = tokens()
+    for loss_fn in (causal_lm_loss, causal_lm_loss_with_scores, functools.partial(trainer_loss)):
+        outputs: Any = {"logits": logits} if isinstance(loss_fn, functools.partial) else logits
+        for name in ("reduction", "reduce", "size_average"):
+            with pytest.raises(TypeError, match=f"unexpected option '{name}'"):
+                loss_fn(outputs, labels, **{name: "sum"})
+    for name in ("bonous", "position_ids", "shift_labels"):
+        with pytest.raises(TypeError, match=f"trainer_loss.. got an unexpected option '{name}'"):
+            trainer_loss({"logits": logits}, labels, **{name: None})
+    assert causal_lm_loss(logits, labels, position_ids=None, use_cache=False) == causal_lm_loss(logits, labels)
+
+
+@pytest.mark.parametrize("loss_fn", [causal_lm_loss, causal_lm_loss_with_scores])
+def test_causal_lm_loss_wants_tensors(loss_fn: Any) -> None:
+    logits, labels = tokens()
+    with pytest.raises(TypeError, match=r"argument 'logits' \(position 1\) must be Tensor, not numpy.ndarray"):
+        loss_fn(logits.numpy(), labels)
+    with pytest.raises(TypeError, match=r"argument 'labels' \(position 2\) must be Tensor, not list"):
+        loss_fn(logits, labels.tolist())
+    with pytest.raises(TypeError, match="argument 'shift_labels' must be Tensor, not list"):
+        loss_fn(logits, None, shift_labels=labels.tolist())
+    with pytest.raises(ValueError, match=r"expected logits \[..., V\], got shape \[\]"):
+        loss_fn(logits.sum(), labels)
+
+
+def test_trainer_loss_says_that_the_logits_come_first() -> None:
+    logits, labels = tokens()
+    with pytest.raises(ValueError, match=r"first member is the logits \[..., V\], got a scalar"):
+        trainer_loss((logits.sum(), logits), labels)
 
 
 class Outputs(dict):  # what a model returns: a dict whose keys are attributes
