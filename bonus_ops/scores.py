@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_bonus
+from .class_losses import ClassLoss
 from .losses import CrossEntropy, GapLoss
 
 __all__ = ["SCORES", "Score", "Scores"]
@@ -107,16 +108,30 @@ class Scores(NamedTuple):
         return torch.exp(-self.loss - self.margin.clamp(max=0))
 
     def prediction(self, target: Tensor) -> Tensor:
-        """Return the predicted class (int64), lowest index on ties, -1 where ignored."""
+        """Return the predicted class (int64), lowest index on ties, -1 where ignored.
+
+        Args:
+            target: class indices shaped like the scores; of probabilities, ``target.argmax(1)``.
+
+        Raises:
+            TypeError: ``target`` is no Tensor.
+            RuntimeError: it holds no class indices, or is not shaped like the scores.
+        """
+        if isinstance(target, Tensor) and (
+            target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+        ):
+            argmax = "target.argmax(1)" if self.loss.dim() else "target.argmax()"
+            raise RuntimeError(
+                f"target must hold class indices, got {target.dtype} of shape {list(target.shape)}\nExpected {argmax} "
+                "where target holds probabilities."
+            )
         self._check_rows("target", target)
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise RuntimeError(f"target must hold class indices, got {target.dtype}")
         runner_up = self.runner_up.to(torch.int64)
         label_wins = (self.margin > 0) | ((self.margin == 0) & (target < runner_up))
         return torch.where(self.margin.isnan(), -1, torch.where(label_wins, target, runner_up))
 
     def correct(self, target: Tensor) -> Tensor:
-        """Return whether the label is the prediction (bool), False where ignored."""
+        """Return whether the label is the prediction (bool), False where ignored; arguments as in `prediction`."""
         return (self.prediction(target) == target) & ~self.margin.isnan()
 
     def _check_rows(self, name: str, x: Tensor) -> None:
@@ -145,6 +160,11 @@ class Scores(NamedTuple):
             RuntimeError: ``weight`` is not shaped like the scores.
         """
         check_bonus(bonus)
+        if isinstance(bonus, ClassLoss):
+            raise TypeError(
+                f"bonus must be a GapLoss or None, not the ClassLoss {type(bonus).__name__}\nThe gradient of a loss of "
+                "all classes does not follow from the scores."
+            )
         if weight is not None:
             self._check_rows("weight", weight)
         loss = CrossEntropy() if bonus is None else bonus

@@ -19,6 +19,7 @@ from bonus_ops import (
     PowerBonus,
     Score,
     Scores,
+    SoftmaxSquaredError,
     SubDataBonus,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
@@ -341,3 +342,23 @@ def test_the_specification_and_the_torch_path_agree_on_every_column():
         fast = difficulty_scores(logits, target, implementation="torch")
         for name, a, b in zip(STORED, fast, spec, strict=True):
             torch.testing.assert_close(a, b, rtol=4e-6, atol=2e-6, msg=f"{regime} {name}")
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("method", ["prediction", "correct"])
+def test_given_probabilities_the_error_says_what_to_pass(method: str, shape: tuple[int, ...]) -> None:
+    logits = torch.randn(shape)
+    probabilities = logits.softmax(min(1, len(shape) - 1))
+    scores = bonus_cross_entropy_with_scores(logits, probabilities)[1]
+    argmax = "target.argmax(1)" if len(shape) > 1 else "target.argmax()"
+    with pytest.raises(RuntimeError, match="must hold class indices, got torch.float32") as error:
+        getattr(scores, method)(probabilities)
+    assert f"Expected {argmax} where" in str(error.value)
+    assert getattr(scores, method)(eval(argmax, {"target": probabilities})).shape == scores.loss.shape
+
+
+def test_grad_norm_refuses_a_loss_of_all_classes() -> None:
+    scores = difficulty_scores(torch.randn(4, 3), torch.arange(4) % 3)
+    for call in (scores.grad_norm, lambda bonus: scores.difficulty("grad_norm", bonus=bonus)):
+        with pytest.raises(TypeError, match="must be a GapLoss or None, not the ClassLoss SoftmaxSquaredError"):
+            call(bonus=SoftmaxSquaredError())
