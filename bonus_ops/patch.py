@@ -7,12 +7,13 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .losses import GapLoss
 
@@ -54,7 +55,14 @@ class patch_cross_entropy(contextlib.ContextDecorator):
         tensor(0.1269)
     """
 
-    def __init__(self, *, bonus: GapLoss | None = _DEFAULT_BONUS, **options: Any) -> None:
+    def __init__(
+        self, *positional: NoReturn, bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS, **options: Any
+    ) -> None:
+        if positional:
+            raise TypeError(
+                f"patch_cross_entropy() takes no positional argument, got {type(positional[0]).__name__}.\nExpected "
+                "the loss by keyword, bonus=LogBonus(); as a decorator, @patch_cross_entropy()."
+            )
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
             raise TypeError(

@@ -525,6 +525,14 @@ def test_patch_refuses_bad_options_before_patching(options: dict[str, Any], kind
     assert_restored()
 
 
+def test_patch_says_that_the_bonus_is_by_keyword() -> None:
+    with pytest.raises(TypeError, match=r"no positional argument, got LogBonus.\nExpected .* bonus=LogBonus\(\)"):
+        patch_cross_entropy(LogBonus())
+    with pytest.raises(TypeError, match=r"got function.\n.*as a decorator, @patch_cross_entropy\(\)"):
+        patch_cross_entropy(with_bonus)
+    assert_restored()
+
+
 def test_patch_takes_options_that_need_another_device() -> None:
     patch_cross_entropy(implementation="triton")  # only a call knows where its tensors are
     with patch_cross_entropy(implementation="reference", validate=True):
