@@ -127,12 +127,80 @@ def test_plot_marks_the_examples_to_look_at(tmp_path, monkeypatch):
         (lambda: tracked().report(suspect=math.nan), "suspect must be in"),
         (lambda: tracked().report().of_kind("noisy"), "expected one of easy, hard, .*got 'noisy'"),
         (lambda: ExampleTracker(3, "mean_el2n").report(), "needs the field early_entropy, kept are mean_el2n"),
-        (lambda: ExampleTracker(3).report(), "no example has mean entropy in epochs 6 to 6; the epoch is 1"),
+        (lambda: ExampleTracker(3).report(), "no example has mean entropy in epochs 6 to 6: .* no update"),
     ],
 )
 def test_bad_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def short(epochs: int, ended: bool, label: bool = True, fields=DEFAULT_FIELDS) -> ExampleTracker:
+    tracker, values = ExampleTracker(NUM, fields), scores(torch.rand(NUM), torch.rand(NUM))
+    if not label:
+        values = values._replace(**{name: torch.full((NUM,), math.nan) for name in ("loss", "el2n", "margin")})
+    for _ in range(epochs):
+        tracker.update(values, torch.arange(NUM))
+        if ended:
+            tracker.end_epoch()
+    return tracker
+
+
+CURE = r'fields=\("mean_el2n", Mean\("entropy", \(first, last\)\)\)'
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        (short(9, ended=False), r"all 9 updates are of epoch 1. Call tracker.end_epoch\(\) after every .*" + CURE),
+        (short(3, ended=True), r"6 to 6: epochs 1 to 3 have ended, the epoch is 4. Train longer, .*" + CURE),
+        (short(6, ended=True, label=False), "no example has mean el2n: it needs examples with a label"),
+    ],
+    ids=["no end_epoch", "short", "no labels"],
+)
+def test_a_report_of_too_little_says_what_to_do(tracker, message):
+    with pytest.raises(ValueError, match=message):
+        tracker.report()
+
+
+def test_the_default_window_needs_six_epochs_and_the_cure_fewer():
+    assert short(6, ended=False).epoch == 1
+    assert short(6, ended=True).report().kind.shape == (NUM,)
+    with pytest.raises(ValueError, match="Train longer"):
+        short(5, ended=True).report()
+    assert short(3, ended=True, fields=("mean_el2n", Mean("entropy", (2, 3)))).report().kind.shape == (NUM,)
+
+
+def test_reprs_are_short():
+    tracker = tracked()
+    assert repr(tracker) == "ExampleTracker(40 examples; mean_el2n, mean_margin, early_entropy; epoch 2; cpu)"
+    report = tracker.report()
+    assert repr(report) == f"Report({report})" and "3 unknown" in repr(report)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@pytest.mark.parametrize("shape", [(5, 6), (1, 5, 6), (3, 5, 6), (4, 5, 6), (5, 6, 3), (5, 6, 1)], ids=str)
+@pytest.mark.parametrize("numpy", [False, True], ids=["torch", "numpy"])
+def test_images_may_have_their_channels_first(tmp_path, monkeypatch, shape, numpy):
+    from matplotlib.axes import Axes
+
+    images, shown = torch.rand(NUM, *shape, requires_grad=not numpy), []
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **kwargs: shown.append(torch.as_tensor(image)))
+    report = tracked().report(suspect=0.1)
+    report.plot(tmp_path / "map.png", images=images.numpy() if numpy else images)
+    first = len(shape) == 3 and shape[0] < 5
+    expected = images.detach().movedim(1, -1) if first else images.detach()
+    marked = [*report.of_kind("suspect_label").tolist(), *report.of_kind("suspect_input").tolist()]
+    assert len(shown) == len(marked) == 3
+    assert all(torch.equal(image, expected[index]) for image, index in zip(shown, marked, strict=True))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@pytest.mark.parametrize("shape", [(36,), (2, 5, 6), (1, 3, 5, 6)], ids=str)
+def test_images_of_another_shape_raise_and_write_nothing(tmp_path, shape):
+    with pytest.raises(ValueError, match=r"images: expected each \[H, W\], .*got shape \[" + str(shape[0])):
+        tracked().report().plot(tmp_path / "map.png", images=torch.rand(NUM, *shape))
+    assert not (tmp_path / "map.png").exists()
 
 
 def test_what_the_report_needs_is_kept_by_default():

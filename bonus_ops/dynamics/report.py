@@ -22,7 +22,7 @@ COLORS = ("#b8c4d6", "#4c78a8", "#d62728", "#9467bd", "none")
 MEAN, EARLY = "mean_el2n", "early_entropy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What each example looks like on two axes, mean EL2N over training and entropy early in it.
 
@@ -61,7 +61,9 @@ class Report:
         """Make the report of a tracker; waits for its device.
 
         Args:
-            tracker: one that keeps ``mean_el2n`` and ``early_entropy``, as by default.
+            tracker: one that keeps ``mean_el2n`` and ``early_entropy``, as by default. The default window of the
+                latter is epoch 6: a shorter training needs a window of its own, given to the tracker before it,
+                ``fields=("mean_el2n", Mean("entropy", (first, last)))``.
             suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1]; about the share of damage
                 expected, or of what there is time to look at.
             uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
@@ -80,10 +82,7 @@ class Report:
         mean, early = columns[MEAN], columns[EARLY]
         known = ~(mean.isnan() | early.isnan())
         if not known.any():
-            raise ValueError(
-                f"report: no example has {tracker.statistics[EARLY].formula}; the epoch is {tracker.epoch}. "
-                "Train longer, or keep Mean('entropy', (first, last)) of an earlier window"
-            )
+            raise ValueError(_nothing_known(tracker, EARLY if early.isnan().all() else MEAN))
         cuts = _cut(mean[known], suspect), _cut(early[known], uncertain)
         kind = 2 * (mean > cuts[0]).to(torch.int64) + (early > cuts[1])
         return cls(torch.where(known, kind, KINDS.index("unknown")), columns, cuts)
@@ -108,6 +107,9 @@ class Report:
     def __str__(self) -> str:
         """Return how many examples are of each kind."""
         return ", ".join(f"{int((self.kind == i).sum())} {kind}" for i, kind in enumerate(KINDS))
+
+    def __repr__(self) -> str:
+        return f"Report({self})"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one line an example: index, kind, and every statistic, empty where there is none."""
@@ -138,12 +140,14 @@ class Report:
 
         Args:
             path: file to write; its suffix says the format.
-            images: of the examples, indexed by example, each anything `imshow` takes; those marked are shown below.
+            images: of the examples, indexed by example, each anything `imshow` takes or [C, H, W] with 1, 3 or 4
+                channels, as a tensor [num_examples, C, H, W] has them; those marked are shown below.
             captions: a word on each example for its image, such as the label it was given.
             shown: how many to mark of each suspect kind.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
+            ValueError: an image has another shape.
         """
         from matplotlib.figure import Figure
 
@@ -155,7 +159,7 @@ class Report:
         for row, kind in enumerate(rows, 1):
             for column, index in enumerate(marked[kind]):
                 axes = figure.add_subplot(grid[row, column])
-                axes.imshow(images[index], cmap="gray")
+                axes.imshow(_channels_last(images[index]), cmap="gray")
                 caption = "" if captions is None else f": {captions[index]}"
                 axes.set_title(f"{index}{caption}", fontsize=8, color=COLORS[KINDS.index(kind)])
                 axes.axis("off")
@@ -184,6 +188,38 @@ class Report:
     def _worst_first(self, mask: Tensor) -> Tensor:
         indices = mask.nonzero().squeeze(1)
         return indices[self.columns[MEAN][indices].argsort(descending=True, stable=True)]
+
+
+def _nothing_known(tracker: ExampleTracker, name: str) -> str:
+    """Return why no example has the statistic, and what to do about it."""
+    said = f"report: no example has {tracker.statistics[name].formula}"
+    if not tracker.step:
+        return f"{said}: the tracker has had no update"
+    if name == MEAN:
+        return f"{said}: it needs examples with a label, in the early window too"
+    if tracker.epoch == 1:
+        said += f": all {tracker.step} updates are of epoch 1. Call tracker.end_epoch() after every epoch"
+    else:
+        said += f": epochs 1 to {tracker.epoch - 1} have ended, the epoch is {tracker.epoch}. Train longer"
+    return said + (
+        ', or for a shorter training keep an earlier window: ExampleTracker(num_examples, fields=("mean_el2n", '
+        'Mean("entropy", (first, last))))'
+    )
+
+
+def _channels_last(image: Any) -> Any:
+    """Return the image as `imshow` takes it; one without a shape is its own affair."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+    shape = tuple(getattr(image, "shape", (1, 1)))
+    channels = (1, 3, 4)
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in channels):
+        return image
+    if len(shape) == 3 and shape[0] in channels:
+        return image.swapaxes(0, 1).swapaxes(1, 2)
+    raise ValueError(
+        f"images: expected each [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4, got shape {list(shape)}"
+    )
 
 
 def _cut(values: Tensor, share: float) -> float:

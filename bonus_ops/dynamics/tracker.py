@@ -99,6 +99,10 @@ class ExampleTracker:
         self._since_merge: str | None = None  # kind of the updates since then: "own" rows or "gathered" ones
         self._slot = torch.full((num_examples + 1,), -1, dtype=torch.int32, device=device)
 
+    def __repr__(self) -> str:
+        fields = ", ".join(field.name for field in self.fields)
+        return f"ExampleTracker({self.num_examples} examples; {fields}; epoch {self.epoch}; {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Where the state lives."""
