@@ -1,7 +1,9 @@
 """Each policy against a plain-Python statement of its formula; its draws against what they should average to."""
 
 import math
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +249,17 @@ def test_focal_weight_gives_the_focal_gradient():
     assert focal_weight(LOSS, gamma=0).tolist() == [1, 1, 0, 1, 1, 1]
 
 
+def test_weights_of_a_negative_loss_stay_in_range():
+    # scores.loss is not negative; a training loss with a bonus can be
+    loss = torch.tensor([-3.0, -0.5, 0.0, 1.0])
+    for gamma in (1.0, 2.0, 3.5):
+        assert focal_weight(loss, gamma=gamma)[:3].tolist() == [float(focal_weight(torch.zeros(1), gamma=gamma))] * 3
+    assert flow_weight(loss, temperature=0.5).tolist() == pytest.approx([1, 1, 1, math.exp(-2)])
+    assert flow_weight(loss).tolist() == [1, 1, 1, 0]
+    sigma = superloss_weight(loss, threshold=0.0)
+    assert (sigma >= 0).all() and (sigma <= math.e * (1 + 1e-6)).all()
+
+
 @pytest.mark.parametrize("lam", [0.25, 1.0])
 def test_superloss_weight_minimises_the_superloss(lam):
     # sigma = argmin (l - tau) sigma + lam log(sigma)^2 in (0, e]: where the slope (l - tau) sigma + 2 lam log(sigma)
@@ -467,7 +480,7 @@ def test_sampler_epochs():
 
 
 def test_sampler_reads_the_difficulty_once_an_epoch_and_visits_the_unseen():
-    reads, difficulty = [], torch.tensor([nan, 0.0, 0.0, 1.0])
+    reads, difficulty = [], torch.tensor([math.inf, 0.0, 0.0, 1.0])
     sampler = DifficultySampler(lambda: reads.append(0) or difficulty.clone(), lambda d, g: (d > 0.5).float())
     assert sorted(sampler) == [0, 3] and sampler.weight.tolist() == [1, 0, 0, 1]
     difficulty[:] = torch.tensor([0.0, 1.0, 0.0, 0.0])
@@ -488,6 +501,73 @@ def test_sampler_resumes_in_the_middle_of_an_epoch():
     assert list(again) == tail and again.epoch == 2 and set(head).isdisjoint(tail)
     again.difficulty = difficulty
     assert list(again) == following
+
+
+def test_sampler_leaves_out_nan_and_hides_the_unseen_from_the_policy():
+    difficulty, given = torch.tensor([nan, math.inf, 1.0, 2.0]), []
+    sampler = DifficultySampler(difficulty, lambda d, g: given.append(d) or torch.full((4,), 3.0))
+    assert sorted(sampler) == [1, 2, 3] and sampler.weight.tolist() == [0, 1, 3, 3]
+    torch.testing.assert_close(given[0], torch.tensor([nan, nan, 1.0, 2.0]), equal_nan=True)
+    # a policy's own arithmetic may leave NaN where it got NaN
+    assert DifficultySampler(difficulty, lambda d, g: d / d.nanmean()).weight.tolist()[:2] == [0, 1]
+
+
+def test_the_sampler_of_the_readme_leaves_out_the_suspects():
+    section = (Path(__file__).parent.parent / "README.md").read_text().split("\n## Policies\n")[1]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section.split("\n## ")[0], re.MULTILINE | re.DOTALL)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        names = {}
+        exec(code, names)
+    suspects = set(names["suspect"].nonzero()[:, 0].tolist())
+    assert suspects and len(names["sampler"]) and suspects.isdisjoint(names["sampler"])
+    assert not names["keep"][names["suspect"]].any()
+
+
+@pytest.mark.parametrize("handed_out", [0, 7])
+def test_sampler_keeps_its_place_when_the_loaded_epoch_is_set(handed_out):
+    difficulty = torch.rand(40, generator=generator())
+    sampler = DifficultySampler(difficulty, half, seed=5)
+    sampler.set_epoch(2)
+    it = iter(sampler)
+    head = [next(it) for _ in range(handed_out)]
+    again = DifficultySampler(difficulty.flip(0), half)
+    again.load_state_dict(sampler.state_dict())
+    again.set_epoch(2)
+    tail = list(again)
+    assert tail == list(it) and sorted(head + tail) == sampler.weight.nonzero()[:, 0].tolist()
+    again.difficulty = difficulty
+    again.set_epoch(2)  # iterated since: from the beginning
+    assert list(again) == head + tail
+    again.load_state_dict(sampler.state_dict() | {"position": 7})
+    again.set_epoch(3)
+    sampler.set_epoch(3)
+    assert list(again) == list(sampler)
+
+
+def test_sampler_saved_at_the_end_of_an_epoch_goes_on_with_the_next():
+    difficulty = torch.rand(40, generator=generator())
+    sampler = DifficultySampler(difficulty, half, seed=5)
+    first = list(sampler)
+    state = sampler.state_dict()
+    second = list(sampler)
+    assert second and second != first
+    for epoch, expected in ((None, second), (1, second), (0, first)):
+        again = DifficultySampler(difficulty, half)
+        again.load_state_dict(state)
+        if epoch is not None:
+            again.set_epoch(epoch)
+        assert list(again) == expected
+
+
+def test_sampler_says_what_it_is_without_calling_for_the_difficulty():
+    sampler = DifficultySampler(torch.rand(6), half, seed=4, rank=1, world_size=2)
+    sampler.set_epoch(3)
+    assert repr(sampler) == "DifficultySampler(num_examples=6, epoch=3, seed=4, rank=1, world_size=2)"
+    reads = []
+    sampler = DifficultySampler(lambda: reads.append(0) or torch.rand(6), half)
+    assert "num_examples=?" in repr(sampler) and not reads
+    assert len(sampler) and "num_examples=6" in repr(sampler)
 
 
 def test_sampler_in_a_dataloader():
@@ -517,8 +597,15 @@ def test_sampler_refuses():
     assert sampler.state_dict().keys() == before.keys() and torch.equal(sampler.state_dict()["order"], before["order"])
     with pytest.raises(RuntimeError, match=r"shape \[6\], got \[2\]"):
         list(DifficultySampler(difficulty, lambda d, g: d[:2]))
-    with pytest.raises(ValueError, match="weights >= 0, got -1"):
-        list(DifficultySampler(difficulty, lambda d, g: d * 0 - 1))
+    for wrong in (-1.0, math.inf, nan):
+        with pytest.raises(ValueError, match=f"finite weights >= 0, got {wrong}"):
+            list(DifficultySampler(difficulty, lambda d, g, wrong=wrong: torch.full_like(d, wrong)))
+    with pytest.raises(TypeError, match="return a Tensor, got Selection: take its keep or unbiased_weight"):
+        list(DifficultySampler(difficulty, lambda d, g: poisson_selection(d, 3, generator=g)))
+    with pytest.raises(ValueError, match=r"at least 1 of 6 examples .* got 0; 6 have the difficulty NaN.* is \+inf"):
+        list(DifficultySampler(difficulty * nan, half))
+    with pytest.raises(ValueError, match="at least 2 of 6 examples .* got 1; 0 have"):
+        list(DifficultySampler(difficulty, lambda d, g: (d == d.max()).float(), world_size=2))
     with pytest.raises(ValueError, match="below world_size 2, got 2"):
         DifficultySampler(difficulty, half, rank=2, world_size=2)
     with pytest.raises(TypeError, match="policy must be a function, got str"):
@@ -570,6 +657,15 @@ INT, FLAGS = torch.ones(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
         (lambda: kl_to_reference(LOSS[None], LOSS), RuntimeError, r"must have shape \[1, 6\], got \[6\]"),
         (lambda: kl_to_reference(LOSS, LOSS, temperature=0), ValueError, "temperature must be in"),
         (lambda: kl_to_reference(INT, INT), TypeError, "floating point tensor, got torch.int64"),
+        (lambda: selective_backprop(LOSS, LOSS), TypeError, "history must be a History, got Tensor"),
+        (lambda: selective_backprop(LOSS, History.empty(), generator=0), TypeError, "be a torch.Generator or None"),
+        (lambda: rank_selection(LOSS, generator=0), TypeError, "generator must be a torch.Generator or None, got int"),
+        (lambda: importance_draw(LOSS, 1, generator=0), TypeError, "must be a torch.Generator or None, got int"),
+        (lambda: poisson_selection(LOSS, 1, generator=0), TypeError, "must be a torch.Generator or None, got int"),
+        (lambda: infobatch(LOSS, generator=0), TypeError, "generator must be a torch.Generator or None, got int"),
+        (lambda: group_mean_loss(LOSS, INT, 1), IndexError, r"group_mean_loss: group must be in \[0, 1\), got 1"),
+        (lambda: group_weight(LOSS, LOSS, -INT), IndexError, r"group_weight: group must be in \[0, 6\), got -1"),
+        (lambda: exponentiated_gradient(LOSS, LOSS, eta=1, index=INT * 6), IndexError, r"in \[0, 6\), got 6"),
         (lambda: rank_selection_is_due(0.5, 0, end=0.2), ValueError, r"end must be in \[0.5, 1\], got 0.2"),
     ],
 )  # fmt: skip
@@ -604,6 +700,44 @@ def test_policies_never_read_a_device_tensor_on_the_host():
         kl_to_reference(loss[None], loss[None]),
     ]
     assert all(result.device.type == "meta" for result in results)
+
+
+def test_torch_default_dtype_changes_nothing():
+    def results():
+        history = History.empty(8).push(LOSS.half())
+        group = torch.tensor([0, 1, 0, 1, 0, 1])
+        return [
+            history.values,
+            history.cdf(LOSS),
+            history.quantile(0.5),
+            *selective_backprop(LOSS, history, floor=0.1, generator=generator()),
+            selective_backprop(LOSS, history, generator=generator()).unbiased_weight,
+            rank_selection(LOSS, generator=generator()),
+            *importance_draw(LOSS, 4, generator=generator()),
+            *poisson_selection(LOSS, 3, generator=generator()),
+            importance_gain(LOSS),
+            infobatch(LOSS, generator=generator()),
+            infobatch(LOSS.half(), ratio=0.3, generator=generator()),
+            small_loss(LOSS, 0.5),
+            self_paced_threshold(None, LOSS),
+            self_paced_weight(LOSS, 1.0, gamma=1.0),
+            focal_weight(LOSS),
+            superloss_weight(LOSS, threshold=1.0),
+            flow_weight(LOSS, normalize=True),
+            exponentiated_gradient(torch.zeros(6, dtype=torch.float32), LOSS, eta=0.1),
+            group_mean_loss(LOSS, group, 2),
+            group_weight(LOSS[:2], LOSS, group),
+            DifficultySampler(LOSS, half).weight,
+        ]
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        came = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for number, (a, b) in enumerate(zip(came, expected, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=number: f"result {n}: {m}")
 
 
 def test_the_same_generator_gives_the_same_draw():

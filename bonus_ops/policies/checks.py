@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_integer", "check_mask", "check_number", "check_shape", "check_vector"]
+__all__ = [
+    "check_generator",
+    "check_index",
+    "check_integer",
+    "check_mask",
+    "check_number",
+    "check_shape",
+    "check_vector",
+]
 
 
 def check_number(function: str, name: str, value: Any, interval: str) -> None:
@@ -52,6 +60,22 @@ def check_shape(function: str, name: str, x: Any, like: Tensor, integer: bool = 
         raise TypeError(f"{function}: {name} must be an integer tensor, got {x.dtype}")
     if x.shape != like.shape:
         raise RuntimeError(f"{function}: {name} must have shape {list(like.shape)}, got {list(x.shape)}")
+
+
+def check_index(function: str, name: str, index: Any, like: Tensor, size: int) -> None:
+    """Raise unless ``index`` holds integers shaped as ``like``, and on the CPU (without a wait) in [0, size)."""
+    check_shape(function, name, index, like, integer=True)
+    if index.device.type != "cpu" or len(index) == 0 or torch.compiler.is_compiling():
+        return
+    for extreme in (int(index.min()), int(index.max())):
+        if not 0 <= extreme < size:
+            raise IndexError(f"{function}: {name} must be in [0, {size}), got {extreme}")
+
+
+def check_generator(function: str, generator: Any) -> None:
+    """Raise unless ``generator`` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def _check_tensor(function: str, name: str, x: Any) -> None:

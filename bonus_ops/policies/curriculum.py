@@ -39,7 +39,8 @@ def small_loss(difficulty: Tensor, keep: float) -> Tensor:
     more, so its learning rate shrinks with the batch size; this one does not. In Co-teaching two networks swap masks.
 
     Args:
-        difficulty: [N], higher is harder: the loss. NaN takes no part: N counts the others. Ties: lowest index first.
+        difficulty: [N], higher is harder: ``scores.loss``. NaN takes no part: N counts the others. Ties: lowest
+            index first.
         keep: share in [0, 1], e.g. `co_teaching_keep`.
 
     Returns:
@@ -66,7 +67,8 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
     1)``: 1 up to the threshold, 0 from ``threshold + gamma`` on.
 
     Args:
-        loss: [N] in nats, higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
+            higher is harder; NaN weighs 0.
         threshold: lambda, a number or a scalar tensor, e.g. `self_paced_threshold`; grows over training.
         gamma: > 0, width of the slope; MentorNet uses 1.
 
@@ -96,7 +98,8 @@ def self_paced_threshold(
 
     Args:
         previous: the last threshold, a scalar tensor, or None at the start.
-        loss: [N] in nats; NaN takes no part (a batch of NaN alone leaves the threshold).
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
+            NaN takes no part (a batch of NaN alone leaves the threshold).
         percentile: in [0, 1], default 0.7.
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 

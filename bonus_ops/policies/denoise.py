@@ -25,7 +25,8 @@ def noise_mask(
     good at 5 and 10 classes, 0.10 to report or drop.
 
     Args:
-        recent_loss: [N] in nats, mean of each example's last losses (2); NaN, never seen, is not flagged.
+        recent_loss: [N] in nats, mean of each example's last ``scores.loss`` (2), the plain cross-entropy; NaN,
+            never seen, is not flagged.
         threshold: scalar tensor or number, e.g. ``History.quantile(0.10)``.
         observations: int [N], how often each was seen.
         min_observations: an example seen less often is not flagged; default 2, the losses in the mean.

@@ -66,7 +66,7 @@ class History(NamedTuple):
         x = x.detach().to(ordered.dtype)
         below = torch.searchsorted(ordered, x)
         not_above = torch.minimum(torch.searchsorted(ordered, x, right=True), self.filled)
-        return torch.where(x.isnan(), math.nan, (below + not_above) / (2 * self.filled))
+        return torch.where(x.isnan(), math.nan, (below + not_above).to(ordered.dtype) / (2 * self.filled))
 
     def quantile(self, q: float) -> Tensor:
         """Return the ``q`` quantile of the held values, a scalar (the lower of two neighbours); +inf if empty."""

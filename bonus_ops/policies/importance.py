@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_vector
+from .checks import check_generator, check_integer, check_number, check_vector
 from .selective import Selection
 
 __all__ = ["Draw", "importance_draw", "importance_gain", "importance_pays", "poisson_selection"]
@@ -60,6 +60,7 @@ def importance_draw(
         Katharopoulos & Fleuret, Not All Samples Are Created Equal, ICML 2018, arXiv 1803.00942.
     """
     check_integer("importance_draw", "size", size, 1)
+    check_generator("importance_draw", generator)
     score, valid = _scores("importance_draw", difficulty, smoothing)
     if len(score) == 0:
         raise ValueError("importance_draw: difficulty must hold at least one example, got 0")
@@ -97,6 +98,7 @@ def poisson_selection(
         Poisson (Bernoulli) sampling of the scores of arXiv 1803.00942.
     """
     check_integer("poisson_selection", "size", size, 1)
+    check_generator("poisson_selection", generator)
     score, _ = _scores("poisson_selection", difficulty, smoothing)
     probability = (size * score / score.sum()).clamp(max=1).nan_to_num(nan=0.0)  # 0 / 0: all NaN
     uniform = torch.rand(score.shape, dtype=torch.float64, generator=generator, device=score.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_number, check_vector
+from .checks import check_generator, check_number, check_vector
 
 __all__ = ["infobatch"]
 
@@ -26,15 +26,15 @@ def infobatch(
     clean.
 
     Args:
-        difficulty: [N], the last loss of each example; higher is harder. +inf (never seen) is kept and left out of
-            the mean; NaN takes no part and weighs 0.
+        difficulty: [N], the last ``scores.loss`` of each example; higher is harder. +inf (never seen) is kept
+            and left out of the mean; NaN takes no part and weighs 0.
         ratio: in [0, 1), default 0.5.
         progress: share of training done, in [0, 1].
         stop: in [0, 1], default 0.875.
         generator: of the device of ``difficulty``.
 
     Returns:
-        Weights [N], each 0, 1 or ``1 / (1 - ratio)``, on the device; no host sync.
+        Weights [N], each 0, 1 or ``1 / (1 - ratio)``, at least float32, on the device; no host sync.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
@@ -43,14 +43,15 @@ def infobatch(
         Qin et al., InfoBatch, ICLR 2024, arXiv 2303.04947.
     """
     check_vector("infobatch", "difficulty", difficulty)
+    check_generator("infobatch", generator)
     check_number("infobatch", "ratio", ratio, "[0, 1)")
     check_number("infobatch", "progress", progress, "[0, 1]")
     check_number("infobatch", "stop", stop, "[0, 1]")
-    difficulty = difficulty.detach()
-    everyone = torch.where(difficulty.isnan(), 0.0, torch.ones_like(difficulty))
+    difficulty = difficulty.detach().to(torch.promote_types(difficulty.dtype, torch.float32))
+    everyone = (~difficulty.isnan()).to(difficulty.dtype)
     if progress >= stop:
         return everyone
     finite = difficulty.isfinite()
     mean = torch.where(finite, difficulty, 0.0).sum() / finite.sum()
-    uniform = torch.rand(difficulty.shape, generator=generator, device=difficulty.device)
-    return torch.where(difficulty < mean, (uniform >= ratio) / (1 - ratio), everyone)
+    uniform = torch.rand(difficulty.shape, dtype=difficulty.dtype, generator=generator, device=difficulty.device)
+    return torch.where(difficulty < mean, (uniform >= ratio).to(difficulty.dtype) / (1 - ratio), everyone)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_shape, check_vector
+from .checks import check_index, check_integer, check_number, check_shape, check_vector
 
 __all__ = [
     "exponentiated_gradient",
@@ -27,7 +27,8 @@ def focal_weight(loss: Tensor, *, gamma: float = 2.0) -> Tensor:
     loss, ``p = exp(-loss)``. (As a loss of its own the package has `bonus_ops.Focal`.)
 
     Args:
-        loss: [N], cross-entropy in nats, higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus
+            (a negative value counts as 0); higher is harder; NaN weighs 0.
         gamma: 0 (no change) or >= 1, default 2.
 
     Returns:
@@ -43,7 +44,7 @@ def focal_weight(loss: Tensor, *, gamma: float = 2.0) -> Tensor:
     check_number("focal_weight", "gamma", gamma, "[0, inf)")
     if 0 < gamma < 1:
         raise ValueError(f"focal_weight: gamma must be 0 or at least 1, where the weight is bounded, got {gamma!r}")
-    loss = loss.detach()
+    loss = loss.detach().clamp(min=0)
     if gamma == 0:
         return torch.where(loss.isnan(), 0.0, torch.ones_like(loss))
     rest, p = -torch.expm1(-loss), torch.exp(-loss)
@@ -58,7 +59,8 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
     the device by Halley's method.
 
     Args:
-        loss: [N] in nats, higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
+            higher is harder; NaN weighs 0.
         threshold: tau, number or scalar tensor: log C for classification, or a running mean of the loss.
         regularization: lam > 0; 1 for CIFAR-10, 0.25 for CIFAR-100 in the paper. Larger is closer to no weighting.
 
@@ -103,7 +105,8 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
     and minimise ``(weight * loss).mean()``. They solve ``min_w sum w loss + tau sum w log w``.
 
     Args:
-        loss: [N] in nats at the pre-trained model, higher is harder; NaN weighs 0.
+        loss: [N] at the pre-trained model, ``scores.loss``, the plain cross-entropy in nats,
+            not the training loss with a bonus (a negative value counts as 0); higher is harder; NaN weighs 0.
         temperature: tau > 0 in nats; default the median of ``loss`` (the paper; the 1.0 of its command line is a
             placeholder). A median of 0 gives weight 1 to losses of 0 and none to others.
         normalize: divide by the mean of the weights; default False, as the paper.
@@ -118,13 +121,13 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
         Sanyal et al., Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting, 2025, arXiv 2502.02797.
     """
     check_vector("flow_weight", "loss", loss)
-    loss = loss.detach()
+    loss = loss.detach().clamp(min=0)
     if temperature is None:
         tau = loss.nanmedian()
     else:
         check_number("flow_weight", "temperature", temperature, "(0, inf)")
         tau = torch.full((), temperature, dtype=loss.dtype, device=loss.device)
-    weight = torch.where(tau > 0, torch.exp(-loss / tau), (loss <= 0).to(loss.dtype))
+    weight = torch.where(tau > 0, torch.exp(-loss / tau), (loss == 0).to(loss.dtype))
     weight = torch.where(loss.isnan(), 0.0, weight)
     return (weight / (weight.sum() / (~loss.isnan()).sum())).nan_to_num(nan=0.0) if normalize else weight
 
@@ -151,7 +154,8 @@ def exponentiated_gradient(
 
     Args:
         log_weight: [M], the state, not written; start from zeros.
-        loss: [N] in nats, higher is harder; NaN changes nothing.
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
+            higher is harder; NaN changes nothing.
         eta: >= 0, per nat.
         index: int64 [N], the entry each loss belongs to, duplicates add up; None where loss i belongs to entry i.
         ascent: raise the weight of what is hard instead of lowering it.
@@ -162,6 +166,7 @@ def exponentiated_gradient(
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        IndexError: an index out of range, on the CPU.
 
     References:
         Majidi et al., Exponentiated Gradient Reweighting for Robust Training Under Label Noise and Beyond, 2021,
@@ -177,7 +182,7 @@ def exponentiated_gradient(
     if index is None:
         check_shape("exponentiated_gradient", "loss", loss, log_weight)
         return log_weight + step
-    check_shape("exponentiated_gradient", "index", index, loss, integer=True)
+    check_index("exponentiated_gradient", "index", index, loss, len(log_weight))
     return log_weight.index_add(0, index, step)
 
 
@@ -191,9 +196,14 @@ def group_mean_loss(loss: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """Return the mean loss of each group in the batch, [n_groups]; NaN for a group that is not in it.
 
     Args:
-        loss: [N] in nats; NaN takes no part.
+        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
+            NaN takes no part.
         group: int64 [N] in [0, n_groups).
         n_groups: >= 1.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        IndexError: a group out of range, on the CPU.
     """
     total, count = _group_sums("group_mean_loss", loss, group, n_groups)
     return total / count
@@ -204,7 +214,8 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
 
     Args:
         log_weight: [G], the state of `exponentiated_gradient` over groups.
-        loss: [N]; NaN weighs 0 and does not count in n_g, the number of the group's examples in the batch.
+        loss: [N], ``scores.loss``, the plain cross-entropy; NaN weighs 0 and does not count in
+            n_g, the number of the group's examples in the batch.
         group: int64 [N] in [0, G).
 
     Returns:
@@ -212,6 +223,7 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        IndexError: a group out of range, on the CPU.
 
     References:
         arXiv 1911.08731, Algorithm 1; arXiv 2306.12070.
@@ -225,7 +237,7 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
 def _group_sums(function: str, loss: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     check_vector(function, "loss", loss)
     check_integer(function, "n_groups", n_groups, 1)
-    check_shape(function, "group", group, loss, integer=True)
+    check_index(function, "group", group, loss, n_groups)
     loss = loss.detach()
     valid = ~loss.isnan()
     zeros = loss.new_zeros(n_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from .checks import check_integer, check_vector
+from .selective import Selection
 
 __all__ = ["DifficultySampler"]
 
@@ -22,20 +24,19 @@ class DifficultySampler(Sampler[int]):
 
     At the start of every epoch the policy sees the difficulty of all examples (stale: from when each was last seen)
     and returns their weights for the epoch; those of weight 0 are skipped and cost nothing. Multiply the losses by
-    ``sampler.weight[index]``.
+    ``sampler.weight[index]``. NaN takes no part here either: what `guarded` took out is not visited.
 
     The same on every process: the draw depends on (seed, epoch) and on the difficulty, which must be merged over
     processes first. Process ``rank`` takes every ``world_size``-th of the shuffled order; up to ``world_size - 1`` are
     left over for the epoch, so that shards are disjoint and of equal length. Skip `DistributedSampler`.
 
     Args:
-        difficulty: float [num_examples], or a function that returns it, called once an epoch, say
-            ``lambda: tracker.statistic("loss_last")``. Higher is harder. An example with NaN was never seen: it is
-            visited, with weight 1, whatever the policy says.
-        policy: ``(difficulty, generator) -> weight [num_examples] >= 0``, on the CPU; NaN weighs 0. For instance
-            ``lambda d, g: infobatch(d, generator=g)`` or
-            ``lambda d, g: poisson_selection(d, 1000, generator=g).unbiased_weight``. Guard it against noise:
-            ``selective_backprop(guarded(d, noisy), ...)``.
+        difficulty: float [num_examples], or a function that returns it, called once an epoch. Higher is harder. NaN
+            takes no part: weight 0. +inf was never seen: visited with weight 1, and the policy gets NaN for it. An
+            `ExampleTracker` gives NaN for the unseen: ``nan_to_num(nan=math.inf)``, before `guarded`.
+        policy: ``(difficulty, generator) -> weight [num_examples]``, on the CPU, finite and >= 0 (what it gives for NaN
+            does not matter); a bool mask will do. A `Selection` is not a weight: take its ``keep`` or
+            ``unbiased_weight``.
         seed: the same on every process.
         rank: of this process, in [0, world_size).
         world_size: number of processes.
@@ -44,20 +45,52 @@ class DifficultySampler(Sampler[int]):
         weight: float [num_examples] on the CPU, of the present epoch.
 
     Call `set_epoch` before every epoch, so that ``len`` is that epoch's; without it each new iteration starts the next.
-    `state_dict` holds the epoch's plan and the place in it, so that a resumed run visits the rest of the same epoch. It
-    counts what was handed out: with workers, a DataLoader fetches ahead of what was trained.
+    `state_dict` holds the epoch's plan and the place in it, so that a resumed run visits the rest of the same epoch
+    (``len`` stays that of the whole), or the next epoch where that one was finished. It counts what was handed out:
+    with workers, a DataLoader fetches ahead of what was trained.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape; a policy whose weights have
-            a wrong shape or are negative.
+            a wrong shape, are negative or not finite, or leave this process no example to visit.
 
     Example:
-        >>> import torch
-        >>> from bonus_ops.policies import DifficultySampler, small_loss
-        >>> loss = torch.tensor([0.1, 5.0, 0.2, float("nan")])
-        >>> sampler = DifficultySampler(loss, lambda d, g: small_loss(d, keep=0.7).float())
-        >>> sorted(sampler)
-        [0, 2, 3]
+        >>> import math, torch
+        >>> from bonus_ops.policies import *
+        >>> loss = torch.tensor([0.1, 5.0, 0.2, math.nan, math.inf])  # the last two: a suspect, one never seen
+        >>> sorted(DifficultySampler(loss, lambda d, g: small_loss(d, keep=0.7)))
+        [0, 2, 4]
+
+        What was seen last, the suspects left out, with each policy that draws:
+
+        >>> from bonus_ops import difficulty_scores
+        >>> from bonus_ops.dynamics import ExampleTracker
+        >>> tracker = ExampleTracker(100, fields="all")
+        >>> def difficulty():
+        ...     recent = tracker.statistic("recent_loss")
+        ...     return guarded(recent.nan_to_num(nan=math.inf), noise_mask(recent, 4.0))
+        >>> def selective(d, g):
+        ...     return selective_backprop(d, History.empty(len(d)).push(d), generator=g).keep
+        >>> pruned = DifficultySampler(difficulty, lambda d, g: infobatch(d, generator=g))
+        >>> drawn = DifficultySampler(difficulty, lambda d, g: poisson_selection(d, 50, generator=g).unbiased_weight)
+        >>> chosen = DifficultySampler(difficulty, selective)
+        >>> len(pruned), len(drawn), len(chosen)  # nothing was seen yet
+        (100, 100, 100)
+        >>> logits = torch.zeros(90, 10).index_fill(1, torch.tensor(0), 3.0)
+        >>> logits[:5, 0] = -9  # suspects
+        >>> logits[5:50, 0] = 0
+        >>> target = torch.zeros(90, dtype=torch.long)
+        >>> for _ in range(2):  # the recent loss is known after two epochs
+        ...     tracker.update(difficulty_scores(logits, target), torch.arange(90), target)
+        ...     tracker.end_epoch()
+        >>> for sampler in (pruned, drawn, chosen):
+        ...     sampler.set_epoch(1)
+        ...     visited = set(sampler)
+        ...     print(visited.isdisjoint(range(5)), visited.issuperset(range(90, 100)), len(visited) < 95)
+        True True True
+        True True True
+        True True True
+        >>> pruned
+        DifficultySampler(num_examples=100, epoch=1, seed=0, rank=0, world_size=1)
     """
 
     def __init__(
@@ -85,11 +118,18 @@ class DifficultySampler(Sampler[int]):
         self._weight: Tensor | None = None
         self._position = 0
         self._iterated = False
+        self._resumed = False  # in the middle of an epoch, not iterated since
 
     def set_epoch(self, epoch: int) -> None:
-        """Start this epoch at the next iteration, from its beginning, with the difficulty of then."""
+        """Start this epoch at the next iteration, from its beginning, with the difficulty of then.
+
+        Right after `load_state_dict` of an unfinished epoch, that epoch keeps its plan and place.
+        """
         check_integer("DifficultySampler.set_epoch", "epoch", epoch, 0)
-        self.epoch, self._order, self._position, self._iterated = epoch, None, 0, False
+        if self._resumed and epoch == self.epoch:
+            return
+        self.epoch, self._order, self._position = epoch, None, 0
+        self._iterated = self._resumed = False
 
     @property
     def weight(self) -> Tensor:
@@ -105,7 +145,7 @@ class DifficultySampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._iterated:
             self.set_epoch(self.epoch + 1)
-        self._iterated = True
+        self._iterated, self._resumed = True, False
         order = self._plan()
         while self._position < len(order):
             self._position += 1
@@ -137,7 +177,16 @@ class DifficultySampler(Sampler[int]):
             raise ValueError(f"DifficultySampler.load_state_dict: expected {known}, got {came}")
         self.seed, self.epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._order, self._weight = state["order"].clone(), state["weight"].clone()
-        self._iterated = False
+        self._iterated = self._position >= len(self._order)  # finished: the next iteration is of the next epoch
+        self._resumed = not self._iterated
+
+    def __repr__(self) -> str:
+        known = self._weight if callable(self.difficulty) else self.difficulty  # a function is not called for this
+        num_examples = "?" if known is None else len(known)
+        return (
+            f"DifficultySampler(num_examples={num_examples}, epoch={self.epoch}, seed={self.seed}, rank={self.rank}, "
+            f"world_size={self.world_size})"
+        )
 
     def _read(self) -> Tensor:
         difficulty = self.difficulty() if callable(self.difficulty) else self.difficulty
@@ -148,18 +197,35 @@ class DifficultySampler(Sampler[int]):
         if self._order is None:
             difficulty = self._read()
             generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
-            weight = self.policy(difficulty, generator)
-            if not isinstance(weight, Tensor) or weight.shape != difficulty.shape:
-                came = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                raise RuntimeError(
-                    f"DifficultySampler: policy must return weights of shape {list(difficulty.shape)}, got {came}"
-                )
-            weight = weight.detach().cpu().float().nan_to_num(nan=0.0)
-            weight = torch.where(difficulty.isnan(), 1.0, weight)
-            if bool((weight < 0).any()):
-                raise ValueError(f"DifficultySampler: policy must return weights >= 0, got {float(weight.min())}")
+            unseen = difficulty == math.inf
+            known = difficulty.masked_fill(unseen, math.nan)
+            weight = self._checked(self.policy(known, generator), known).masked_fill(unseen, 1.0)
             chosen = weight.nonzero()[:, 0]
             chosen = chosen[torch.randperm(len(chosen), generator=generator)]
             chosen = chosen[: len(chosen) // self.world_size * self.world_size]
+            if len(chosen) == 0:
+                positive, absent = int((weight > 0).sum()), int(difficulty.isnan().sum())
+                raise ValueError(
+                    f"DifficultySampler: expected a weight above 0 for at least {self.world_size} of {len(weight)} "
+                    f"examples (one a process), got {positive}; {absent} have the difficulty NaN, which takes no part: "
+                    "never seen is +inf"
+                )
             self._order, self._weight = chosen[self.rank :: self.world_size], weight
         return self._order
+
+    @staticmethod
+    def _checked(weight: object, difficulty: Tensor) -> Tensor:
+        """Return the policy's weights as float32, 0 where the difficulty is NaN."""
+        if not isinstance(weight, Tensor):
+            hint = ": take its keep or unbiased_weight" if isinstance(weight, Selection) else ""
+            raise TypeError(f"DifficultySampler: policy must return a Tensor, got {type(weight).__name__}{hint}")
+        if weight.shape != difficulty.shape:
+            raise RuntimeError(
+                f"DifficultySampler: policy must return weights of shape {list(difficulty.shape)}, got "
+                f"{list(weight.shape)}"
+            )
+        weight = weight.detach().cpu().float().masked_fill(difficulty.isnan(), 0.0)
+        wrong = weight[~((weight >= 0) & (weight < math.inf))]
+        if len(wrong):
+            raise ValueError(f"DifficultySampler: policy must return finite weights >= 0, got {float(wrong[0])}")
+        return weight

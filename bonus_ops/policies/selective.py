@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_vector
+from .checks import check_generator, check_integer, check_number, check_vector
 from .history import History
 
 __all__ = ["Selection", "rank_selection", "rank_selection_is_due", "selective_backprop", "selective_beta"]
@@ -59,7 +59,8 @@ def selective_backprop(
     choose before the forward with `DifficultySampler`.
 
     Args:
-        difficulty: [N], higher is harder; NaN takes no part and is not chosen. The method ranks the loss.
+        difficulty: [N], higher is harder; NaN takes no part and is not chosen. The method ranks the loss,
+            ``scores.loss``.
         history: values seen before; while it is empty everything is chosen. Push the batch's own difficulty first.
         beta: >= 0, default 1 (paper); 3 in the authors' example script; 0 keeps everything.
         floor: smallest probability, in [0, 1], default 0; above 0 no example is lost.
@@ -84,12 +85,15 @@ def selective_backprop(
         under label noise: arXiv 2107.07741.
     """
     check_vector("selective_backprop", "difficulty", difficulty)
+    if not isinstance(history, History):
+        raise TypeError(f"selective_backprop: history must be a History, got {type(history).__name__}")
+    check_generator("selective_backprop", generator)
     check_number("selective_backprop", "beta", beta, "[0, inf)")
     check_number("selective_backprop", "floor", floor, "[0, 1]")
     probability = (history.cdf(difficulty) ** beta).clamp(min=floor)
     probability = torch.where(history.filled == 0, 1.0, probability)
     probability = torch.where(difficulty.isnan(), 0.0, probability)
-    uniform = torch.rand(probability.shape, generator=generator, device=probability.device)
+    uniform = torch.rand(probability.shape, dtype=probability.dtype, generator=generator, device=probability.device)
     return Selection(uniform < probability, probability)
 
 
@@ -115,6 +119,7 @@ def rank_selection(difficulty: Tensor, *, keep: float = 0.5, generator: torch.Ge
         MosaicML Composer, Selective Backprop (after arXiv 1910.00762). When: `rank_selection_is_due`.
     """
     check_vector("rank_selection", "difficulty", difficulty)
+    check_generator("rank_selection", generator)
     check_number("rank_selection", "keep", keep, "(0, 1]")
     n = len(difficulty)
     order = difficulty.argsort(stable=True)  # NaN last
