@@ -154,7 +154,7 @@ def exponentiated(run: Run, eta: float = 0.05) -> None:
 
 
 def pruned(run: Run) -> None:
-    loss = torch.full((run.n,), torch.nan)
+    loss = torch.full((run.n,), torch.inf)  # never seen
     sampler = DifficultySampler(
         lambda: loss.clone(), lambda d, g: infobatch(d, progress=run.progress, generator=g), seed=torch.initial_seed()
     )
