@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .losses import GapLoss
-from .schedules import Scheduled
+from .schedules import KeepsEpoch
 
 __all__ = ["BonusCrossEntropyLoss"]
 
-EPOCH = "bonus.epoch"  # in a state_dict
 
-
-class BonusCrossEntropyLoss(_WeightedLoss):
+class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     """Cross-entropy with a bonus for well-classified examples; a drop-in for `torch.nn.CrossEntropyLoss`.
 
     Args: as in `bonus_cross_entropy`, without input and target. ``weight`` and ``bonus_weight`` are buffers, so
     ``.to()`` moves them.
-    The epoch of a `Scheduled` bonus is in the ``state_dict``.
+    The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
     Shape:
         input [C], [N, C] or [N, C, d1, ...]; target as in `bonus_cross_entropy`; output a scalar, or the shape of the
@@ -78,26 +73,6 @@ class BonusCrossEntropyLoss(_WeightedLoss):
             implementation=self.implementation,
             validate=self.validate,
         )
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(self.bonus, Scheduled):
-            destination[prefix + EPOCH] = torch.tensor(self.bonus.epoch)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + EPOCH
-        if isinstance(self.bonus, Scheduled):
-            if key in state_dict:
-                self.bonus.set_epoch(int(state_dict[key]))
-            elif strict:
-                missing_keys.append(key)
-            unexpected_keys[:] = [x for x in unexpected_keys if x != key]
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .losses import GapLoss, encode
 
 __all__ = ["Cosine", "Deferred", "Exponential", "Linear", "Scheduled"]
 
 Schedule = Callable[[int], float]
+
+_EPOCH = "bonus.epoch"  # in the state_dict of a module
 
 
 def _checked_count(name: str, value: Any, at_least: int) -> None:
@@ -144,9 +147,13 @@ class Scheduled(GapLoss):
     """A loss some of whose fields are multiplied by factors of the epoch.
 
     It goes wherever a loss goes. The epoch starts at 0; `step` after each epoch counts it up, as with
-    `torch.optim.lr_scheduler`, and `set_epoch` sets it. `BonusCrossEntropyLoss` keeps the epoch in its ``state_dict``;
-    with the functions, `state_dict` and `load_state_dict` do. An epoch is whatever you count: call `step` after every
-    batch and give schedules batches. A new epoch compiles nothing, neither kernels nor a graph of `torch.compile`.
+    `torch.optim.lr_scheduler`, and `set_epoch` sets it. An epoch is whatever you count: call `step` after every batch
+    and give schedules batches. A new epoch compiles nothing, neither kernels nor a graph of `torch.compile`.
+
+    `BonusCrossEntropyLoss` and `BonusBCEWithLogitsLoss` keep the epoch in their ``state_dict``; with the functions,
+    `state_dict` and `load_state_dict` do. A module is often part of a model with checkpoints from before its schedule,
+    or from after it: loading one without an epoch, even strictly, is no error and leaves the epoch as it is, and a
+    module whose bonus has no schedule drops the epoch of a checkpoint.
 
     Args:
         loss: the loss at factor 1, a `GapLoss`.
@@ -256,3 +263,26 @@ class Scheduled(GapLoss):
     def __repr__(self) -> str:
         schedules = "".join(f", {name}={schedule!r}" for name, schedule in self.schedules.items())
         return f"Scheduled({self.loss!r}{schedules}, epoch={self.epoch})"
+
+
+class KeepsEpoch(nn.Module):
+    """A module whose ``state_dict`` has the epoch of its bonus, where that is `Scheduled`."""
+
+    bonus: Any
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.bonus, Scheduled):
+            destination[prefix + _EPOCH] = torch.tensor(self.bonus.epoch, device="cpu")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + _EPOCH
+        unexpected_keys[:] = [x for x in unexpected_keys if x != key]
+        if key in state_dict and isinstance(self.bonus, Scheduled):
+            self.bonus.set_epoch(int(state_dict[key]))

@@ -15,6 +15,7 @@ from .checks import FLOATS, check_bonus
 from .elementwise import Elements
 from .functional import _DEFAULT_BONUS
 from .losses import CrossEntropy, GapLoss
+from .schedules import KeepsEpoch
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
 
@@ -103,11 +104,12 @@ def bonus_binary_cross_entropy_with_logits(
     return value.to(dtype)
 
 
-class BonusBCEWithLogitsLoss(nn.Module):
+class BonusBCEWithLogitsLoss(KeepsEpoch):
     """Binary cross-entropy with a bonus; a drop-in for `torch.nn.BCEWithLogitsLoss`.
 
     Args: as in `bonus_binary_cross_entropy_with_logits`, without input and target. ``weight`` and ``pos_weight`` are
     buffers, so ``.to()`` moves them. ``normalizer`` may also be given to each call, where it changes by the batch.
+    The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
     Shape:
         input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bonus_ops import (
+    BonusBCEWithLogitsLoss,
     BonusCrossEntropyLoss,
     Cosine,
     Deferred,
@@ -28,6 +29,8 @@ from bonus_ops import (
 
 LOGITS = torch.linspace(-8, 12, 12).view(4, 3)[:, [2, 0, 1]].contiguous()
 TARGET = torch.tensor([0, -100, 0, 1])
+
+over_criterions = pytest.mark.parametrize("criterion", [BonusCrossEntropyLoss, BonusBCEWithLogitsLoss])
 
 
 # --- factors ----------------------------------------------------------------------------------------------------------
@@ -166,14 +169,15 @@ def test_a_step_before_backward_does_not_reach_it(reduction, create_graph):
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_epoch_is_in_the_state_dict():
+@over_criterions
+def test_the_epoch_is_in_the_state_dict(criterion):
     def make():
-        return torch.nn.Sequential(BonusCrossEntropyLoss(bonus=Scheduled(LogBonus(), strength=Linear(9))))
+        return torch.nn.Sequential(criterion(bonus=Scheduled(LogBonus(), strength=Linear(9))))
 
-    criterion = make()
-    criterion[0].bonus.set_epoch(4)
+    model = make()
+    model[0].bonus.set_epoch(4)
     saved = io.BytesIO()
-    torch.save(criterion.state_dict(), saved)
+    torch.save(model.state_dict(), saved)
     saved.seek(0)
     state = torch.load(saved, weights_only=True)
     assert state == {"0.bonus.epoch": 4}
@@ -181,13 +185,24 @@ def test_the_epoch_is_in_the_state_dict():
     resumed = make()
     assert str(resumed.load_state_dict(state)) == "<All keys matched successfully>"
     assert resumed[0].bonus.epoch == 4
-    assert torch.equal(resumed[0](LOGITS, TARGET), criterion[0](LOGITS, TARGET))
-    assert not torch.equal(resumed[0](LOGITS, TARGET), make()[0](LOGITS, TARGET))
-    with pytest.raises(RuntimeError, match='Missing key.*"0.bonus.epoch"'):
-        make().load_state_dict({})
-    make().load_state_dict({}, strict=False)
-    with pytest.raises(RuntimeError, match='Unexpected key.*"0.bonus.epoch"'):
-        torch.nn.Sequential(BonusCrossEntropyLoss()).load_state_dict(state)
+    target = torch.tensor([0, 2, 0, 1]) if criterion is BonusCrossEntropyLoss else LOGITS.sign().clamp(min=0)
+    assert torch.equal(resumed[0](LOGITS, target), model[0](LOGITS, target))
+    assert not torch.equal(resumed[0](LOGITS, target), make()[0](LOGITS, target))
+
+
+@over_criterions
+def test_checkpoints_from_before_and_after_a_schedule_load(criterion):
+    scheduled = torch.nn.Sequential(criterion(torch.ones(3), bonus=Scheduled(LogBonus(), strength=Linear(9))))
+    bare = torch.nn.Sequential(criterion(torch.ones(3)))
+    scheduled[0].bonus.set_epoch(4)
+    assert str(scheduled.load_state_dict(bare.state_dict())) == "<All keys matched successfully>"
+    assert scheduled[0].bonus.epoch == 4
+    assert str(bare.load_state_dict(scheduled.state_dict())) == "<All keys matched successfully>"
+    for model in (bare, scheduled):  # any other key is as strict as ever
+        with pytest.raises(RuntimeError, match='Missing key.*"0.weight"'):
+            model.load_state_dict({"0.bonus.epoch": 1})
+        with pytest.raises(RuntimeError, match='Unexpected key.*"0.bonus.era"'):
+            model.load_state_dict({**bare.state_dict(), "0.bonus.era": 1})
 
 
 def test_a_criterion_without_a_schedule_has_the_state_of_torch():
