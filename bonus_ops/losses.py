@@ -258,11 +258,9 @@ class Bonus(GapLoss):
         return self.strength, logit(self.start), self._bonus_at_start(), logit(self.abrupt), *self.bonus_parameters()
 
     def _bonus_at_start(self) -> float:
-        return (
-            0.0
-            if self.start == 0
-            else float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64, device="cpu")))
-        )
+        if self.start == 0:
+            return 0.0
+        return float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64, device="cpu")))
 
     def _in_window(self, gap: Tensor, x: Tensor) -> Tensor:
         if self.start > 0:
