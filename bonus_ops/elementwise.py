@@ -117,14 +117,14 @@ class _Block:
             one, zero = self._weights()
             if slope is None:
                 positive, negative = self._both(self.loss.slope)
-                slope, weight = zero * negative - one * positive, torch.tensor(factor)
+                slope, weight = zero * negative - one * positive, self.x.new_tensor(factor)
             else:
                 weight = (zero - one).mul_(factor)
         torch.mul(slope, weight if upstream is None else weight * upstream, out=out)
 
     def _by_target(self, one: float, zero: float) -> Tensor:
         """Return ``one`` where a hard target is 1, ``zero`` where it is 0."""
-        return torch.add(torch.tensor(zero, dtype=self.t.dtype), self.t, alpha=one - zero)
+        return torch.add(self.t.new_tensor(zero), self.t, alpha=one - zero)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Return the weight of the positive and of the negative term."""
@@ -143,7 +143,7 @@ class _Table:
     """A half has 65536 values: the loss of every one with target 0, then with target 1, and its gradient."""
 
     def __init__(self, of: Elements, factor: float | None) -> None:
-        x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(of.input.dtype).to(of.dtype)
+        x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=of.input.device).view(of.input.dtype).to(of.dtype)
         one, zero = of.scales
         value = of.loss.value(x)
         self.value = torch.cat([value.roll(1 << 15) * zero, value * one])  # half a turn flips the sign bit

@@ -200,16 +200,16 @@ class PositiveCount(nn.Module):
         if not 0 < initial < math.inf:
             raise ValueError(f"PositiveCount: initial must be a positive finite number, got {initial!r}")
         self.momentum = momentum
-        self.register_buffer("average", torch.tensor(float(initial)))
+        self.register_buffer("average", torch.tensor(float(initial), dtype=torch.float32))
 
     @torch.no_grad()
     def forward(self, target: Tensor) -> Tensor:
         """Count ``target`` into the average and return it."""
         if self.training:
-            count = (target > 0.5).sum().clamp(min=1)
+            count = (target > 0.5).sum().clamp(min=1).float()
             # a new tensor: the last one may be awaiting its backward
-            self.average = self.average * self.momentum + count * (1 - self.momentum)
-        return self.average
+            self.average = self.average.float() * self.momentum + count * (1 - self.momentum)
+        return self.average.float()  # a module made half rounds its buffers
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

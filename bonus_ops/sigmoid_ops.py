@@ -207,5 +207,5 @@ def element_sum(of: Elements, divisor: float | Tensor, implementation: str) -> T
 def _apply(of: Elements, reduce: bool, dtype: torch.dtype, implementation: str) -> Tensor:
     name, fields = encode(of.loss)
     # a tensor, so that another strength is no other graph
-    numbers = torch.cat([torch.tensor(of.scales, dtype=torch.float64), fields])
+    numbers = torch.cat([torch.tensor(of.scales, dtype=torch.float64, device="cpu"), fields])
     return _Operators.apply(*of[:4], name, numbers, reduce, dtype, implementation)  # type: ignore[no-any-return,no-untyped-call]

@@ -440,6 +440,60 @@ def test_a_scaled_half_gradient_is_rounded_once(small_blocks):
     assert grad[0].item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.fixture
+def other_defaults():
+    """Make torch's defaults those of nothing in a call."""
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_soft_gradient_is_of_the_dtype_of_its_input():
+    """A mean over no power of two: float32 would round 1 / 15."""
+    x, t = draw((3, 5), torch.float64, soft=True)
+    for options in ({}, {"pos_weight": torch.rand(5, dtype=torch.float64)}):
+        true = truth(x, t, LogBonus(), **options)[1] / 15
+        (grad,) = torch.autograd.grad(bonus_bce(x, t, implementation="torch", **options), x)
+        torch.testing.assert_close(grad, true, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_torchs_defaults_change_nothing(dtype, soft, reduction, monkeypatch, request):
+    monkeypatch.setattr(elementwise, "TABLE_ELEMENTS", 1)
+    x, t = draw((3, 5), dtype, soft)
+    calls = [{}, {"pos_weight": torch.rand(5)}, {"alpha": 0.25, "bonus": Focal()}, {"bonus": LogBonus(0.5, start=0.1)}]
+
+    def results():
+        for options in calls:
+            for implementation in ("torch", "reference"):
+                loss = bonus_bce(x, t, reduction=reduction, implementation=implementation, **options)
+                yield from (loss, *(torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for _ in range(2)))
+        with torch.no_grad():
+            yield bonus_bce(x, t, reduction=reduction, implementation="torch")
+
+    expected = list(results())
+    request.getfixturevalue("other_defaults")
+    for actual, wanted in zip(results(), expected, strict=True):
+        assert actual.device.type == "cpu" and torch.equal(actual, wanted)
+
+
+def test_positive_count_is_float32():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        positives = PositiveCount(0.9, 1001.0)
+        assert positives.average.dtype == torch.float32
+        assert positives(torch.ones(1003)).item() == pytest.approx(1001.2, rel=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    positives = PositiveCount(0.9, 1024.0).bfloat16()
+    assert positives.eval()(torch.ones(3)).dtype == torch.float32
+    assert positives.train()(torch.ones(1003)).item() == pytest.approx(1024 * 0.9 + 100.3, rel=1e-6)
+
+
 def test_inputs_changed_before_backward_raise():
     x, t = draw((3, 5))
     loss = bonus_bce(x * 1.0, t, implementation="torch")
