@@ -182,12 +182,12 @@ class _Visit(torch.autograd.Function):
             return reference.elements_gradient(*of, grad_loss / ctx.divisor), *(None,) * 6
         grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
         factor = grad_loss.item()
-        if grad is not None and factor != 1:
-            # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
-            grad = grad.mul_(factor) if math.isfinite(factor) and grad.dtype.itemsize > 2 else None
+        # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
+        if factor != 1 and (not math.isfinite(factor) or of.input.dtype.itemsize == 2):
+            return elementwise.backward(of, grad_loss.to(of.dtype) / ctx.divisor), *(None,) * 6
         if grad is None:
-            grad = elementwise.backward(of, grad_loss.to(of.dtype) / ctx.divisor)
-        return grad, *(None,) * 6
+            _, grad = elementwise.visit(of, 1 / ctx.divisor)  # the bits of the first
+        return grad if factor == 1 else grad.mul_(factor), *(None,) * 6
 
 
 def element_losses(of: Elements, dtype: torch.dtype, implementation: str) -> Tensor:
