@@ -208,4 +208,6 @@ def _apply(of: Elements, reduce: bool, dtype: torch.dtype, implementation: str) 
     name, fields = encode(of.loss)
     # a tensor, so that another strength is no other graph
     numbers = torch.cat([torch.tensor(of.scales, dtype=torch.float64, device="cpu"), fields])
-    return _Operators.apply(*of[:4], name, numbers, reduce, dtype, implementation)  # type: ignore[no-any-return,no-untyped-call]
+    # a graph takes no tensor twice: a view for each that came before
+    tensors = [x if x is None or not any(x is y for y in of[:i]) else x.view_as(x) for i, x in enumerate(of[:4])]
+    return _Operators.apply(*tensors, name, numbers, reduce, dtype, implementation)  # type: ignore[no-any-return,no-untyped-call]
