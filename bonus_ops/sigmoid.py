@@ -12,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import ops, reference, sigmoid_ops
 from .checks import FLOATS, check_bonus
+from .class_losses import ClassLoss
 from .elementwise import Elements
 from .functional import _DEFAULT_BONUS
 from .losses import CrossEntropy, GapLoss
@@ -84,6 +85,9 @@ def bonus_binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_bonus(bonus)
+    if isinstance(bonus, ClassLoss):
+        name = type(bonus).__name__
+        raise TypeError(f"bonus must be a GapLoss such as SquaredError() or AbsoluteError(), or None, not {name}")
     _check_call(input, target, weight, reduction, pos_weight)
     reduction = "mean" if reduction == "elementwise_mean" else reduction
     divisor = _divisor(normalizer, reduction, input)
@@ -181,7 +185,7 @@ class PositiveCount(nn.Module):
         target any shape, positive where > 1/2; output the average, a 0-d float32 tensor.
 
     Raises:
-        ValueError: momentum or initial is outside its range.
+        TypeError, ValueError: momentum or initial is no number, or outside its range.
 
     Example:
         >>> import torch
@@ -195,6 +199,9 @@ class PositiveCount(nn.Module):
 
     def __init__(self, momentum: float = 0.9, initial: float = 100.0) -> None:
         super().__init__()
+        for name, value in (("momentum", momentum), ("initial", initial)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"PositiveCount: {name} must be a number, got {type(value).__name__}")
         if not 0 <= momentum < 1:
             raise ValueError(f"PositiveCount: momentum must be in [0, 1), got {momentum!r}")
         if not 0 < initial < math.inf:
@@ -210,6 +217,10 @@ class PositiveCount(nn.Module):
             # a new tensor: the last one may be awaiting its backward
             self.average = self.average.float() * self.momentum + count * (1 - self.momentum)
         return self.average.float()  # a module made half rounds its buffers
+
+    def extra_repr(self) -> str:
+        """Return the momentum."""
+        return f"momentum={self.momentum}"
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from bonus_ops import (
     LogBonus,
     PositiveCount,
     PowerBonus,
+    SoftmaxSquaredError,
     SquaredError,
     elementwise,
     reference,
@@ -357,6 +358,7 @@ def test_bad_calls_raise_what_torch_raises(name):
     [
         ({"bonus": 0.75}, TypeError, "bonus must be a GapLoss instance"),
         ({"bonus": LogBonus}, TypeError, "the class LogBonus"),
+        ({"bonus": SoftmaxSquaredError()}, TypeError, r"such as SquaredError\(\) .*, not SoftmaxSquaredError"),
         ({"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\] or None, got 1.5"),
         ({"alpha": -1}, ValueError, r"alpha must be in \[0, 1\] or None, got -1"),
         ({"alpha": math.nan}, ValueError, r"alpha must be in \[0, 1\] or None, got nan"),
@@ -539,6 +541,26 @@ def test_compiles_whole_and_once_for_all_strengths(reduction):
         torch.testing.assert_close(compiled, eager)
         torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (compiled, eager)))
     assert len(graphs) <= 2  # the first and one with the numbers as inputs
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("same", ["weights", "target and weight", "all"])
+def test_one_tensor_for_two_arguments_compiles(same, reduction):
+    torch._dynamo.reset()
+    x, t = draw((6, 5))
+    w = torch.rand(5)
+
+    def f(x, t, w):
+        if same == "all":
+            return bonus_bce(x, t, t, pos_weight=t, reduction=reduction)
+        return bonus_bce(x, t, w, pos_weight=w if same == "weights" else t, reduction=reduction)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    results = [compiled(x, t, w), f(x, t, w)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in results))
+    module = BonusBCEWithLogitsLoss(w, pos_weight=w, reduction=reduction)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x, t), module(x, t))
 
 
 @pytest.mark.parametrize("reduce", [False, True])
@@ -749,6 +771,11 @@ def test_positive_count_averages_and_is_kept_by_checkpoints():
         PositiveCount(1)
     with pytest.raises(ValueError, match="PositiveCount: initial must be a positive finite number, got 0"):
         PositiveCount(initial=0)
+    with pytest.raises(TypeError, match="PositiveCount: momentum must be a number, got str"):
+        PositiveCount("a")
+    with pytest.raises(TypeError, match="PositiveCount: initial must be a number, got Tensor"):
+        PositiveCount(initial=torch.ones(2))
+    assert repr(PositiveCount(0.75)) == "PositiveCount(momentum=0.75)"
 
 
 def test_the_prefix_of_the_signature_is_torchs():
