@@ -143,11 +143,8 @@ class _Table:
     """A half has 65536 values: the loss of every one with target 0, then with target 1, and its gradient."""
 
     def __init__(self, of: Elements, factor: float | None) -> None:
-        x = (
-            torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=of.input.device)
-            .view(of.input.dtype)
-            .to(of.dtype)
-        )
+        bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=of.input.device)
+        x = bits.view(of.input.dtype).to(of.dtype)
         one, zero = of.scales
         value = of.loss.value(x)
         self.value = torch.cat([value.roll(1 << 15) * zero, value * one])  # half a turn flips the sign bit
