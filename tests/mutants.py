@@ -508,7 +508,7 @@ MUTANTS = (
         f"{SCHEDULES}::test_a_new_epoch_compiles_no_graph",
     ),
     Mutant(
-        "the epoch in the state is not loaded", "bonus_ops/modules.py",
+        "the epoch in the state is not loaded", "bonus_ops/schedules.py",
         "self.bonus.set_epoch(int(state_dict[key]))", "pass", f"{SCHEDULES}::test_the_epoch_is_in_the_state_dict",
     ),
     # the sigmoid family
