@@ -83,7 +83,7 @@ def test_the_loops_of_a_long_row_are_told_apart(found):
             assert full < masked, gates.label(x)
 
 
-def a_build(found, kernel="forward_kernel"):
+def a_build(found, kernel="partial_kernel"):
     for x in found["builds"]:
         here = (x["kernel"], x["target"], x["dtype"]) == (kernel, "sm_90", "bf16")
         if here and gates.by_vectors(x) and not gates.shares_a_warp(x):

@@ -30,7 +30,7 @@ bandwidth, {launch:g} us a launch, no latency, no cache, no uneven waves. "forwa
 ABOVE = """## Not met
 
 At most {most:g} instructions a bf16 logit in the loops that stream (sm_90, both sweeps together) are wanted, so that
-memory binds; more than that take:
+memory binds; more than that take (that of a sum counts the branch for soft targets, which hard ones skip):
 """
 
 
@@ -45,6 +45,8 @@ def markdown(results: dict[str, Any]) -> str:
         _times(results, list(dict.fromkeys(c["call"] for c in results["cases"] if ", " in c["call"]))),
         ABOVE.format(most=gates.MOST_INSTRUCTIONS),
         _table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
+        "No stack and no spill are wanted; not so:\n",
+        _table(["kernel", "what"], gates.spilled(results["builds"])),
         "## Machines\n\nNone of these numbers was measured here; `bench/machines.py` says where they come from.\n",
         _machines(),
     ]
