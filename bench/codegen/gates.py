@@ -77,7 +77,7 @@ def registers(build: Build) -> str | None:
 
 def loads_of_128_bits(build: Build) -> str | None:
     if by_elements(build):  # a whole tile and one that a mask cuts, each once
-        wide = sum(loop["loads"].get("128", 0) for loop in build["loops"]) or build["loads"].get("128", 0)
+        wide = sum(code["loads"].get("128", 0) for code in build["loops"] or [build])
         return None if wide == arrays(build) else f"{wide} loads of 128 bits, not {arrays(build)}"
     if not by_vectors(build):
         return None
