@@ -49,8 +49,8 @@ def main() -> None:
 
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(Driver())
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        launch(1, 1, dtype, CrossEntropy())
+    launch(1, 1, torch.float32, CrossEntropy())
+    for dtype in (torch.float16, torch.float64):  # the other two: test_codegen.py
         launch(600, 50257, dtype, LogBonus())
     launch(4, 200000, torch.bfloat16, LogBonus(1.0))  # rows split over programs
     launch(64, 10, torch.bfloat16, Focal())

@@ -517,7 +517,7 @@ OWN = (
     ("correct, target list", lambda: scores_of_four().correct([0, 1, 2, 3]), TypeError,
      "target must be a Tensor, not list"),
     ("prediction, target float", lambda: scores_of_four().prediction(labels().float()), RuntimeError,
-     "target must hold class indices, got torch.float32"),
+     r"target must hold class indices, got torch.float32 of shape \[4\]"),
 )  # fmt: skip
 
 
