@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import fallback, ops, reference
 from .losses import GapLoss, decode, encode
+from .watchers import is_deeply_transformed, is_plain_eager
 
-__all__ = ["is_plain_eager", "reduced", "reduced_rows", "rows"]
+__all__ = ["made_gradient", "reduced", "reduced_rows", "rows"]
 
 
 class _Rows(torch.autograd.Function):
@@ -98,19 +99,27 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, target, scale, saved = ctx.saved_tensors
-        watched = not is_plain_eager(grad_loss) or torch._C._functorch.is_legacy_batchedtensor(grad_loss)
-        if torch.is_grad_enabled() or watched:
+        if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
             upstream = _upstream(grad_loss, scale, target)
             return _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss), *(None,) * 6
-        grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
-        factor = grad_loss.item()  # a CPU scalar: nothing waits
-        if grad is not None and factor != 1:
-            # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
-            grad = grad.mul_(factor) if math.isfinite(factor) and grad.dtype.itemsize > 2 else None
+        grad = made_gradient(ctx, grad_loss)
         if grad is None:
             upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
             grad = fallback.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
         return grad, *(None,) * 6
+
+
+def made_gradient(ctx: Any, grad_loss: Tensor) -> Tensor | None:
+    """Return the gradient ``ctx.grad`` of a forward visit times the upstream scalar, None where it must be made again.
+
+    It is given away once: whoever gets it may write it. A half is rounded after it is scaled, or a gradient scaler
+    would find what has underflowed.
+    """
+    grad, ctx.grad = ctx.grad, None
+    factor = grad_loss.item()  # a CPU scalar: nothing waits
+    if grad is None or factor == 1:
+        return grad  # type: ignore[no-any-return]
+    return grad.mul_(factor) if math.isfinite(factor) and grad.dtype.itemsize > 2 else None
 
 
 def _upstream(grad_loss: Tensor, scale: Tensor, target: Tensor) -> Tensor:
@@ -128,22 +137,10 @@ def rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
 ) -> ops.RowResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
-    # reading the level makes the compiler guard it
-    if torch.compiler.is_compiling() and (forward_ad._current_level >= 0 or _is_deep()):
+    if torch.compiler.is_compiling() and is_deeply_transformed():  # where the compiler cannot follow `_Rows`
         return _plain_rows(logits, target, ignore_index, loss, scores, softmax)
     name, fields = encode(loss)
     return _apply(logits, target, fields, ignore_index, name, scores, softmax, implementation)
-
-
-@ops.constant_when_compiled
-def _is_deep() -> bool:
-    """Return whether the compiler is inside jvp or nested transforms, where it cannot follow `_Rows`.
-
-    It would take the tangents of an operator for zeros, in silence.
-    """
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    forward_mode = any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
-    return len(stack) > 1 or forward_mode
 
 
 def _plain_rows(
@@ -172,12 +169,3 @@ def reduced_rows(
         return ops.RowResult(loss_sum, columns, runner_up, nothing, nothing)
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))
-
-
-def is_plain_eager(logits: Tensor) -> bool:
-    """Return whether only the tape watches: no compiler, `torch.func`, forward mode, dispatch mode or such subclass."""
-    if torch.compiler.is_compiling():
-        return False
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    dispatched = torch._C._len_torch_dispatch_stack() > 0
-    return not (transformed or dispatched) and type(logits).__torch_dispatch__ is Tensor.__torch_dispatch__

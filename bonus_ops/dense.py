@@ -5,17 +5,15 @@ First derivatives run the operators. All others, and those for the probabilities
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, dense_ops, dense_path, reference
 from .losses import GapLoss, Loss, decode, encode
 from .shares import Shares
+from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["ShareResult", "share_rows"]
 
@@ -60,9 +58,12 @@ class _Rows(torch.autograd.Function):
 def _gradient(
     logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, shares: Shares, grad_loss: Tensor
 ) -> Tensor:
-    """Return the gradient as a differentiable function of the logits and the upstream gradient [N]."""
-    value = reference.dense_rows(logits, label, ignore_index, loss, shares).reshape(-1)
-    grad: Tensor = torch.autograd.grad(value, logits, grad_loss.to(value.dtype), create_graph=True)[0]
+    """Return the gradient, where grad mode is on a differentiable function of logits and upstream gradient [N]."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = logits if again else logits.detach().requires_grad_()
+        value = reference.dense_rows(x, label, ignore_index, loss, shares).reshape(-1)
+    grad: Tensor = torch.autograd.grad(value, x, grad_loss.to(value.dtype), create_graph=again)[0]
     return grad
 
 
@@ -86,15 +87,12 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, label, _target, scale = ctx.saved_tensors
+        plain = not torch.is_grad_enabled() and is_plain_eager(grad_loss)
+        grad = autograd.made_gradient(ctx, grad_loss) if plain else None
         upstream = (grad_loss.to(scale.dtype) * scale).expand(label.numel())
-        if torch.is_grad_enabled() or not autograd.is_plain_eager(grad_loss):
-            return _gradient(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, upstream), *(None,) * 7
-        grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
-        factor = grad_loss.item()  # a CPU scalar: nothing waits
-        if grad is not None and factor != 1:
-            # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
-            grad = grad.mul_(factor) if math.isfinite(factor) and grad.dtype.itemsize > 2 else None
-        if grad is None:
+        if not plain:
+            grad = _gradient(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, upstream)
+        elif grad is None:
             _, grad = dense_path.visit(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, False, upstream)
         return grad, *(None,) * 7
 
@@ -116,12 +114,14 @@ def share_rows(
         label = torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device) if on_cpu else given.argmax(-1)
     assert label is not None and target is not None
     if by_formula:
+        if given is None and logits.device.type == "cpu":
+            reference.check_target(label, logits.shape[2], ignore_index)
         value = reference.dense_rows(logits, label, ignore_index, loss, shares).reshape(-1)
         columns, runner_up = None, None
         if scores:
             *five, runner_up = reference.scores(logits, label, ignore_index)
             columns, runner_up = torch.stack(five).reshape(5, -1), runner_up.reshape(-1)
-    elif on_cpu and reduce and logits.requires_grad and torch.is_grad_enabled() and autograd.is_plain_eager(logits):
+    elif on_cpu and reduce and logits.requires_grad and torch.is_grad_enabled() and is_plain_eager(logits):
         visited: Any = _Visit.apply(logits, label, target, divisor, ignore_index, loss.current, shares, scores)  # type: ignore[no-untyped-call]
         return ShareResult(*visited) if scores else ShareResult(visited, None, None)
     else:
@@ -139,9 +139,6 @@ def _needs_formula(logits: Tensor, loss: Loss, shares: Shares, implementation: s
     dtype = reference.accumulation_dtype(logits.dtype)
     if any(torch.promote_types(x.dtype, dtype) != dtype for x in tensors):
         return True  # a float64 share makes a float64 loss
-    watched = not autograd.is_plain_eager(logits) and not is_traceable_wrapper_subclass(logits)
-    if watched and not torch.compiler.is_compiling():
-        return True
-    if forward_ad._current_level >= 0:
-        return True
-    return implementation == "torch" and isinstance(loss, GapLoss) and not loss.adds_to_cross_entropy
+    return (
+        is_transformed() or implementation == "torch" and isinstance(loss, GapLoss) and not loss.adds_to_cross_entropy
+    )

@@ -321,8 +321,6 @@ class _Call:
                 dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
         else:
             label = self.target.reshape(logits.shape[:2])
-            if self.input.device.type == "cpu":
-                reference.check_target(label, self.n_classes, self.ignore_index)
             divisor = self._divisor(label, self._row_weight(label))
             if self.bonus_weight is not None and self.reduction == "mean" and self.weight is not None:
                 # a weighted cross-entropy is divided by its weights, the bonus by the number of rows

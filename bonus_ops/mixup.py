@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import autograd, fallback, ops, reference
+from . import fallback, ops, reference
 from .checks import check_bonus, check_call, checked_ignore_index
 from .functional import _DEFAULT_BONUS, _rows
 from .losses import CrossEntropy, GapLoss, decode, encode
+from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["mixup_cross_entropy"]
 
@@ -81,8 +81,6 @@ def mixup_cross_entropy(
     logits = _rows(input)
     n_classes = logits.shape[2]
     targets = torch.stack([t.reshape(logits.shape[:2]).to(torch.int64) for t in (target_a, target_b)])
-    if input.device.type == "cpu":
-        reference.check_target(targets, n_classes, ignore_index)
     value = _values(logits, targets, ignore_index, loss, implementation)
     dtype = value.dtype
     counts = targets.reshape(2, -1) != ignore_index
@@ -112,7 +110,7 @@ def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
             raise RuntimeError(f"lam must have a floating point type, got {lam.dtype}")
         if lam.device != target.device and lam.dim() > 0:
             raise RuntimeError(f"lam must be on the device of the targets, {target.device}, got {lam.device}")
-        if lam.device.type == "cpu" and autograd.is_plain_eager(lam) and not ((lam >= 0) & (lam <= 1)).all():
+        if lam.device.type == "cpu" and is_plain_eager(lam) and not ((lam >= 0) & (lam <= 1)).all():
             raise ValueError(f"lam must be in [0, 1], got {lam.min().item()} to {lam.max().item()}")
         return lam
     if isinstance(lam, bool) or not isinstance(lam, Real):
@@ -124,8 +122,9 @@ def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
 
 def _values(logits: Tensor, targets: Tensor, ignore_index: int, loss: GapLoss, implementation: str) -> Tensor:
     """Return the losses [2, N] of rows [outer, inner, C] under each of their labels [2, outer, inner]."""
-    eager = torch.compiler.is_compiling() or autograd.is_plain_eager(logits)
-    if implementation == "reference" or not eager or forward_ad._current_level >= 0:
+    if implementation == "reference" or is_transformed():
+        if logits.device.type == "cpu":
+            reference.check_target(targets, logits.shape[2], ignore_index)
         return torch.stack([reference.rows(logits, t, ignore_index, loss).reshape(-1) for t in targets])
     name, fields = encode(loss)
     values: Tensor = _Mixup.apply(logits, targets, fields, ignore_index, name, implementation)[0]  # type: ignore[no-untyped-call]
@@ -167,6 +166,8 @@ def forward(
     """Return losses [2, N] and what `backward` needs [7, N]."""
     gap_loss = decode(loss, fields)
     values, saved = _empty(logits)
+    if logits.device.type == "cpu":
+        reference.check_target(targets, logits.shape[2], ignore_index)
     if values.numel() == 0:
         return values, saved
     if implementation == "triton":
@@ -238,9 +239,8 @@ def _(logits, targets, fields, saved, grad_loss, ignore_index, loss, implementat
 # --- the torch path: blocks of rows as in `fallback` ------------------------------------------------------------------
 
 
-def _labels(targets: Tensor, n_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _labels(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return gatherable labels [2, N, 1] and which of them count [2, N]."""
-    reference.check_target(targets, n_classes, ignore_index)
     counts = (targets != ignore_index).reshape(2, -1)
     return torch.where(counts, targets.reshape(2, -1), 0)[:, :, None], counts
 
@@ -249,7 +249,7 @@ def _sweep(
     logits: Tensor, targets: Tensor, ignore_index: int, loss: GapLoss, values: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fill losses and saved columns: one read of the logits."""
-    labels, counts = _labels(targets, logits.shape[2], ignore_index)
+    labels, counts = _labels(targets, ignore_index)
     z_a, z_b = (fallback._target_logits(logits, label)[:, 0].masked_fill(~c, -torch.inf) for label, c in
                 zip(labels, counts, strict=True))  # fmt: skip
     plan = fallback._Plan(logits, 1)
@@ -288,7 +288,7 @@ def _second_sweep(
     logits: Tensor, targets: Tensor, ignore_index: int, loss: GapLoss, saved: Tensor, grad_loss: Tensor, grad: Tensor
 ) -> Tensor:
     """Fill the gradient: one read of the logits, one write."""
-    labels, counts = _labels(targets, logits.shape[2], ignore_index)
+    labels, counts = _labels(targets, ignore_index)
     slopes = loss.slope(saved[:2]) * grad_loss.to(saved.dtype)
     slopes = slopes.masked_fill_(~counts | (saved[:2] == torch.inf), 0.0)
     a, b = slopes

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import fallback, reference
 from .losses import GapLoss, Loss, decode
+from .watchers import constant_when_compiled
 
 __all__ = ["RowResult", "backward", "chosen", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
 
@@ -55,15 +56,6 @@ def _triton_found() -> bool:
 
 def _interpreted() -> bool:
     return type(_kernels()["forward"].forward_kernel).__name__ == "InterpretedFunction"
-
-
-def constant_when_compiled(function: _Function) -> _Function:
-    """Let the compiler run ``function`` and keep its result.
-
-    As torch.compiler.assume_constant_result, which would import the compiler, 1.7 s, together with this package.
-    """
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
 
 
 @constant_when_compiled

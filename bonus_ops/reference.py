@@ -184,8 +184,8 @@ def elements(
     x, t = _wide(input, target)
     one, zero = loss.value(x), loss.value(-x)
     # no share costs nothing, even where the loss is infinite
-    one = torch.where((t == 0) & one.isinf(), 0.0, one) * (1.0 if pos_weight is None else pos_weight)
-    zero = torch.where((t == 1) & zero.isinf(), 0.0, zero)
+    one = one.masked_fill((t == 0) & one.isinf(), 0.0) * (1.0 if pos_weight is None else pos_weight)
+    zero = zero.masked_fill((t == 1) & zero.isinf(), 0.0)
     value = scales[0] * t * one + scales[1] * (1 - t) * zero
     return value if weight is None else value * weight
 

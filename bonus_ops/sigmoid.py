@@ -17,6 +17,7 @@ from .elementwise import Elements
 from .functional import _DEFAULT_BONUS
 from .losses import CrossEntropy, GapLoss
 from .schedules import KeepsEpoch
+from .watchers import is_transformed
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
 
@@ -313,10 +314,8 @@ def _choose(of: Elements, requested: str | None) -> str:
     formula = None
     if of.target.requires_grad and torch.is_grad_enabled():
         formula = "the gradient of target"
-    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        formula = "torch.func transforms"
-    elif not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
-        formula = "forward-mode derivatives"
+    elif is_transformed():
+        formula = "torch.func and forward mode"
     if requested == "triton":
         why = ops.why_not_triton(of.input.device.type)
         if why is not None:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from . import elementwise, reference
+from .autograd import made_gradient
 from .elementwise import Elements, common_axes
 from .losses import decode, encode
 from .ops import WARP_SIZE, _device_guard, _halved, _loss_params, kernel_pair
+from .watchers import is_plain_eager
 
 __all__ = ["element_losses", "element_sum"]
 
@@ -178,16 +180,14 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         of = Elements(*ctx.saved_tensors, *ctx.rest)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
             return reference.elements_gradient(*of, grad_loss / ctx.divisor), *(None,) * 6
-        grad, ctx.grad = ctx.grad, None  # given away once: whoever gets it may write it
-        factor = grad_loss.item()
-        # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
-        if factor != 1 and (not math.isfinite(factor) or of.input.dtype.itemsize == 2):
-            return elementwise.backward(of, grad_loss.to(of.dtype) / ctx.divisor), *(None,) * 6
+        if ctx.grad is None:
+            _, ctx.grad = elementwise.visit(of, 1 / ctx.divisor)  # again: the bits of the first
+        grad = made_gradient(ctx, grad_loss)
         if grad is None:
-            _, grad = elementwise.visit(of, 1 / ctx.divisor)  # the bits of the first
-        return grad if factor == 1 else grad.mul_(factor), *(None,) * 6
+            grad = elementwise.backward(of, grad_loss.to(of.dtype) / ctx.divisor)
+        return grad, *(None,) * 6
 
 
 def element_losses(of: Elements, dtype: torch.dtype, implementation: str) -> Tensor:
@@ -197,7 +197,7 @@ def element_losses(of: Elements, dtype: torch.dtype, implementation: str) -> Ten
 
 def element_sum(of: Elements, divisor: float | Tensor, implementation: str) -> Tensor:
     """Return the sum of the losses over ``divisor``, in the dtype they are computed in."""
-    eager = implementation == "torch" and of.input.device.type == "cpu" and not torch.compiler.is_compiling()
+    eager = implementation == "torch" and of.input.device.type == "cpu" and is_plain_eager(of.input)
     known = not isinstance(divisor, Tensor) and divisor > 0  # 0 for a mean of nothing
     if eager and known and of.input.requires_grad and torch.is_grad_enabled():
         return _Visit.apply(*of._replace(loss=of.loss.current), divisor)  # type: ignore[no-any-return,no-untyped-call]
