@@ -101,7 +101,8 @@ def bonus_binary_cross_entropy_with_logits(
     if how == "reference":
         value = reference.elements(*of)
         if reduction != "none":
-            value = value.sum() / divisor
+            # by a number, torch would make the tangent a float64
+            value = value.sum() / torch.as_tensor(divisor, dtype=value.dtype, device=value.device)
     elif reduction == "none":
         value = sigmoid_ops.element_losses(of, dtype, how)
     else:

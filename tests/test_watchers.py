@@ -1,0 +1,89 @@
+"""Every family of losses under every watcher: batched gradients, transforms, fake tensors, compiled or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
+
+from bonus_ops import (
+    SoftmaxSquaredError,
+    bonus_binary_cross_entropy_with_logits,
+    bonus_cross_entropy,
+    mixup_cross_entropy,
+)
+
+LABEL = torch.tensor([0, 3, 8, 3])
+SHARE = torch.softmax(torch.linspace(-1, 1, 36).reshape(4, 9), 1)
+FAMILIES = {
+    "labels": lambda x: bonus_cross_entropy(x, LABEL),
+    "smoothed labels": lambda x: bonus_cross_entropy(x, LABEL, label_smoothing=0.1),
+    "probabilities": lambda x: bonus_cross_entropy(x, SHARE),
+    "all classes": lambda x: bonus_cross_entropy(x, LABEL, bonus=SoftmaxSquaredError(1.0)),
+    "two labels": lambda x: mixup_cross_entropy(x, LABEL, LABEL.flip(0), 0.3),
+    "sigmoid": lambda x: bonus_binary_cross_entropy_with_logits(x, SHARE),
+}
+FAMILY = pytest.mark.parametrize("loss", FAMILIES.values(), ids=FAMILIES)
+DIRECTION = torch.linspace(1, -2, 36).reshape(4, 9)
+TRANSFORMS = {
+    "grad": lambda f: grad(f),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (DIRECTION.to(x.dtype),))[1],
+    "hessian": lambda f: hessian(f),
+    "vmap of grad": lambda f: lambda x: vmap(grad(f))(torch.stack([x, 2 * x])),
+}
+
+
+def logits(**options) -> torch.Tensor:
+    return torch.randn(4, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(**options)
+
+
+def slope(f, x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """Return the directional derivative by central differences, in float64."""
+    step = 1e-6 * direction
+    return (f(x + step) - f(x - step)) / 2e-6
+
+
+@FAMILY
+def test_a_batch_of_upstream_gradients(loss):
+    x = logits(dtype=torch.float32).requires_grad_()
+    (one,) = torch.autograd.grad(loss(x), x)
+    (batch,) = torch.autograd.grad(loss(x), x, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batch, torch.stack([one, -2 * one]), rtol=2e-6, atol=1e-8)
+
+
+@FAMILY
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_compiled_transform_is_the_eager_one(loss, transform):
+    f, x = transform(loss), logits(dtype=torch.float64)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(f, backend="aot_eager")(x), f(x), rtol=1e-10, atol=1e-12)
+
+
+@FAMILY
+def test_tangents_are_those_of_finite_differences_eager_and_through_a_graph(loss):
+    x = logits(dtype=torch.float64)
+    expected = slope(loss, x, DIRECTION.double())
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager")
+    compiled(x)  # a graph without tangents, which must not serve those that have
+    for f in (loss, compiled):
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, DIRECTION.double()))).tangent
+        assert tangent is not None
+        torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-8)
+
+
+@FAMILY
+def test_a_tangent_has_the_dtype_of_its_value(loss):
+    value, tangent = jvp(loss, (logits(dtype=torch.float32),), (DIRECTION,))
+    assert value.dtype == tangent.dtype == torch.float32
+
+
+@FAMILY
+def test_fake_tensors_pass_forward_and_backward(loss):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(4, 9, requires_grad=True)
+        loss(x).backward()
+        assert x.grad is not None and x.grad.shape == (4, 9)
