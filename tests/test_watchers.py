@@ -23,7 +23,7 @@ FAMILIES = {
     "probabilities": lambda x: bonus_cross_entropy(x, SHARE),
     "all classes": lambda x: bonus_cross_entropy(x, LABEL, bonus=SoftmaxSquaredError(1.0)),
     "two labels": lambda x: mixup_cross_entropy(x, LABEL, LABEL.flip(0), 0.3),
-    "sigmoid": lambda x: bonus_binary_cross_entropy_with_logits(x, SHARE),
+    "sigmoid": lambda x: bonus_binary_cross_entropy_with_logits(x, SHARE.to(x.dtype)),
 }
 FAMILY = pytest.mark.parametrize("loss", FAMILIES.values(), ids=FAMILIES)
 DIRECTION = torch.linspace(1, -2, 36).reshape(4, 9)
