@@ -65,6 +65,8 @@ def rank_main(rank: int, folder: str) -> None:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # at times a thread of gloo's outlives the interpreter, which then aborts
 
 
 def data_parallel_gradients(rank: int) -> list[torch.Tensor]:
