@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import fallback, ops, reference
+from . import ops, reference
 from .losses import GapLoss, decode, encode
+from .torch_path import labels as torch_labels
 from .watchers import is_deeply_transformed, is_plain_eager
 
 __all__ = ["made_gradient", "reduced", "reduced_rows", "rows"]
@@ -88,7 +89,7 @@ class _Visit(torch.autograd.Function):
             scale = divisor.reciprocal().view(1)
         else:
             scale = row_weight if divisor is None else row_weight / divisor
-        out, grad = fallback.visit(logits, target, ignore_index, loss, scores, scale)
+        out, grad = torch_labels.visit(logits, target, ignore_index, loss, scores, scale)
         ctx.save_for_backward(logits, target, scale, out.saved)
         ctx.ignore_index, ctx.loss, ctx.grad = ignore_index, loss, grad
         if not scores:
@@ -105,7 +106,7 @@ class _Visit(torch.autograd.Function):
         grad = made_gradient(ctx, grad_loss)
         if grad is None:
             upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
-            grad = fallback.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
+            grad = torch_labels.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
         return grad, *(None,) * 6
 
 

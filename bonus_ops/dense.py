@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, dense_ops, dense_path, reference
+from . import autograd, dense_ops, reference
 from .losses import GapLoss, Loss, decode, encode
 from .shares import Shares
+from .torch_path import shares as torch_shares
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["ShareResult", "share_rows"]
@@ -75,7 +76,7 @@ class _Visit(torch.autograd.Function):
         scale = logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype))
         if divisor is not None:
             scale = scale / divisor
-        out, grad = dense_path.visit(logits, label, ignore_index, loss, shares, scores, scale)
+        out, grad = torch_shares.visit(logits, label, ignore_index, loss, shares, scores, scale)
         ctx.save_for_backward(logits, label, target, scale)  # the target, so that a change in place is noticed
         ctx.ignore_index, ctx.loss, ctx.shares, ctx.grad = ignore_index, loss, shares, grad
         total = autograd.reduced(out.loss, None, divisor)
@@ -93,7 +94,7 @@ class _Visit(torch.autograd.Function):
         if not plain:
             grad = _gradient(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, upstream)
         elif grad is None:
-            _, grad = dense_path.visit(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, False, upstream)
+            _, grad = torch_shares.visit(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, False, upstream)
         return grad, *(None,) * 7
 
 

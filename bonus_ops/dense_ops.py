@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dense_path, ops, reference
+from . import ops, reference
 from .losses import LogBonus, Loss, PowerBonus, decode
 from .shares import Shares
+from .torch_path import shares as torch_shares
 
 __all__ = ["DenseResult", "backward", "forward", "has_terms"]
 
@@ -131,7 +132,7 @@ def forward(
         return tuple(_launch_forward(logits, label, ignore_index, decoded, shares, scores))  # type: ignore[return-value]
     out = _empty_result(logits, scores)
     if logits.device.type == "cpu":
-        rows, _ = dense_path.visit(logits, label, ignore_index, decoded, shares, scores, None)
+        rows, _ = torch_shares.visit(logits, label, ignore_index, decoded, shares, scores, None)
         columns = out.scores if rows.scores is None else rows.scores
         return (
             rows.loss,
@@ -166,7 +167,7 @@ def backward(
         return _launch_backward(logits, label, ignore_index, decoded, shares, (saved, runner_up), grad_loss)
     if logits.device.type == "cpu":  # the sweep is made again: a second visit costs no more than a second sweep
         upstream = grad_loss.to(reference.accumulation_dtype(logits.dtype))
-        grad = dense_path.visit(logits, label, ignore_index, decoded, shares, False, upstream)[1]
+        grad = torch_shares.visit(logits, label, ignore_index, decoded, shares, False, upstream)[1]
         return torch.empty_like(logits) if grad is None else grad
     with torch.enable_grad():
         inner = logits.detach().requires_grad_()

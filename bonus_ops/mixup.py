@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fallback, ops, reference
+from . import ops, reference
 from .checks import check_bonus, check_call, checked_ignore_index
 from .functional import _DEFAULT_BONUS, _rows
 from .losses import CrossEntropy, GapLoss, decode, encode
+from .torch_path import labels as torch_labels
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["mixup_cross_entropy"]
@@ -236,7 +237,7 @@ def _(logits, targets, fields, saved, grad_loss, ignore_index, loss, implementat
     return torch.empty_like(logits)
 
 
-# --- the torch path: blocks of rows as in `fallback` ------------------------------------------------------------------
+# --- the torch path: blocks of rows as in `torch_path.labels` ---------------------------------------------------------
 
 
 def _labels(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -250,21 +251,21 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     """Fill losses and saved columns: one read of the logits."""
     labels, counts = _labels(targets, ignore_index)
-    z_a, z_b = (fallback._target_logits(logits, label)[:, 0].masked_fill(~c, -torch.inf) for label, c in
+    z_a, z_b = (torch_labels._target_logits(logits, label)[:, 0].masked_fill(~c, -torch.inf) for label, c in
                 zip(labels, counts, strict=True))  # fmt: skip
-    plan = fallback._Plan(logits, 1)
+    plan = torch_labels._Plan(logits, 1)
     found = []
     row = 0
     for i, source in enumerate(plan.pieces(logits)):
         n_rows = plan.sizes[i]
         z = plan.buffer(0, i)[:n_rows]
-        fallback._as_rows(source, z).copy_(source)
+        torch_labels._as_rows(source, z).copy_(source)
         for label, c in zip(labels, counts, strict=True):
             here = label[row : row + n_rows]
             z.scatter_(1, here, z.gather(1, here).masked_fill_(c[row : row + n_rows, None], -torch.inf))
         maximum = z.amax(1, keepdim=True)
-        z.sub_(fallback._origin(maximum))
-        found.append(torch.cat([maximum, z.mul_(fallback.LOG2_E).exp2_().sum(1, keepdim=True)], 1))
+        z.sub_(torch_labels._origin(maximum))
+        found.append(torch.cat([maximum, z.mul_(torch_labels.LOG2_E).exp2_().sum(1, keepdim=True)], 1))
         row += n_rows
     maximum, sum_exp = torch.cat(found).unbind(1)
     same = (labels[0, :, 0] == labels[1, :, 0]) & counts[0] & counts[1]
@@ -272,7 +273,7 @@ def _sweep(
     saved[2] = maximum
     for i, (z_label, other) in enumerate(zip((z_a, z_b), others, strict=True)):
         highest = torch.maximum(maximum, other)
-        origin = fallback._origin(highest)
+        origin = torch_labels._origin(highest)
         total = sum_exp * torch.exp(maximum - origin) + torch.exp(other - origin)
         empty = total == 0
         log_total = torch.where(empty, 1.0, total).log()
@@ -296,17 +297,17 @@ def _second_sweep(
     same = (labels[0, :, 0] == labels[1, :, 0]) & counts[0] & counts[1]
     at_a = torch.where(same, -b, b * torch.exp(saved[5])) - a
     at_b = torch.where(same, -a, a * torch.exp(saved[6])) - b
-    plan = fallback._Plan(logits, 1, grad)
+    plan = torch_labels._Plan(logits, 1, grad)
     row = 0
     for i, (source, out) in enumerate(zip(plan.pieces(logits), plan.pieces(grad), strict=True)):
         rows = slice(row, row + plan.sizes[i])
         row = rows.stop
         e = plan.buffer(0, i)[: plan.sizes[i]]
-        fallback._as_rows(source, e).copy_(source)
-        e.sub_(fallback._origin(saved[2, rows, None])).mul_(fallback.LOG2_E).exp2_().mul_(scale[rows, None])
+        torch_labels._as_rows(source, e).copy_(source)
+        e.sub_(torch_labels._origin(saved[2, rows, None])).mul_(torch_labels.LOG2_E).exp2_().mul_(scale[rows, None])
         for label, c, at in ((labels[0], counts[0], at_a), (labels[1], counts[1], at_b)):
             here = label[rows]
             e.scatter_(1, here, torch.where(c[rows, None], at[rows, None], e.gather(1, here)))
         e.masked_fill_(~(counts[0] | counts[1])[rows, None], 0.0)
-        out.copy_(fallback._as_rows(out, e))
+        out.copy_(torch_labels._as_rows(out, e))
     return grad

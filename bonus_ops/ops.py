@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import fallback, reference
+from . import reference
 from .losses import GapLoss, Loss, decode
+from .torch_path import labels as torch_labels
 from .watchers import constant_when_compiled
 
 __all__ = ["RowResult", "backward", "chosen", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
@@ -233,13 +234,13 @@ def forward(
         return result.loss, result.scores, result.runner_up, result.saved, result.softmax
     if logits.device.type != "cpu":
         return _plain_forward(logits, target, ignore_index, gap_loss, scores, softmax)
-    out, _ = fallback.visit(logits, target, ignore_index, gap_loss, scores, None)
+    out, _ = torch_labels.visit(logits, target, ignore_index, gap_loss, scores, None)
     return (
         out.loss.clone(),  # it may be a view, of which forward mode makes an internal error
         logits.new_empty(0, dtype=torch.float32) if out.scores is None else out.scores,
         logits.new_empty(0, dtype=torch.int32) if out.runner_up is None else out.runner_up,
         out.saved,
-        fallback.softmax(logits, target, out.saved, ignore_index) if softmax else logits.new_empty(0),
+        torch_labels.softmax(logits, target, out.saved, ignore_index) if softmax else logits.new_empty(0),
     )
 
 
@@ -272,7 +273,7 @@ def backward(
     if implementation == "triton":
         return _launch_backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
     if logits.device.type == "cpu":
-        return fallback.backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
+        return torch_labels.backward(logits, target, saved, grad_loss, ignore_index, gap_loss)
     grad = reference.gradient(logits, target, ignore_index, gap_loss, grad_loss.reshape(target.shape))
     return torch.empty_like(logits).copy_(grad)
 

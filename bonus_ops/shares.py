@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sums import dot, log2
+from .torch_path.sums import dot, log2
 
 __all__ = ["BlockShare", "Share", "Shares"]
 

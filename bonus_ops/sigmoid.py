@@ -13,10 +13,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from . import ops, reference, sigmoid_ops
 from .checks import FLOATS, check_bonus
 from .class_losses import ClassLoss
-from .elementwise import Elements
 from .functional import _DEFAULT_BONUS
 from .losses import CrossEntropy, GapLoss
 from .schedules import KeepsEpoch
+from .torch_path.elementwise import Elements
 from .watchers import is_transformed
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import elementwise, reference
+from . import reference
 from .autograd import made_gradient
-from .elementwise import Elements, common_axes
 from .losses import decode, encode
 from .ops import WARP_SIZE, _device_guard, _halved, _loss_params, kernel_pair
+from .torch_path import elementwise
+from .torch_path.elementwise import Elements, common_axes
 from .watchers import is_plain_eager
 
 __all__ = ["element_losses", "element_sum"]

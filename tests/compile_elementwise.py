@@ -11,7 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect
 from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus, sigmoid_ops
-from bonus_ops.elementwise import Elements
+from bonus_ops.torch_path.elementwise import Elements
 from tests.compile_launches import Driver
 
 BUILT: list[dict] = []

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bonus_ops
-from bonus_ops import fallback, reference
+from bonus_ops import reference
 from bonus_ops.shares import Shares
+from bonus_ops.torch_path import labels as torch_labels
 from tests.budget import assert_within_budget
 from tests.cases import LAYOUTS
 
@@ -227,13 +228,13 @@ def in_range(truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def small_blocks(several: bool) -> Iterator[None]:
-    before = fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK
+    before = torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK
     if several:
-        fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK = 150, 40
+        torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK = 150, 40
     try:
         yield
     finally:
-        fallback.BLOCK_ELEMENTS, fallback.SMALLEST_BLOCK = before
+        torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK = before
 
 
 def call(case: Case, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Any, Any, Any]:

@@ -241,12 +241,12 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel, flash-attention; pytorch/pytorch #58509, #104040",
     ),
     Mutant(
-        "the torch path counts the label among the rest", "bonus_ops/fallback.py",
+        "the torch path counts the label among the rest", "bonus_ops/torch_path/labels.py",
         "z.scatter_(1, label, -math.inf)", "z.scatter_(1, label, z_target)",
         "tests/test_scores.py::test_ties_go_to_the_lowest_index",
     ),
     Mutant(
-        "the torch path leaves what ignored rows hold", "bonus_ops/fallback.py",
+        "the torch path leaves what ignored rows hold", "bonus_ops/torch_path/labels.py",
         "return e if counts is None else e.masked_fill_(~counts[:, None], 0.0)", "return e",
         "tests/test_functional.py::test_ignored_rows_cost_nothing_whatever_they_hold",
     ),
@@ -312,7 +312,7 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel #305",
     ),
     Mutant(
-        "an empty batch is not skipped", "bonus_ops/fallback.py",
+        "an empty batch is not skipped", "bonus_ops/torch_path/labels.py",
         "if logits.numel() == 0:  # no rows", "if False:  # no rows",
         "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
         seen_in="linkedin/Liger-Kernel 0.8.5, flash-attention: RuntimeError at N = 0",
@@ -343,7 +343,7 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
     ),
     Mutant(
-        "an ignored row zeroes the loss of all", "bonus_ops/fallback.py",
+        "an ignored row zeroes the loss of all", "bonus_ops/torch_path/labels.py",
         "else value.masked_fill(~counts, 0.0)", "else value * counts.all()",
         "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch",
         seen_in="linkedin/Liger-Kernel #968: 'none' with ignore",
@@ -441,38 +441,38 @@ MUTANTS = (
         "tests/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
     ),
     Mutant(
-        "the last exponentials of a block are scalar ones", "bonus_ops/fallback.py",
+        "the last exponentials of a block are scalar ones", "bonus_ops/torch_path/labels.py",
         "    whole = _whole(n)\n    if whole == n:", "    whole = n\n    if whole == n:",
         "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[1003-contiguous-sum-fp32]",
     ),
     Mutant(
-        "the last rows of a class-major block are added otherwise", "bonus_ops/fallback.py",
+        "the last rows of a class-major block are added otherwise", "bonus_ops/torch_path/labels.py",
         "return -(-n_rows // VECTOR) * VECTOR if self.by_class else n_rows", "return n_rows",
         "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[10-contiguous-sum-fp32]",
     ),
     Mutant(
-        "columns of rows are not padded", "bonus_ops/fallback.py",
+        "columns of rows are not padded", "bonus_ops/torch_path/labels.py",
         "    missing = -x.numel() % (VECTOR * threads(x.numel()))\n", "    missing = 0\n",
         "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",
     ),
     Mutant(
-        "a single long row is shared by threads", "bonus_ops/sums.py",
+        "a single long row is shared by threads", "bonus_ops/torch_path/sums.py",
         "if len(x) == 1 and threads(x.numel()) > 1:", "if False:",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
     Mutant(
-        "bounds of threads are no bounds of vectors", "bonus_ops/fallback.py",
+        "bounds of threads are no bounds of vectors", "bonus_ops/torch_path/labels.py",
         "    whole = n - n % (VECTOR * n_threads)\n", "    whole = n - n % VECTOR\n",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
     # what the matrix, the properties and the fuzzer are for
     Mutant(
-        "the softmax of an ignored row is NaN * 0", "bonus_ops/fallback.py",
+        "the softmax of an ignored row is NaN * 0", "bonus_ops/torch_path/labels.py",
         "at_label[rows].masked_fill(~counts[rows], 0.0)", "at_label[rows] * counts[rows]",
         "tests/test_fuzzer.py::test_torch_path[0]",
     ),
     Mutant(
-        "e^x is 2e-5 too large", "bonus_ops/fallback.py",
+        "e^x is 2e-5 too large", "bonus_ops/torch_path/labels.py",
         "torch.mul(shifted, LOG2_E, out=out)", "torch.mul(shifted, LOG2_E * (1 + 2e-5), out=out)",
         "tests/test_matrix.py::test_forward_and_backward[10]",
     ),
@@ -523,7 +523,7 @@ MUTANTS = (
         f"{SIGMOID}::test_a_program_of_a_sum_adds_up_several_tiles",
     ),
     Mutant(
-        "a block with an infinite logit is not set right", "bonus_ops/elementwise.py",
+        "a block with an infinite logit is not set right", "bonus_ops/torch_path/elementwise.py",
         "if math.isfinite(total):  #", "if True:  #", f"{SIGMOID}::test_every_loss_of_an_infinite_logit_is_the_limit",
     ),
     Mutant(

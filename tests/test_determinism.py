@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bonus_ops import LogBonus, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax, fallback
+from bonus_ops import LogBonus, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax
+from bonus_ops.torch_path import labels as torch_labels
 from tests import cases
 from tests.conftest import ACCELERATOR
 
@@ -92,8 +93,8 @@ def test_every_loss_by_row(name):
 def test_blocks_leave_no_trace(n_classes, monkeypatch):
     logits, target = cases.typical(cases.generator(), 201, n_classes, torch.float32)
     whole = results(logits, target, LogBonus(), "sum", softmax=True)
-    monkeypatch.setattr(fallback, "BLOCK_ELEMENTS", 7 * n_classes)
-    monkeypatch.setattr(fallback, "SMALLEST_BLOCK", 7 * n_classes)
+    monkeypatch.setattr(torch_labels, "BLOCK_ELEMENTS", 7 * n_classes)
+    monkeypatch.setattr(torch_labels, "SMALLEST_BLOCK", 7 * n_classes)
     assert_same_bits(results(logits, target, LogBonus(), "sum", softmax=True), whole)
 
 

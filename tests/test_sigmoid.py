@@ -29,10 +29,10 @@ from bonus_ops import (
     PowerBonus,
     SoftmaxSquaredError,
     SquaredError,
-    elementwise,
     reference,
 )
 from bonus_ops import bonus_binary_cross_entropy_with_logits as bonus_bce
+from bonus_ops.torch_path import elementwise
 from tests.cases import LOSSES
 from tests.conftest import ACCELERATOR
 

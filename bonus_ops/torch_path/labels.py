@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import GapLoss
-from .reference import accumulation_dtype, check_target
+from ..losses import GapLoss
+from ..reference import accumulation_dtype, check_target
 from .sums import dot, row_sum, threads
 
 try:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .losses import GapLoss
-from .reference import accumulation_dtype
+from ..losses import GapLoss
+from ..reference import accumulation_dtype
 
 __all__ = ["Elements", "backward", "common_axes", "forward", "visit"]
 

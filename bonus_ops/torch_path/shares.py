@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from . import fallback
-from .fallback import LOWEST, RowOutputs
-from .losses import CrossEntropy, GapLoss, LogBonus, Loss
-from .reference import accumulation_dtype
-from .shares import BlockShare, Shares
+from ..losses import CrossEntropy, GapLoss, LogBonus, Loss
+from ..reference import accumulation_dtype
+from ..shares import BlockShare, Shares
+from . import labels as fallback
+from .labels import LOWEST, RowOutputs
 from .sums import dot, row_sum
 
 __all__ = ["visit"]
