@@ -1,6 +1,5 @@
 """bonus_ops: cross-entropy with a bonus for well-classified examples, and difficulty scores, in one pass."""
 
-from .class_losses import ClassLoss, SoftmaxAbsoluteError, SoftmaxSquaredError
 from .dynamics import ExampleTracker
 from .functional import (
     bonus_cross_entropy,
@@ -10,6 +9,7 @@ from .functional import (
 )
 from .losses import (
     AbsoluteError,
+    ClassLoss,
     CosineBonus,
     CrossEntropy,
     Focal,
@@ -20,6 +20,8 @@ from .losses import (
     LogBonus,
     Poly1,
     PowerBonus,
+    SoftmaxAbsoluteError,
+    SoftmaxSquaredError,
     SquaredError,
     SubDataBonus,
 )

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .class_losses import ClassLoss
 from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
-from .losses import GapLoss, LogBonus
+from .losses import ClassLoss, GapLoss, LogBonus
 from .scores import Scores
 
 __all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]

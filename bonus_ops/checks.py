@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import cross_entropy
 
-from .class_losses import ClassLoss
-from .losses import Bonus, GapLoss
+from .losses import Bonus, ClassLoss, GapLoss
 from .schedules import Scheduled
 
 __all__ = [

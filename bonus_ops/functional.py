@@ -18,10 +18,9 @@ from .checks import (
     checked_ignore_index,
     checked_label_smoothing,
 )
-from .class_losses import ClassLoss
 from .dense import share_rows
 from .dense_ops import has_terms
-from .losses import CrossEntropy, GapLoss, LogBonus, Loss
+from .losses import ClassLoss, CrossEntropy, GapLoss, LogBonus, Loss
 from .scores import Scores
 from .shares import Shares
 

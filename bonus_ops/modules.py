@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
-from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
-from .losses import GapLoss
+from .losses import ClassLoss, GapLoss
 from .schedules import KeepsEpoch
 
 __all__ = ["BonusCrossEntropyLoss"]

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
-from .losses import GapLoss
+from .losses import ClassLoss, GapLoss
 
 __all__ = ["patch_cross_entropy"]
 

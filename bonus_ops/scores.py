@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_bonus
-from .class_losses import ClassLoss
-from .losses import CrossEntropy, GapLoss
+from .losses import ClassLoss, CrossEntropy, GapLoss
 
 __all__ = ["SCORES", "Score", "Scores"]
 

@@ -12,9 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import ops, reference, sigmoid_ops
 from .checks import FLOATS, check_bonus
-from .class_losses import ClassLoss
 from .functional import _DEFAULT_BONUS
-from .losses import CrossEntropy, GapLoss
+from .losses import ClassLoss, CrossEntropy, GapLoss
 from .schedules import KeepsEpoch
 from .torch_path.elementwise import Elements
 from .watchers import is_transformed

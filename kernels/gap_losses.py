@@ -1,6 +1,6 @@
 """Losses of the gap inside a kernel: a value and a slope per loss, ``(gap, params) -> tensor``.
 
-Each pair repeats the torch formulas of the class it serves in ``bonus_ops/losses.py``; ``params`` is the tuple that
+Each pair repeats the torch formulas of the class it serves in ``bonus_ops/losses``; ``params`` is the tuple that
 the class's ``parameters()`` returns: run-time numbers, so that a schedule never recompiles. ``slope`` is
 ``A = -dL/dgap``.
 """

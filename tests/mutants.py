@@ -367,7 +367,7 @@ MUTANTS = (
         "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
     ),
     Mutant(
-        "the exact bonus is clamped at 1e-5", "bonus_ops/losses.py",
+        "the exact bonus is clamped at 1e-5", "bonus_ops/losses/log_bonus.py",
         "return log_rest if self.clamp is None else log_rest.clamp(min=self._floor())",
         "return log_rest.clamp(min=math.log(1e-5))",
         "tests/test_properties.py::test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap",
@@ -477,7 +477,7 @@ MUTANTS = (
         "tests/test_matrix.py::test_forward_and_backward[10]",
     ),
     Mutant(
-        "the gradient forgets the strength of the bonus", "bonus_ops/losses.py",
+        "the gradient forgets the strength of the bonus", "bonus_ops/losses/bonus.py",
         "self.bonus_slope(gap, p, rest)), alpha=self.strength)", "self.bonus_slope(gap, p, rest)))",
         "tests/test_properties.py::test_16_the_gradient_is_the_central_difference",
     ),

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .losses import Loss, _check, _check_numbers
+from .base import Loss
+from .checks import check, check_numbers
 
 __all__ = ["ClassLoss", "SoftmaxAbsoluteError", "SoftmaxSquaredError"]
 
@@ -38,9 +39,9 @@ class ClassLoss(Loss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
-        _check(self, "strength", math.isfinite(self.strength), "finite")
-        _check(self, "gamma", 1 <= self.gamma < math.inf, "a finite number >= 1")
+        check_numbers(self)
+        check(self, "strength", math.isfinite(self.strength), "finite")
+        check(self, "gamma", 1 <= self.gamma < math.inf, "a finite number >= 1")
 
     def error(self, distance: Tensor) -> Tensor:
         """Return the error of a class from ``distance = p - share``."""

@@ -1,0 +1,105 @@
+"""What a loss is: of the gap alone or of all classes; and how an operator carries it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["GapLoss", "Loss", "decode", "encode"]
+
+_CLASSES: dict[str, type[Loss]] = {}
+
+
+class Loss:
+    """A classification loss: a frozen dataclass whose fields are numbers or None.
+
+    What every loss can do is serve targets that are shares of classes (smoothed labels, probabilities): each class
+    pays by its share, see `class_value`.
+    """
+
+    #: Two ``@triton.jit`` functions, the stem of such a pair in ``kernels/``, or None.
+    kernel: ClassVar[Any] = None
+    #: Whether the loss is cross-entropy plus something, whose shares may then differ.
+    adds_to_cross_entropy: ClassVar[bool] = False
+    _name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # numbered: a class defined again, in a notebook say, must not take the place of one still in use
+        cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
+        _CLASSES[cls._name] = cls
+
+    def is_cross_entropy(self) -> bool:
+        """Return whether nothing is added to plain cross-entropy."""
+        return False
+
+    def parameters(self) -> tuple[float, ...]:
+        """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
+        return tuple(encode(self)[1].tolist()) or (0.0,)
+
+    @property
+    def current(self) -> Any:
+        """The loss whose numbers are fixed: itself, or what a schedule makes of it now."""
+        return self
+
+    def _encoded(self) -> tuple[str, Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        values = [math.nan if x is None else float(x) for x in values]
+        return self._name, torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        """Return what a class of probability ``p = 1 - rest`` costs for its ``share`` of the target.
+
+        Cross-entropy itself is left out where the loss adds to it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define class_value(p, rest, log_p, share)")
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        """Return ``-p d class_value / dp``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_pull(p, rest, log_p, share)")
+
+
+class GapLoss(Loss):
+    """A loss that is a scalar function of the gap."""
+
+    def value(self, gap: Tensor) -> Tensor:
+        """Return the loss in nats, shaped like ``gap``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define value(gap)")
+
+    def slope(self, gap: Tensor) -> Tensor:
+        """Return ``A = -d value / d gap``, shaped like ``gap``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define slope(gap)")
+
+    def excess(self, gap: Tensor) -> Tensor:
+        """Return ``value``, less cross-entropy where the loss adds to it."""
+        return self.value(gap)
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return share * self.value(log_p - torch.log(rest))
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return share * self.slope(log_p - torch.log(rest)) / rest
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both for finite gaps, not differentiable; a loss may share terms where passes count."""
+        return self.value(gap), self.slope(gap)
+
+
+def encode(loss: Loss) -> tuple[str, Tensor]:
+    """Return the class name and fields of ``loss``, which is what an operator can carry.
+
+    The fields are a float64 tensor on the CPU (None travels as NaN), not numbers: a graph takes numbers for constants
+    and is compiled again when one changes.
+    """
+    return loss._encoded()
+
+
+def decode(name: str, values: Tensor) -> Any:
+    """Rebuild the loss that `encode` described."""
+    cls = _CLASSES[name]
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values.tolist(), strict=True)})

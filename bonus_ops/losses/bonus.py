@@ -1,0 +1,123 @@
+"""Cross-entropy plus a bonus: what all of them share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .base import GapLoss
+from .checks import check, check_numbers
+from .gap import logit, shared_terms
+
+__all__ = ["Bonus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bonus(GapLoss):
+    """Cross-entropy plus ``strength`` times a bonus ``b(p) <= 0``, with the paper's window on p.
+
+    ``L = -log p + strength (b(p) - b(start)) [start <= p <= abrupt]``. Subclasses give ``b`` and ``-db/dgap``,
+    and for targets that are shares of classes ``b`` and the odds ``-p db/dp`` as functions of p.
+    """
+
+    adds_to_cross_entropy: ClassVar[bool] = True
+    strength: float = 1.0
+    start: float = 0.0
+    abrupt: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "clamp")
+        check(self, "strength", math.isfinite(self.strength), "finite")
+        check(self, "start", 0 <= self.start < 1, "in [0, 1)")
+        check(self, "abrupt", 0 < self.abrupt <= 1, "in (0, 1]")
+        check(self, "start", self.start < self.abrupt, f"below abrupt={self.abrupt!r}")
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        """Return b as a function of the gap."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bonus(gap)")
+
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
+        """Return ``-db/dgap >= 0`` from the gap, p = sigmoid(gap) and rest = 1 - p = sigmoid(-gap)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define bonus_slope(gap, p, rest)")
+
+    def is_cross_entropy(self) -> bool:
+        return self.strength == 0
+
+    def has_window(self) -> bool:
+        """Return whether the bonus is off for some p."""
+        return self.start > 0 or self.abrupt < 1
+
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        """Return b as a function of p = 1 - rest."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_bonus(p, rest)")
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        """Return ``-p db/dp >= 0`` as a function of p = 1 - rest."""
+        raise NotImplementedError(f"{type(self).__name__} does not define class_odds(p, rest)")
+
+    def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        bonus = self.class_bonus(p, rest) - self._bonus_at_start()
+        return self.strength * share * self._in_class_window(p, rest, bonus)
+
+    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
+        return self.strength * share * self._in_class_window(p, rest, self.class_odds(p, rest))
+
+    def _in_class_window(self, p: Tensor, rest: Tensor, x: Tensor) -> Tensor:
+        if self.start > 0:
+            x = torch.where(p >= self.start, x, 0.0)
+        if self.abrupt < 1:
+            x = torch.where(rest >= 1 - self.abrupt, x, 0.0)
+        return x
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        """Return what the kernel pair needs beyond strength and window."""
+        return ()
+
+    def parameters(self) -> tuple[float, ...]:
+        return self.strength, logit(self.start), self._bonus_at_start(), logit(self.abrupt), *self.bonus_parameters()
+
+    def _bonus_at_start(self) -> float:
+        if self.start == 0:
+            return 0.0
+        return float(self.bonus(torch.tensor(logit(self.start), dtype=torch.float64, device="cpu")))
+
+    def _in_window(self, gap: Tensor, x: Tensor) -> Tensor:
+        if self.start > 0:
+            x = torch.where(gap >= logit(self.start), x, 0.0)
+        if self.abrupt < 1:
+            x = torch.where(gap <= logit(self.abrupt), x, 0.0)
+        return x
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -logsigmoid(gap) if self.strength == 0 else -logsigmoid(gap) + self.excess(gap)
+
+    def excess(self, gap: Tensor) -> Tensor:
+        if self.strength == 0:
+            return torch.zeros_like(gap)  # of an infinite bonus too
+        bonus = self.bonus(gap)
+        if self.start > 0:
+            bonus = bonus - self._bonus_at_start()
+        return self.strength * self._in_window(gap, bonus)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
+        return torch.add(rest, self._in_window(gap, self.bonus_slope(gap, p, rest)), alpha=self.strength)
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = shared_terms(gap)
+        if self.strength == 0:
+            return plain, rest
+        bonus, slope = self._bonus_and_slope(gap, plain, rest)
+        if self.start > 0:
+            bonus = bonus - self._bonus_at_start()
+        value = plain.add_(self._in_window(gap, bonus), alpha=self.strength)
+        return value, rest.add_(self._in_window(gap, slope), alpha=self.strength)
+
+    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Return b and ``-db/dgap`` of finite gaps from plain = -log p and rest = 1 - p, exact beside these."""
+        return self.bonus(gap), self.bonus_slope(gap, 1 - rest, rest)

@@ -1,0 +1,134 @@
+"""The focal loss and its kin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .base import GapLoss
+from .checks import check, check_numbers
+from .gap import PRODUCTS, shared_terms
+
+__all__ = ["Focal", "FocalStar", "HaltedFocal"]
+
+
+@dataclass(frozen=True)
+class Focal(GapLoss):
+    """The focal loss on softmax: ``L = -(1 - p)^gamma log p``.
+
+    ``A = (1 - p)^gamma ((1 - p) - gamma p log p)``; ``gamma=0`` is cross-entropy.
+
+    Args:
+        gamma: exponent >= 0. Default 2, the paper's.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, https://arxiv.org/abs/1708.02002, eq. 4.
+    """
+
+    kernel: ClassVar[Any] = "focal"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0)) * -logsigmoid(gap)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        damping = torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0))
+        log_p = logsigmoid(gap).clamp(min=-1000.0)  # p log p is 0 at p = 0, not 0 * -inf
+        return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * log_p)
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = shared_terms(gap)
+        damping = rest**self.gamma if self.gamma in PRODUCTS else ((gap + plain) * -self.gamma).exp_()
+        slope = rest.addcmul_(1 - rest, plain, value=self.gamma).mul_(damping)
+        return plain.mul_(damping), slope
+
+
+@dataclass(frozen=True)
+class HaltedFocal(GapLoss):
+    """The halted focal loss: focal where the label is less likely than not, cross-entropy where it is more.
+
+        L = -(1 - p)^gamma log p                   A = (1 - p)^gamma ((1 - p) - gamma p log p)      p <= 1/2
+        L = -log p - log 2 (1 - 2^-gamma)          A = 1 - p                                        p > 1/2
+
+    The value is continuous at ``p = 1/2``, where the slope steps up to that of cross-entropy. The paper's detector code
+    switches on the sign of the logit instead, a defect: for negatives that is the reverse of the paper's figure.
+
+    Args:
+        gamma: exponent >= 0. Default 2.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537, the halted focal loss.
+    """
+
+    kernel: ClassVar[Any] = "halted_focal"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+
+    def _step(self) -> float:
+        return math.log(2) * -math.expm1(-self.gamma * math.log(2))
+
+    def parameters(self) -> tuple[float, ...]:
+        return self.gamma, self._step()
+
+    def value(self, gap: Tensor) -> Tensor:
+        # each part sees its own side: the derivative of the other would be NaN at an infinite gap
+        low = Focal(self.gamma).value(gap.clamp(max=0.0))
+        return torch.where(gap > 0, -logsigmoid(gap.clamp(min=0.0)) - self._step(), low)
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.where(gap > 0, torch.sigmoid(-gap), Focal(self.gamma).slope(gap.clamp(max=0.0)))
+
+
+@dataclass(frozen=True)
+class FocalStar(GapLoss):
+    """Focal loss star, focal's simpler twin: ``L = softplus(-(gamma gap + beta)) / gamma``.
+
+    ``A = sigmoid(-(gamma gap + beta))``; ``gamma=1, beta=0`` is cross-entropy.
+
+    Args:
+        gamma: steepness > 0. Default 4.
+        beta: shift of the gap. Default 0; the paper also uses ``gamma=2, beta=1``.
+
+    Raises:
+        ValueError, TypeError: as in `LogBonus`.
+
+    References:
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, https://arxiv.org/abs/1708.02002, appendix A.
+    """
+
+    kernel: ClassVar[Any] = "focal_star"
+    gamma: float = 4.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+        check(self, "beta", math.isfinite(self.beta), "finite")
+
+    def value(self, gap: Tensor) -> Tensor:
+        return -logsigmoid(self.gamma * gap + self.beta) / self.gamma
+
+    def slope(self, gap: Tensor) -> Tensor:
+        return torch.sigmoid(-(self.gamma * gap + self.beta))
+
+    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
+        plain, rest = shared_terms(self.gamma * gap + self.beta)
+        return plain.div_(self.gamma), rest

@@ -1,0 +1,107 @@
+"""The encouraging loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .bonus import Bonus
+from .checks import check
+from .gap import logit
+
+__all__ = ["LogBonus"]
+
+
+@dataclass(frozen=True)
+class LogBonus(Bonus):
+    """The encouraging loss: cross-entropy plus the (conservative) logarithmic bonus.
+
+    With ``LE = log_end`` the bonus is ``log(1 - p)`` up to ``p = LE`` and its tangent beyond:
+
+        b(p) = log(1 - min(p, LE)) - max(p - LE, 0) / (1 - LE)
+        A    = (1 - p) + strength * p * min(1, (1 - p) / (1 - LE))
+
+    ``log_end=1`` never turns linear: ``b(p) = log(max(1 - p, clamp))``, whose gradient stops where ``1 - p < clamp``.
+    That clamp bounds the loss from below and keeps training stable; ``clamp=None`` is the exact, unbounded
+    ``L = -gap`` at strength 1. ``clamp`` has no effect for ``log_end < 1``.
+
+    Args:
+        log_end: in [0, 1]; the paper uses .75 (images) and .5 (graphs, translation). Default .75.
+        clamp: lower bound of 1 - p inside the logarithm at ``log_end=1``, or None. Default 1e-5, the paper's.
+        strength: factor on the bonus, the paper's bonus_rho. Default 1. Keyword only, like the next two.
+        start: no bonus below this p; the bonus is shifted to start at 0 there. Default 0, off.
+        abrupt: no bonus above this p (the paper's ablation). Default 1, off.
+
+    Raises:
+        ValueError: a parameter is outside its range.
+        TypeError: a parameter is not a number.
+
+    References:
+        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
+        AAAI 2022, https://arxiv.org/abs/2110.06537, the conservative encouraging loss.
+    """
+
+    kernel: ClassVar[Any] = "log_bonus"
+    log_end: float = 0.75
+    clamp: float | None = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "log_end", 0 <= self.log_end <= 1, "in [0, 1]")
+        if self.clamp is not None:
+            check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+
+    def _floor(self) -> float:
+        """Return the lowest log(1 - p) that is rewarded: only log_end=1 needs one."""
+        return math.log(self.clamp) if self.log_end == 1 and self.clamp is not None else -math.inf
+
+    def bonus(self, gap: Tensor) -> Tensor:
+        log_rest = logsigmoid(-gap)  # log(1 - p)
+        if self.log_end == 1:
+            return log_rest if self.clamp is None else log_rest.clamp(min=self._floor())
+        rest_end = 1 - self.log_end
+        tangent = math.log(rest_end) - 1 + torch.sigmoid(-gap) / rest_end
+        return torch.where(gap <= logit(self.log_end), log_rest, tangent)
+
+    def bonus_slope(self, gap: Tensor, p: Tensor, rest: Tensor) -> Tensor:
+        if self.log_end == 1:
+            return p if self.clamp is None else torch.where(logsigmoid(-gap) >= self._floor(), p, 0.0)
+        return p * (rest / (1 - self.log_end)).clamp(max=1.0)
+
+    def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
+        # min(p, LE) = 1 - max(1 - p, 1 - LE); at LE = 1 the clamp takes the place of 1 - LE and nothing is linear
+        lowest = rest.clamp(min=self._lowest_rest())
+        bonus = torch.log(lowest)
+        return bonus if self.log_end == 1 else bonus - (lowest - rest) / (1 - self.log_end)
+
+    def is_logarithm_below_half(self) -> bool:
+        """Return whether the bonus is ``log(1 - p)`` for every p up to 1/2."""
+        clamped = self.log_end == 1 and self.clamp is not None and self.clamp > 0.5
+        return self.log_end >= 0.5 and not clamped and not self.has_window()
+
+    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
+        odds = p / rest.clamp(min=self._lowest_rest())
+        return torch.where(rest >= self._lowest_rest(), odds, 0.0) if self.log_end == 1 else odds
+
+    def _lowest_rest(self) -> float:
+        return 1 - self.log_end if self.log_end < 1 else self.clamp or torch.finfo(torch.float32).tiny
+
+    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        p, log_rest = 1 - rest, torch.neg(gap).sub_(plain)
+        if self.log_end == 1:
+            floor = self._floor()
+            return log_rest.clamp(min=floor), p if self.clamp is None else torch.where(log_rest >= floor, p, 0.0)
+        # b = log(1 - min(p, LE)) + share - 1, where share = min(1, (1 - p) / (1 - LE))
+        rest_end = 1 - self.log_end
+        share = (rest * (1 / rest_end)).clamp_(max=1.0)
+        return log_rest.clamp_(min=math.log(rest_end)).add_(share).sub_(1.0), p.mul_(share)
+
+    def bonus_parameters(self) -> tuple[float, ...]:
+        rest_end = 1 - self.log_end
+        inverse, log_end = (1 / rest_end, math.log(rest_end)) if rest_end > 0 else (math.inf, -math.inf)
+        return logit(self.log_end), log_end, inverse, self._floor()
