@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from ..losses import GapLoss
 from ..reference import accumulation_dtype, check_target
-from .sums import dot, row_sum, threads
+from .sums import moments, row_sum, threads
 
 try:
     import numpy
@@ -34,7 +34,7 @@ __all__ = ["RowOutputs", "backward", "forward", "softmax", "visit"]
 LOG2_E = math.log2(math.e)
 LOWEST = -1000.0  # exp of this is 0 in any dtype, and 0 * LOWEST is not NaN
 # Tuned by `python -m bench speed` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
-BLOCK_ELEMENTS = 1 << 21  # at most: a block pays some 50 operators of 1 to 3 us, so larger beats cache-resident
+BLOCK_ELEMENTS = 1 << 20  # at most: larger leaves the last level of cache, smaller pays its 50 operators too often
 SMALLEST_BLOCK = 1 << 16  # at least, whatever share that is
 WORKSPACE_SHARE = 0.15  # of one gradient's bytes, for all buffers of a call
 WORKSPACE_SHARE_ALONE = 0.5  # where no gradient is made
@@ -73,7 +73,7 @@ class _Plan:
         largest = min(max(elements // n_classes, 1), n_outer * n_inner)
         share = WORKSPACE_SHARE_ALONE if unwritten is None else share
         n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
-        n_own = min(max(n_elements // n_classes, 1), largest)
+        n_own = _whole_rows(min(max(n_elements // n_classes, 1), largest))
         self.own = logits.new_empty(n_buffers * self.padded(n_own) * n_classes, dtype=dtype)
         self.tail = None
         if unwritten is not None and not self.by_class and n_inner == 1 and unwritten.is_contiguous():
@@ -84,7 +84,7 @@ class _Plan:
         o = 0
         while o < n_outer:
             behind = int((n_outer - o - 1) / (1 + ratio)) if self.tail is not None else 0
-            n_rows = min(max(behind, n_own), largest)
+            n_rows = _whole_rows(min(max(behind, n_own), largest))
             o_end = min(o + max(n_rows // n_inner, 1), n_outer)
             for i in range(0, n_inner, n_rows):
                 i_end = min(i + n_rows, n_inner)
@@ -96,7 +96,7 @@ class _Plan:
     def pieces(self, x: Tensor) -> Sequence[Tensor]:
         """Return the blocks of ``x`` [outer, inner, C], [rows, C] where there is one inner row."""
         if x.shape[1] == 1:
-            return x[:, 0].split_with_sizes(self.sizes)
+            return x.squeeze(1).split_with_sizes(self.sizes)
         return [x[index] for index in self.indices]
 
     def padded(self, n_rows: int) -> int:
@@ -115,6 +115,12 @@ class _Plan:
         return self.tail.as_strided((n_rows, self.n_classes), (self.n_classes, 1), first)
 
 
+def _whole_rows(n: int) -> int:
+    """Return up to ``n`` rows, if possible so many that they are whole vectors for every thread."""
+    step = VECTOR * torch.get_num_threads()
+    return n - n % step if n >= step else n
+
+
 def _by_class(logits: Tensor) -> bool:
     return logits.shape[2] <= (COLUMN_CLASSES if logits.stride(2) == 1 else COLUMN_CLASSES_APART)
 
@@ -122,7 +128,7 @@ def _by_class(logits: Tensor) -> bool:
 def _as_rows(piece: Tensor, rows: Tensor) -> Tensor:
     """Return the first rows of the buffer ``rows`` [N, C] shaped like a piece, which may be [outer, inner, C]."""
     if piece.dim() == 2:
-        return _first(rows, len(piece))
+        return _first(rows, piece.shape[0])
     return rows.as_strided(piece.shape, (rows.stride(0) * piece.shape[1], *rows.stride()), rows.storage_offset())
 
 
@@ -134,7 +140,7 @@ def _first(x: Tensor, n_rows: int) -> Tensor:
 def _fill(rows: Tensor, piece: Tensor) -> None:
     """Copy a piece into the buffer ``rows``, whose other rows become 0."""
     n_rows = piece.shape[:-1].numel()
-    if n_rows < len(rows):
+    if n_rows < rows.shape[0]:
         rows[n_rows:].zero_()
     _as_rows(piece, rows).copy_(piece)
 
@@ -203,7 +209,7 @@ def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
 
 def _by_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the elementwise ``function`` of ``x`` [N] or [N, 1], by whole vectors: no bits tell a place."""
-    return _first(function(_padded(x)), len(x))
+    return _first(function(_padded(x)), x.shape[0])
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -228,13 +234,12 @@ def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) 
     z.sub_(_origin(maximum))
     z.scatter_(1, label, LOWEST)
     sum_exp = row_sum(_exp_(z, e))
-    if len(z) > len(label):
-        maximum, runner_up, sum_exp = (x[: len(label)] for x in (maximum, runner_up, sum_exp))
-    gap = (z_target - maximum) - sum_exp.log()
+    n_rows = label.shape[0]
+    maximum, runner_up, sum_exp = (_first(x, n_rows) for x in (maximum, runner_up, sum_exp))
+    gap = (z_target - maximum).sub_(sum_exp.log())
     if not scores:
         return _Columns(gap, maximum, sum_exp, z_target, sum_exp, sum_exp, runner_up)
-    sum_exp_z = _first(dot(z, e, z), len(label))  # NaN if a logit is -inf: `_repair`
-    sum_exp2 = _first(dot(e, e, z), len(label))
+    sum_exp_z, sum_exp2 = (_first(x, n_rows) for x in moments(z, e))  # NaN if a logit is -inf: `_repair`
     return _Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
 
@@ -253,24 +258,28 @@ def _repair(logits: Tensor, label: Tensor, columns: _Columns) -> None:
 
 def _finish(columns: _Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
     """Turn a sweep's columns into loss and scores, once for all rows."""
-    gap, maximum, sum_exp = (c[:, 0] for c in columns[:3])
-    padded = _padded(gap)
-    value = _first(loss.value(padded), len(gap))
+    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c.squeeze(1) for c in columns)
+    n_rows = gap.shape[0]
+    value = _by_vectors(loss.value, gap)
     value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # no view leaves an operator
     saved = torch.stack([gap, maximum, sum_exp])
     if not scores:
         return RowOutputs(value, None, None, saved)
-    z_target, sum_exp2, sum_exp_z, runner_up = (c[:, 0] for c in columns[3:])
+    five = gap.new_empty(5, n_rows)
+    plain, el2n, margin, entropy, energy = five.unbind()
     total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
     rest_lse = total.log()
-    p, u = _first(torch.sigmoid(padded), len(gap)), _first(torch.sigmoid(-padded), len(gap))
-    plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
-    el2n = u * torch.sqrt(1 + sum_exp2 / (total * total))
-    margin = z_target - maximum
-    # an infinite logarithm stands behind a factor of 0
-    entropy = p * plain.clamp(max=-LOWEST) + u * (log_odds_loss.clamp(max=-LOWEST) + rest_lse - sum_exp_z / total)
-    energy = -(torch.maximum(z_target, rest_lse.add_(maximum)) + torch.minimum(plain, log_odds_loss))
-    five = torch.stack([plain, el2n, margin, entropy, energy]).to(torch.float32)
+    both = _padded(torch.cat([gap, -gap]))
+    p, u = _first(torch.sigmoid(both), 2 * n_rows).view(2, -1)
+    minus_logs = _first(logsigmoid(both).neg_(), 2 * n_rows)
+    minus_log_p, minus_log_u = minus_logs.view(2, -1)
+    plain.copy_(minus_log_p)
+    torch.div(sum_exp2, total * total, out=el2n).add_(1.0).sqrt_().mul_(u)
+    torch.sub(z_target, maximum, out=margin)
+    torch.maximum(z_target, rest_lse + maximum, out=energy).add_(torch.minimum(minus_log_p, minus_log_u)).neg_()
+    minus_logs.clamp_(max=-LOWEST)  # an infinite logarithm stands behind a factor of 0
+    torch.mul(p, minus_log_p, out=entropy).add_(minus_log_u.add_(rest_lse).sub_(sum_exp_z / total).mul_(u))
+    five = five.to(torch.float32)
     unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
     if unknown.any():
         five.masked_fill_(unknown, math.nan)
@@ -282,7 +291,7 @@ def _labels(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, 
     """Return a gatherable label for every row [N, 1] and which rows count [N], None if all do."""
     target = target.reshape(-1)
     n_classes = logits.shape[2]
-    lowest, highest = target.aminmax()
+    lowest, highest = (x.item() for x in target.aminmax())
     if lowest >= 0 and highest < n_classes and not 0 <= ignore_index < n_classes:
         return target.long()[:, None], None
     check_target(target, n_classes, ignore_index)

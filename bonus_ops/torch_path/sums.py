@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,9 @@ try:
 except ImportError:  # an optional extra
     numpy = None  # type: ignore[assignment]
 
-__all__ = ["dot", "log2", "row_sum", "threads"]
+__all__ = ["dot", "log2", "moments", "row_sum", "threads"]
 
+_VECDOT = hasattr(numpy, "vecdot")  # since numpy 2
 GRAIN = 1 << 15  # elements below which torch uses one thread
 DOT_CLASSES = 4096  # classes that numpy adds up at a time: it sums less carefully than torch
 
@@ -23,22 +26,35 @@ def threads(n: int) -> int:
 
 def row_sum(x: Tensor) -> Tensor:
     """Return the sum of each row [N, 1]; torch would split a single long row over threads, but not one of two."""
-    if len(x) == 1 and threads(x.numel()) > 1:
+    if x.shape[0] == 1 and threads(x.numel()) > 1:
         return x.expand(2, -1).sum(1, keepdim=True)[:1]
     return x.sum(1, keepdim=True)
 
 
 def dot(x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
     """Return the sum of x y of each row [N, 1], in one pass by numpy where it can; ``out`` may be overwritten."""
-    if numpy is None or not hasattr(numpy, "vecdot") or not x.stride(1) == y.stride(1) == 1:
+    if not (_VECDOT and x.stride(1) == y.stride(1) == 1):
         return row_sum(torch.mul(x, y, out=out))
-    a, b = x.numpy(), y.numpy()
     with numpy.errstate(all="ignore"):
-        parts = [
-            torch.from_numpy(numpy.vecdot(a[:, i : i + DOT_CLASSES], b[:, i : i + DOT_CLASSES]))
-            for i in range(0, x.shape[1], DOT_CLASSES)
-        ]
-    return parts[0][:, None] if len(parts) == 1 else torch.stack(parts, 1).sum(1, keepdim=True)
+        return _dot(x.numpy(), y.numpy())
+
+
+def moments(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of z e and of e e of each row [N, 1], as `dot`; ``z`` may be overwritten."""
+    if not (_VECDOT and z.stride(1) == e.stride(1) == 1):
+        return row_sum(z.mul_(e)), row_sum(torch.mul(e, e, out=z))
+    a, b = z.numpy(), e.numpy()
+    with numpy.errstate(all="ignore"):
+        return _dot(a, b), _dot(b, b)
+
+
+def _dot(a: Any, b: Any) -> Tensor:
+    n_classes = a.shape[1]
+    if n_classes <= DOT_CLASSES:
+        return torch.from_numpy(numpy.vecdot(a, b)).unsqueeze_(1)
+    parts = range(0, n_classes, DOT_CLASSES)
+    sums = [torch.from_numpy(numpy.vecdot(a[:, i : i + DOT_CLASSES], b[:, i : i + DOT_CLASSES])) for i in parts]
+    return torch.stack(sums, 1).sum(1, keepdim=True)
 
 
 def log2(x: Tensor, out: Tensor | None) -> Tensor:
