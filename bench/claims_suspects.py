@@ -126,7 +126,7 @@ def with_results(readme: str, section: dict[str, Any], table: Any, cell: Any) ->
 
     first, seeds = section["by_seed"][AS_IT_STANDS][0], section["table"][AS_IT_STANDS]["change"]["seeds"]
     rows = (
-        [name, *(cell(each[key], 1) for key in COLUMNS), v["verdict"]]
+        [name, *(cell(each[key]) for key in COLUMNS), v["verdict"]]
         for (name, each), v in zip(section["table"].items(), section["verdicts"], strict=True)
     )
     text = _paragraph(
