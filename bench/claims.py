@@ -1,8 +1,9 @@
 """The papers' claims, measured: each with its numbers over seeds and a verdict from them.
 
-    python -m bench claims [encouraging] [prioritisation] [separation] [--quick] [--out folder]
+    python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [--quick] [--out folder]
 
-All three without a name. Writes claims.json, claims.md and a picture each into bench/results.
+All four without a name. Writes claims.json, claims.md and a picture each into bench/results, and what the README quotes
+of suspects into it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 import torch
 
 from .claims_verdict import ABOVE_ZERO
-from .record import commit, environment, plain, progress
+from .record import ROOT, commit, environment, plain, progress
 
-NAMES = ("encouraging", "prioritisation", "separation")
+NAMES = ("encouraging", "prioritisation", "separation", "suspects")
 PROCESSES = 2
 INTRO = """# Claims
 
@@ -46,7 +47,10 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"unknown claim {', '.join(sorted(unknown))}; expected {', '.join(NAMES)}")
     folder = options.out or (RESULTS / "quick" if options.quick else RESULTS)
     command = " ".join(["python -m bench claims", *arguments])
-    text, written = run(options.names or NAMES, options.quick, folder, progress, command)
+    names = options.names or NAMES
+    text, written = run(names, options.quick, folder, progress, command)
+    if "suspects" in names and folder.resolve() == RESULTS and not options.quick:
+        written.append(quote(folder))
     print(text)
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
 
@@ -62,12 +66,13 @@ def run(
         sys.exit("scikit-learn is not installed: no digits (pip install scikit-learn)")
     path = folder / "claims.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["environment"] = environment("cpu") | {"processes": 1 if quick else PROCESSES}
+    results["environment"] = environment("cpu")
     for name in names:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         start = time.perf_counter()
         section = _measure(name, quick, progress)
         stamp = {"command": command, "commit": commit(), "date": date, "quick": quick}
+        stamp["processes"] = 1 if quick else PROCESSES
         results[name] = section | stamp | {"elapsed_s": time.perf_counter() - start}
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
@@ -126,6 +131,15 @@ def report(folder: Path) -> tuple[str, list[Path]]:
     return text, [folder / "claims.json", folder / "claims.md", *pictures.values()]
 
 
+def quote(folder: Path) -> Path:
+    """Write what the README quotes of claims.json; return the README."""
+    from . import claims_suspects
+
+    readme, section = ROOT / "README.md", json.loads((folder / "claims.json").read_text())["suspects"]
+    readme.write_text(claims_suspects.with_results(readme.read_text(), section, table, cell))
+    return readme
+
+
 def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
     """Return the report of what ``results`` holds; ``pictures`` are file names beside it."""
     from .report import _environment, _stamp
@@ -136,7 +150,7 @@ def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
             continue
         section, module = results[name], _module(name)
         shown = f"\n![{module.TITLE}]({pictures[name]})\n" if name in pictures else ""
-        took = f"It took {section['elapsed_s']:.0f} s."
+        took = f"It took {section['elapsed_s']:.0f} s; processes: {section['processes']}."
         body = module.markdown(section, table, cell)
         parts.append(f"## {module.TITLE}\n\n{_stamp(section)} {took}\n\n{_verdicts(section)}\n{body}{shown}")
     parts.append(f"## Environment\n\n{_environment(results['environment'])}\n")

@@ -16,7 +16,7 @@ import torch
 
 from bonus_ops import ops
 
-__all__ = ["ROOT", "commit", "environment", "plain", "progress"]
+__all__ = ["ROOT", "between", "commit", "environment", "plain", "progress"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +67,15 @@ def commit() -> str:
     found = _run("git", "rev-parse", "--short", "HEAD")
     changed = _run("git", "status", "--porcelain", "--", ".", ":!bench/results")
     return found + (" with changes" if changed and changed != "unknown" else "")
+
+
+def between(text: str, begin: str, end: str, block: str) -> str:
+    """Return ``text``, the README's, with ``block`` between two of its lines."""
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected {begin!r} and then {end!r} in the README")
+    return f"{before}{begin}\n\n{block}\n{end}{after}"
 
 
 def progress(text: str) -> None:

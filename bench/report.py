@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from .record import between
+
 TABLE_GAPS = (-20, -10, 0, 3, 6, 9, 12, 15, 16, 20, 30, 60, 87, 90)
 Bounds = list[dict[str, Any]]
 GPU_RATIO = "ours / Liger-Kernel"
@@ -300,11 +302,7 @@ README_GAP = 12.0
 
 def with_results(readme: str, results: dict[str, Any]) -> str:
     """Return the README with `readme_block` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"expected {BEGIN!r} and then {END!r} in the README")
-    return f"{before}{begin}\n\n{readme_block(results)}\n{end}{after}"
+    return between(readme, BEGIN, END, readme_block(results))
 
 
 def readme_block(results: dict[str, Any]) -> str:

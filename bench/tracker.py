@@ -81,7 +81,8 @@ def _beside_training(n_rows: int, device: str) -> dict[str, measure.Step]:
         loss.backward()
         optimizer.step()
 
-    return {"training step of a small CNN": measure.Step(lambda: None, train), **_updates(n_rows, CNN_EXAMPLES, device)}
+    name = f"training step of a small CNN, {n_rows}x3x32x32"
+    return {name: measure.Step(lambda: None, train), **_updates(n_rows, CNN_EXAMPLES, device)}
 
 
 def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, measure.Step]:
@@ -93,8 +94,9 @@ def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, mea
         for column in columns:
             column.index_add_(0, index, values)
 
+    name = f"one index_add_ a field, {n_rows} of {n_examples} examples"
     return {
-        "one index_add_ a field": measure.Step(lambda: index.copy_(torch.randperm(n_examples)[:n_rows]), add),
+        name: measure.Step(lambda: index.copy_(torch.randperm(n_examples)[:n_rows]), add),
         "all fields": _updates(n_rows, n_examples, device)["all fields"],
     }
 

@@ -176,7 +176,7 @@ def test_a_quick_run_measures_every_case_and_judges_none(quick):
 def test_the_readme_names_what_is_not_measured(quick):
     block = report.readme_block(quick[0])
     assert "| llama2-vocab 16x32000 bfloat16 |" in block and "| multi-label 64x1000 float32 |" in block
-    assert "`ExampleTracker.update` with all fields / training step of a small CNN: " in block
+    assert "`ExampleTracker.update` with all fields / training step of a small CNN, 8x3x32x32: " in block
     assert (
         "Not in this record yet: `python -m bench speed`, `python -m bench accuracy`, `python -m bench digits`."
         in block

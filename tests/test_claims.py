@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from bench import claims, claims_encouraging, claims_prioritisation, claims_separation
+from bench import claims, claims_encouraging, claims_prioritisation, claims_separation, claims_suspects
 from bench.claims_data import EASY, HARD, NOISY
 from bench.claims_verdict import ABOVE_ZERO, NOT_REPRODUCED, ON_AVERAGE, REPRODUCED, interval, paired, verdict
 
@@ -111,6 +111,94 @@ def test_the_exact_gradient_of_cross_entropy_is_not_masked():
     assert result["under_exact_ce"] == result["under_gap"]
 
 
+A_README = """
+## Training dynamics
+```python
+import torch
+from types import SimpleNamespace
+torch.manual_seed(0)
+flipped = torch.tensor([True, True, True, False, False])
+report = SimpleNamespace(suspects=torch.tensor([0, 4]))
+epochs=30
+report.plot("map.png")
+before, after = 0.25, epochs / 1000 + torch.initial_seed() / 100
+print("not to be seen")
+```
+## Next
+```python
+```
+"""
+
+
+def test_suspects_are_counted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "README.md").write_text(A_README)
+    monkeypatch.setattr(claims_suspects, "README", tmp_path / "README.md")
+    with torch.random.fork_rng():
+        found = claims_suspects.work(claims_suspects.AS_IT_STANDS, 2, 7)
+    assert found == pytest.approx({"precision": 50, "recall": 100 / 3, "before": 25, "after": 2.7})
+    assert capsys.readouterr().out == ""
+
+
+def test_only_what_a_setting_says_is_replaced_in_the_code_of_the_readme():
+    block, name = claims_suspects.block(), claims_suspects.AS_IT_STANDS
+    left = claims_suspects.code(name, 0, claims_suspects.EPOCHS).splitlines()
+    gone = [line for line in block.splitlines() if line not in left]
+    assert [line.partition("(")[0] for line in gone] == ["report.to_csv", "report.plot"]
+    assert left == [line for line in block.splitlines() if line not in gone]
+    other = claims_suspects.code("20 % flipped, one hidden layer", 3, 6).splitlines()
+    changed = [(a.strip(), b.strip()) for a, b in zip(left, other, strict=True) if a != b]
+    assert [b for _, b in changed] == [
+        "torch.manual_seed(3)",
+        "flipped = torch.rand(len(given)) < 0.2",
+        "def fit(rows, tracker=None, epochs=6):",
+        "model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))",
+        "report = tracker.report(suspect=0.2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "README.md is not there: this claim runs the code in it, so run it from a checkout"),
+        ("# No such section", "expected one block of python under '## Training dynamics', found 0"),
+        (A_README.replace("manual_seed(0)", "manual_seed(1)"), "expected 'manual_seed.0.' once in the code"),
+        (A_README.replace("epochs=30", "epochs=30; epochs=30"), "'epochs=30' once .*, found it 2 times"),
+    ],
+)
+def test_without_the_code_of_the_readme_suspects_are_not_measured(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_suspects, "README", tmp_path / "README.md")
+    if text:
+        (tmp_path / "README.md").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        claims.main(["suspects", "--out", str(tmp_path)])
+    assert not (tmp_path / "claims.json").exists()
+
+
+def committed():
+    return json.loads((claims.RESULTS / "claims.json").read_text())["suspects"]
+
+
+def test_the_readme_quotes_what_was_measured_with_its_code():
+    section, readme = committed(), claims_suspects.README.read_text()
+    assert section["code"] == claims_suspects.digest(claims_suspects.block()), "run `python -m bench claims suspects`"
+    assert claims_suspects.with_results(readme, section, claims.table, claims.cell) == readme
+
+
+def test_a_run_writes_what_the_readme_quotes(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{claims_suspects.BEGIN}\nold\n{claims_suspects.END}\nafter\n")
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    section = committed()
+    monkeypatch.setattr(claims, "_measure", lambda *_: section)
+    claims.main(["suspects", "--out", str(tmp_path / "elsewhere")])
+    assert "old" in readme.read_text()
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    claims.main(["suspects"])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert f"| {claims_suspects.AS_IT_STANDS} |" in text and " of the suspects are flipped, and the test error" in text
+
+
 def as_claimed(module, job):
     """Return made-up results in which every claim of the papers and of this benchmark is true."""
     name, seed = job[0], job[-2]
@@ -134,6 +222,8 @@ def as_claimed(module, job):
                 "guarded selective backprop": -2, "guarded, quantile .05": 20}.get(name, 0.0)  # fmt: skip
         harm = harm * job[1] / 50 + 0.5 * (name == "exponentiated gradient")
         return {"error": 9 + harm + noise, "bad": 50.0, "forwards": 30.0, "backwards": 30.0}
+    if module is claims_suspects:
+        return {"precision": 94.0, "recall": 98.0, "before": 7.0, "after": 4.0 + noise}
     return separable(name, seed)
 
 
@@ -155,7 +245,7 @@ def separable(name, seed):
     return {"accuracy": 90.0 + seed, "auroc": auroc, "kind": kind.numpy(), "features": features}
 
 
-@pytest.mark.parametrize("module", [claims_encouraging, claims_prioritisation, claims_separation])
+@pytest.mark.parametrize("module", [claims_encouraging, claims_prioritisation, claims_separation, claims_suspects])
 def test_verdicts_follow_the_data(module):
     results = {job: as_claimed(module, job) for job in module.jobs(False)}
     section = module.conclude(results, False)
@@ -184,6 +274,7 @@ def test_quick_run_is_written_and_rendered_again(tmp_path, capsys):
                (results[name] for name in claims.NAMES))  # fmt: skip
     written = (tmp_path / "claims.md").read_text()
     assert "## Noisy against hard" in written and "| selective backprop |" in written
+    assert "\n| 20 % flipped, one hidden layer |" in written and "\n15 % flipped, one hidden layer:\n" in written
     (tmp_path / "claims.md").unlink()
     text, _ = claims.report(tmp_path)
     assert text == written
@@ -197,5 +288,5 @@ def test_a_verdict_is_shown_with_its_bar():
 
 
 def test_an_unknown_claim_is_refused():
-    with pytest.raises(SystemExit, match="unknown claim x; expected encouraging, prioritisation, separation"):
+    with pytest.raises(SystemExit, match="unknown claim x; expected encouraging, prioritisation, separation, suspects"):
         claims.main(["x"])

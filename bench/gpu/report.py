@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..record import between
 from ..report import _table
 from .goals import ANCHORS, MET, NOT_MEASURED, Times, goals, ratio
 from .peers import COMPILED, EAGER, LOSS_ONLY, OURS
@@ -50,13 +51,9 @@ BEGIN, END = "<!-- from bench/results/gpu-*.json, by `python -m bench gpu` -->",
 
 def with_runs(readme: str, folder: Path) -> str:
     """Return the README with a table of every measured run in ``folder`` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"expected {BEGIN!r} and then {END!r} in the README")
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
     tables = [readme_table(run) for run in runs if not run["dry"] and "copy_gb_per_s" in run["steps"]["ceilings"]]
-    return f"{before}{begin}\n\n{chr(10).join(tables) or NO_RUN}\n{end}{after}"
+    return between(readme, BEGIN, END, "\n".join(tables) or NO_RUN)
 
 
 def readme_table(results: dict[str, Any]) -> str:
