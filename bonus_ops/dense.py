@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, dense_ops, reference
+from . import autograd, reference
 from .losses import GapLoss, Loss, decode, encode
+from .operators import shares as operators
 from .shares import Shares
 from .torch_path import shares as torch_shares
 from .watchers import is_plain_eager, is_transformed
@@ -35,7 +36,7 @@ class _Rows(torch.autograd.Function):
         logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, scores,
         implementation,
     ):  # fmt: skip
-        return dense_ops.forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
+        return operators.forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
                                  loss, scores, implementation)  # fmt: skip
 
     @staticmethod
@@ -51,7 +52,7 @@ class _Rows(torch.autograd.Function):
             loss = decode(ctx.loss, fields)
             grad = _gradient(logits, label, ctx.ignore_index, loss, Shares(*shares, *ctx.smoothings), grad_loss)
         else:
-            grad = dense_ops.backward(logits, label, *shares, fields, saved, runner_up, grad_loss, *ctx.smoothings,
+            grad = operators.backward(logits, label, *shares, fields, saved, runner_up, grad_loss, *ctx.smoothings,
                                       ctx.ignore_index, ctx.loss, ctx.implementation)  # fmt: skip
         return grad, *(None,) * 10
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
 from .checks import check_bonus, check_call, checked_ignore_index
 from .functional import _DEFAULT_BONUS, _rows
 from .losses import CrossEntropy, GapLoss, decode, encode
+from .operators import launching
+from .operators.implementation import chosen
 from .torch_path import labels as torch_labels
 from .watchers import is_plain_eager, is_transformed
 
@@ -78,7 +80,7 @@ def mixup_cross_entropy(
         if isinstance(target, Tensor) and target.shape == input.shape and target.is_floating_point():
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
     lam = _checked_lam(lam, target_a)
-    implementation = ops.chosen(implementation, input.device, loss.kernel is not None)
+    implementation = chosen(implementation, input.device, loss.kernel is not None)
     logits = _rows(input)
     n_classes = logits.shape[2]
     targets = torch.stack([t.reshape(logits.shape[:2]).to(torch.int64) for t in (target_a, target_b)])
@@ -173,14 +175,14 @@ def forward(
         return values, saved
     if implementation == "triton":
         n_outer, n_inner, n_classes = logits.shape
-        value, _ = ops.kernel_pair(gap_loss)
-        how = ops._kernels()["launch"].dense_forward(n_classes, ops.WARP_SIZE)
-        with ops._device_guard(logits):
-            ops._kernels()["mixup"].mixup_forward_kernel[(-(-n_outer * n_inner // how.rows),)](
+        value, _ = launching.kernel_pair(gap_loss)
+        how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
+        with launching.device_guard(logits):
+            launching.kernel_modules()["mixup"].mixup_forward_kernel[(-(-n_outer * n_inner // how.rows),)](
                 logits_ptr=logits, targets_ptr=targets.contiguous(), outputs=(values, saved),
                 shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(), ignore_index=ignore_index,
-                loss_params=ops._loss_params(gap_loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
-                VECTOR=ops._vector(logits), num_warps=how.num_warps,
+                loss_params=launching.loss_params(gap_loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                VECTOR=launching.vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
         return values, saved
     if logits.device.type == "cpu":
@@ -213,15 +215,15 @@ def backward(
         return grad
     if implementation == "triton":
         n_outer, n_inner, n_classes = logits.shape
-        _, slope = ops.kernel_pair(gap_loss)
-        how = ops._kernels()["launch"].dense_backward(n_classes, ops.WARP_SIZE)
-        with ops._device_guard(logits):
-            ops._kernels()["mixup"].mixup_backward_kernel[(-(-n_outer * n_inner // how.rows), how.parts)](
+        _, slope = launching.kernel_pair(gap_loss)
+        how = launching.kernel_modules()["launch"].dense_backward(n_classes, launching.WARP_SIZE)
+        with launching.device_guard(logits):
+            launching.kernel_modules()["mixup"].mixup_backward_kernel[(-(-n_outer * n_inner // how.rows), how.parts)](
                 logits_ptr=logits, targets_ptr=targets.contiguous(), saved_ptr=saved,
                 grad_loss_ptr=grad_loss.contiguous(), grad_ptr=grad, shape=(n_outer * n_inner, n_classes, n_inner),
                 strides=logits.stride(), grad_strides=grad.stride(), ignore_index=ignore_index,
-                loss_params=ops._loss_params(gap_loss), SLOPE=slope, ROWS=how.rows, LANES=how.lanes,
-                VECTOR=ops._vector(logits, grad), num_warps=how.num_warps,
+                loss_params=launching.loss_params(gap_loss), SLOPE=slope, ROWS=how.rows, LANES=how.lanes,
+                VECTOR=launching.vector(logits, grad), num_warps=how.num_warps,
             )  # fmt: skip
         return grad
     if logits.device.type == "cpu":

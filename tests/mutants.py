@@ -64,7 +64,7 @@ MUTANTS = (
         "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
     ),
     Mutant(
-        "a row's alignment is that of the first row", "bonus_ops/ops.py",
+        "a row's alignment is that of the first row", "bonus_ops/operators/launching.py",
         "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):", "if False:",
         f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
         seen_in="linkedin/Liger-Kernel PR #1430: an alignment hint that does not hold",
@@ -210,7 +210,7 @@ MUTANTS = (
         seen_in="volcengine/verl PR #6960",
     ),
     Mutant(
-        "the gradient is written over the logits", "bonus_ops/ops.py",
+        "the gradient is written over the logits", "bonus_ops/operators/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
         f"{KERNELS}::test_arguments_are_not_written",
         seen_in="linkedin/Liger-Kernel #272, unslothai/unsloth #5002",
@@ -229,7 +229,7 @@ MUTANTS = (
         seen_in="pytorch/pytorch #69339, #63004: weight and mean together",
     ),
     Mutant(
-        "a strided target is read as contiguous", "bonus_ops/ops.py",
+        "a strided target is read as contiguous", "bonus_ops/operators/labels.py",
         "    target = target.reshape(-1).contiguous()\n    outputs", "    target = target.reshape(-1)\n    outputs",
         f"{KERNELS}::test_target_strides_and_dtypes",
         seen_in="unslothai/unsloth-zoo PR #591: view of what is not contiguous",
@@ -257,14 +257,14 @@ MUTANTS = (
     ),
     # seen in peers
     Mutant(
-        "the stride of rows is the number of classes", "bonus_ops/ops.py",
+        "the stride of rows is the number of classes", "bonus_ops/operators/labels.py",
         "shape, strides = (n_rows, n_classes, n_inner), logits.stride()",
         "shape, strides = (n_rows, n_classes, n_inner), (n_classes, n_classes, 1)",
         f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
-        "logits that are not contiguous get themselves as gradient", "bonus_ops/ops.py",
+        "logits that are not contiguous get themselves as gradient", "bonus_ops/operators/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer",
         "    grad = torch.empty_like(logits)\n    if logits.stride(2) > 1:\n        return logits + 0\n    n_outer",
         f"{KERNELS}::test_every_layout[fp32-transposed-10]",

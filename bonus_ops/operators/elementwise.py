@@ -1,31 +1,22 @@
-"""The operators of the sigmoid family and their autograd rules, as `ops` does for rows."""
+"""The operators of the sigmoid family and their autograd rules, as `labels` does for rows."""
 
 from __future__ import annotations
 
-import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .autograd import made_gradient
-from .losses import decode, encode
-from .ops import WARP_SIZE, _device_guard, _halved, _loss_params, kernel_pair
-from .torch_path import elementwise
-from .torch_path.elementwise import Elements, common_axes
-from .watchers import is_plain_eager
+from .. import reference
+from ..autograd import made_gradient
+from ..losses import decode, encode
+from ..torch_path import elementwise
+from ..torch_path.elementwise import Elements, common_axes
+from ..watchers import is_plain_eager
+from . import launching
 
 __all__ = ["element_losses", "element_sum"]
-
-
-@functools.cache
-def _kernels() -> tuple[ModuleType, ModuleType]:
-    from .kernels import elementwise, launch
-
-    return elementwise, launch
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -43,7 +34,7 @@ def _layout(of: Elements, *others: Tensor | None) -> dict[str, Any]:
     return {
         "operands": of[:4], "n": n, "shape": tuple(shape),
         "strides": tuple(None if x is None else next(known) for x in expanded),
-        "loss_params": _loss_params(of.loss), "scales": _halved(of.scales),
+        "loss_params": launching.loss_params(of.loss), "scales": launching.halved(of.scales),
         "WIDE": max(n, *extents) >= 2**31 - 2**16,
     }  # fmt: skip
 
@@ -52,11 +43,11 @@ def _launch_forward(of: Elements, reduce: bool, out: Tensor) -> Tensor:
     n = of.input.numel()
     if n == 0:
         return out.zero_()
-    kernels, launch = _kernels()
-    value, _ = kernel_pair(of.loss)
-    how = (launch.elementwise_sum if reduce else launch.elementwise)(n, WARP_SIZE)
+    kernels, launch = launching.kernel_modules()["elementwise"], launching.kernel_modules()["launch"]
+    value, _ = launching.kernel_pair(of.loss)
+    how = (launch.elementwise_sum if reduce else launch.elementwise)(n, launching.WARP_SIZE)
     n_tiles = -(-n // how.block)
-    with _device_guard(of.input):
+    with launching.device_guard(of.input):
         if not reduce:
             kernels.elementwise_kernel[(n_tiles,)](
                 out_ptr=out, **_layout(of, out), VALUE=value, BLOCK=how.block, num_warps=how.num_warps
@@ -74,11 +65,11 @@ def _launch_backward(of: Elements, grad_loss: Tensor) -> Tensor:
     n = of.input.numel()
     if n == 0:
         return grad
-    kernels, launch = _kernels()
-    _, slope = kernel_pair(of.loss)
-    how = launch.elementwise(n, WARP_SIZE)
+    kernels, launch = launching.kernel_modules()["elementwise"], launching.kernel_modules()["launch"]
+    _, slope = launching.kernel_pair(of.loss)
+    how = launch.elementwise(n, launching.WARP_SIZE)
     one = grad_loss.dim() == 0
-    with _device_guard(of.input):
+    with launching.device_guard(of.input):
         kernels.elementwise_backward_kernel[(-(-n // how.block),)](
             upstream_ptr=grad_loss, grad_ptr=grad, **_layout(of, grad, None if one else grad_loss), SLOPE=slope,
             BLOCK=how.block, ONE_UPSTREAM=one, num_warps=how.num_warps,
