@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from . import autograd, reference
+from . import reference
+from .autograd import labels as autograd
+from .autograd.shares import share_rows
 from .checks import (
     check_bonus,
     check_call,
@@ -18,7 +20,6 @@ from .checks import (
     checked_ignore_index,
     checked_label_smoothing,
 )
-from .dense import share_rows
 from .losses import ClassLoss, CrossEntropy, GapLoss, LogBonus, Loss
 from .operators.implementation import chosen, why_not_triton
 from .operators.shares import has_terms

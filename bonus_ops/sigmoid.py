@@ -11,10 +11,10 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import reference
+from .autograd import elementwise
 from .checks import FLOATS, check_bonus
 from .functional import _DEFAULT_BONUS
 from .losses import ClassLoss, CrossEntropy, GapLoss
-from .operators import elementwise
 from .operators.implementation import default_implementation, why_not_triton
 from .schedules import KeepsEpoch
 from .torch_path.elementwise import Elements

@@ -235,7 +235,7 @@ MUTANTS = (
         seen_in="unslothai/unsloth-zoo PR #591: view of what is not contiguous",
     ),
     Mutant(
-        "a second derivative goes through the opaque operator", "bonus_ops/autograd.py",
+        "a second derivative goes through the opaque operator", "bonus_ops/autograd/labels.py",
         "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
         "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
         seen_in="linkedin/Liger-Kernel, flash-attention; pytorch/pytorch #58509, #104040",
@@ -336,7 +336,7 @@ MUTANTS = (
         seen_in="pytorch/pytorch #135546, #66872",
     ),
     Mutant(
-        "the mean of nothing is 0", "bonus_ops/autograd.py",
+        "the mean of nothing is 0", "bonus_ops/autograd/labels.py",
         "return total if divisor is None else total / divisor",
         "return total if divisor is None else total / divisor.clamp(min=1e-9)",
         "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
@@ -393,7 +393,7 @@ MUTANTS = (
         "tests/test_dense.py::test_the_mean_of_a_weighted_bonus_is_over_rows",
     ),
     Mutant(
-        "the target is not kept for backward", "bonus_ops/dense.py",
+        "the target is not kept for backward", "bonus_ops/autograd/shares.py",
         "ctx.save_for_backward(logits, label, target, scale)", "ctx.save_for_backward(logits, label, scale, scale)",
         "tests/test_dense.py::test_a_change_in_place_before_backward_is_noticed[probabilities-mean-None]",
     ),
@@ -483,7 +483,7 @@ MUTANTS = (
     ),
     # transforms and schedules
     Mutant(
-        "a nested derivative in forward mode is 0", "bonus_ops/autograd.py",
+        "a nested derivative in forward mode is 0", "bonus_ops/autograd/labels.py",
         "with forward_ad._set_fwd_grad_enabled(True):", "with forward_ad._set_fwd_grad_enabled(False):",
         f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-forward over forward]",
     ),
@@ -493,12 +493,12 @@ MUTANTS = (
         f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-grad]",
     ),
     Mutant(
-        "the columns of mapped scores are taken for the batch", "bonus_ops/autograd.py",
+        "the columns of mapped scores are taken for the batch", "bonus_ops/autograd/labels.py",
         "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(
-        "a step of the schedule reaches a backward under way", "bonus_ops/autograd.py",
+        "a step of the schedule reaches a backward under way", "bonus_ops/autograd/labels.py",
         "ignore_index, loss.current, scores)", "ignore_index, loss, scores)",
         f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
     ),
@@ -527,7 +527,7 @@ MUTANTS = (
         "if math.isfinite(total):  #", "if True:  #", f"{SIGMOID}::test_every_loss_of_an_infinite_logit_is_the_limit",
     ),
     Mutant(
-        "a gradient is given away twice", "bonus_ops/autograd.py",
+        "a gradient is given away twice", "bonus_ops/autograd/labels.py",
         "grad, ctx.grad = ctx.grad, None", "grad = ctx.grad", f"{SIGMOID}::test_backward_twice_and_from_any_upstream",
     ),
     # users' paths

@@ -1,4 +1,4 @@
-"""The operators of the sigmoid family and their autograd rules, as `labels` does for rows."""
+"""The two operators of the sigmoid family and their launches, as `labels` has them for rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..autograd import made_gradient
-from ..losses import decode, encode
-from ..torch_path import elementwise
+from ..losses import decode
+from ..torch_path import elementwise as torch_elementwise
 from ..torch_path.elementwise import Elements, common_axes
-from ..watchers import is_plain_eager
 from . import launching
 
-__all__ = ["element_losses", "element_sum"]
+__all__ = ["backward", "elements", "forward"]
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -80,9 +78,10 @@ def _launch_backward(of: Elements, grad_loss: Tensor) -> Tensor:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def _elements(
+def elements(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: str, numbers: Tensor
 ) -> Elements:
+    """Return what a loss is of; ``numbers``: the scale of either term, then the fields of the loss."""
     positive, negative = numbers[:2].tolist()  # on the CPU: nothing waits
     return Elements(input, target, weight, pos_weight, decode(loss, numbers[2:]), (positive, negative))
 
@@ -96,14 +95,14 @@ def forward(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, loss: str, numbers: Tensor,
     reduce: bool, dtype: torch.dtype, implementation: str,
 ) -> Tensor:  # fmt: skip
-    """Return the loss of each element like ``target``, or their sum, in ``dtype``; ``numbers``: `_numbers`."""
-    of = _elements(input, target, weight, pos_weight, loss, numbers)
+    """Return the loss of each element like ``target``, or their sum, in ``dtype``; ``numbers``: see `elements`."""
+    of = elements(input, target, weight, pos_weight, loss, numbers)
     if implementation == "triton":
         return _launch_forward(of, reduce, _empty(input, target, reduce, dtype))
     if input.device.type == "cpu":
         if reduce:
-            return elementwise.visit(of, None)[0].to(dtype)
-        return elementwise.forward(of, _empty(input, target, reduce, dtype))
+            return torch_elementwise.visit(of, None)[0].to(dtype)
+        return torch_elementwise.forward(of, _empty(input, target, reduce, dtype))
     value = reference.elements(*of)
     return value.sum().to(dtype) if reduce else _empty(input, target, reduce, dtype).copy_(value)
 
@@ -119,87 +118,14 @@ def backward(
     numbers: Tensor, implementation: str,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of ``input`` from the upstream gradient of the sum (0-d) or of each element."""
-    of = _elements(input, target, weight, pos_weight, loss, numbers)
+    of = elements(input, target, weight, pos_weight, loss, numbers)
     if implementation == "triton":
         return _launch_backward(of, grad_loss)
     if input.device.type == "cpu":
-        return elementwise.backward(of, grad_loss)
+        return torch_elementwise.backward(of, grad_loss)
     return torch.empty_like(input).copy_(reference.elements_gradient(*of, grad_loss))
 
 
 @backward.register_fake
 def _(input, target, weight, pos_weight, grad_loss, loss, numbers, implementation):  # type: ignore[no-untyped-def]
     return torch.empty_like(input)
-
-
-# --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-class _Operators(torch.autograd.Function):
-    """Losses or their sum; the gradient is made in backward by a second read."""
-
-    @staticmethod
-    def forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation):  # type: ignore[no-untyped-def]
-        return forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.loss, numbers, _, _, ctx.implementation = inputs
-        ctx.save_for_backward(*tensors, numbers)
-
-    @staticmethod
-    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-        input, target, weight, pos_weight, numbers = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the closed form in torch is differentiable again
-            of = _elements(input, target, weight, pos_weight, ctx.loss, numbers)
-            grad = reference.elements_gradient(*of, grad_loss)
-        else:
-            grad = backward(input, target, weight, pos_weight, grad_loss, ctx.loss, numbers, ctx.implementation)
-        return grad, *(None,) * 8
-
-
-class _Visit(torch.autograd.Function):
-    """Sum over ``divisor`` with the gradient made in the forward visit: the torch path, eager, on a CPU."""
-
-    @staticmethod
-    def forward(ctx, input, target, weight, pos_weight, loss, scales, divisor):  # type: ignore[no-untyped-def]
-        of = Elements(input, target, weight, pos_weight, loss, scales)
-        total, ctx.grad = elementwise.visit(of, 1 / divisor)
-        ctx.save_for_backward(input, target, weight, pos_weight)
-        ctx.rest, ctx.divisor = (loss, scales), divisor
-        return total / divisor
-
-    @staticmethod
-    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
-        of = Elements(*ctx.saved_tensors, *ctx.rest)
-        if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
-            return reference.elements_gradient(*of, grad_loss / ctx.divisor), *(None,) * 6
-        if ctx.grad is None:
-            _, ctx.grad = elementwise.visit(of, 1 / ctx.divisor)  # again: the bits of the first
-        grad = made_gradient(ctx, grad_loss)
-        if grad is None:
-            grad = elementwise.backward(of, grad_loss.to(of.dtype) / ctx.divisor)
-        return grad, *(None,) * 6
-
-
-def element_losses(of: Elements, dtype: torch.dtype, implementation: str) -> Tensor:
-    """Return the loss of each element in ``dtype``, laid out like the target."""
-    return _apply(of, False, dtype, implementation)
-
-
-def element_sum(of: Elements, divisor: float | Tensor, implementation: str) -> Tensor:
-    """Return the sum of the losses over ``divisor``, in the dtype they are computed in."""
-    eager = implementation == "torch" and of.input.device.type == "cpu" and is_plain_eager(of.input)
-    known = not isinstance(divisor, Tensor) and divisor > 0  # 0 for a mean of nothing
-    if eager and known and of.input.requires_grad and torch.is_grad_enabled():
-        return _Visit.apply(*of._replace(loss=of.loss.current), divisor)  # type: ignore[no-any-return,no-untyped-call]
-    return _apply(of, True, of.dtype, implementation) / divisor
-
-
-def _apply(of: Elements, reduce: bool, dtype: torch.dtype, implementation: str) -> Tensor:
-    name, fields = encode(of.loss)
-    # a tensor, so that another strength is no other graph
-    numbers = torch.cat([torch.tensor(of.scales, dtype=torch.float64, device="cpu"), fields])
-    # a graph takes no tensor twice: a view for each that came before
-    tensors = [x if x is None or not any(x is y for y in of[:i]) else x.view_as(x) for i, x in enumerate(of[:4])]
-    return _Operators.apply(*tensors, name, numbers, reduce, dtype, implementation)  # type: ignore[no-any-return,no-untyped-call]

@@ -21,7 +21,7 @@ __all__ = ["RowResult", "backward", "fold", "forward", "unfold"]
 class RowResult(NamedTuple):
     """Per-row tensors; ``scores``, ``runner_up`` and ``softmax`` are empty where they were not asked for."""
 
-    loss: Tensor  # [N]; in `autograd.reduced_rows` the weighted sum
+    loss: Tensor  # [N]; in `autograd.labels.reduced_rows` the weighted sum
     scores: Tensor  # [5, N] float32
     runner_up: Tensor  # [N] int32
     saved: Tensor  # [3, N] gap, max and sum_exp of the rest

@@ -1,4 +1,4 @@
-"""Autograd over the two operators: rows, reduced rows, and every derivative of them.
+"""Autograd over the two operators for class indices: rows, reduced rows, and every derivative of them.
 
 First derivatives run the operators. Derivatives that are differentiated again, forward-mode ones and those of
 `torch.func` follow the closed form of `reference.gradient`, from the input: plain torch, hence right at any depth.
@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import reference
-from .losses import GapLoss, decode, encode
-from .operators import labels as operators
-from .torch_path import labels as torch_labels
-from .watchers import is_deeply_transformed, is_plain_eager
+from .. import reference
+from ..losses import GapLoss, decode, encode
+from ..operators import labels as operators
+from ..torch_path import labels as torch_labels
+from ..watchers import is_deeply_transformed, is_plain_eager
 
 __all__ = ["made_gradient", "reduced", "reduced_rows", "rows"]
 
