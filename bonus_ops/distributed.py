@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from . import dense_ops, ops  # noqa: F401  the operators must exist
+from .operators import labels, shares  # noqa: F401  the operators must exist
 
 __all__ = ["register_row_sharding"]
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from . import autograd, ops, reference
+from . import reference
+from .autograd import labels as autograd
+from .autograd.shares import share_rows
 from .checks import (
     check_bonus,
     check_call,
@@ -18,9 +20,9 @@ from .checks import (
     checked_ignore_index,
     checked_label_smoothing,
 )
-from .dense import share_rows
-from .dense_ops import has_terms
 from .losses import ClassLoss, CrossEntropy, GapLoss, LogBonus, Loss
+from .operators.implementation import chosen, why_not_triton
+from .operators.shares import has_terms
 from .scores import Scores
 from .shares import Shares
 
@@ -241,14 +243,14 @@ class _Call:
 
     def _choose(self, requested: str | None) -> str:
         if self._is_hard():
-            return ops.chosen(requested, self.input.device, self.bonus.kernel is not None)
-        known = ops.why_not_triton(self.input.device.type) is not None or has_terms(self.bonus)
+            return chosen(requested, self.input.device, self.bonus.kernel is not None)
+        known = why_not_triton(self.input.device.type) is not None or has_terms(self.bonus)
         if requested == "triton" and not known:
             raise NotImplementedError(
                 f"implementation='triton' has no kernel for {type(self.bonus).__name__} with targets that are shares "
                 "of classes.\nExpected a loss of bonus_ops; None or 'torch' computes any by its formulas."
             )
-        return ops.chosen(requested, self.input.device, known)
+        return chosen(requested, self.input.device, known)
 
     def loss(self, scores: bool, softmax: bool) -> tuple[Tensor, Any, Any]:
         """Return (loss, Scores or None, probabilities or None)."""

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from . import ops, reference, sigmoid_ops
+from . import reference
+from .autograd import elementwise
 from .checks import FLOATS, check_bonus
 from .functional import _DEFAULT_BONUS
 from .losses import ClassLoss, CrossEntropy, GapLoss
+from .operators.implementation import default_implementation, why_not_triton
 from .schedules import KeepsEpoch
 from .torch_path.elementwise import Elements
 from .watchers import is_transformed
@@ -103,9 +105,9 @@ def bonus_binary_cross_entropy_with_logits(
             # by a number, torch would make the tangent a float64
             value = value.sum() / torch.as_tensor(divisor, dtype=value.dtype, device=value.device)
     elif reduction == "none":
-        value = sigmoid_ops.element_losses(of, dtype, how)
+        value = elementwise.element_losses(of, dtype, how)
     else:
-        value = sigmoid_ops.element_sum(of, divisor, how)
+        value = elementwise.element_sum(of, divisor, how)
     return value.to(dtype)
 
 
@@ -317,7 +319,7 @@ def _choose(of: Elements, requested: str | None) -> str:
     elif is_transformed():
         formula = "torch.func and forward mode"
     if requested == "triton":
-        why = ops.why_not_triton(of.input.device.type)
+        why = why_not_triton(of.input.device.type)
         if why is not None:
             raise RuntimeError(f"implementation='triton' cannot run: {why}")
         if formula is not None:
@@ -327,4 +329,4 @@ def _choose(of: Elements, requested: str | None) -> str:
         return "reference"
     if requested is not None:
         return requested
-    return "torch" if of.loss.kernel is None else ops.default_implementation(of.input.device.type)
+    return "torch" if of.loss.kernel is None else default_implementation(of.input.device.type)

@@ -1,4 +1,4 @@
-"""Every launch of sigmoid_ops.py through the JIT's own binder and compiler, for a GPU that is not here.
+"""Every launch of operators/elementwise.py through the JIT's own binder and compiler, for a GPU that is not here.
 
 Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to.
 """
@@ -10,7 +10,8 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect
-from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus, sigmoid_ops
+from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus
+from bonus_ops.operators import elementwise
 from bonus_ops.torch_path.elementwise import Elements
 from tests.compile_launches import Driver
 
@@ -22,11 +23,11 @@ def launch(case: str, input, target, loss: GapLoss, only: str = "", weight=None,
     of = Elements(input, target, weight, pos_weight, loss, (0.25, 0.75))
     before = len(BUILT)
     if only in ("", "sum"):
-        sigmoid_ops._launch_forward(of, True, input.new_empty((), dtype=of.dtype))
+        elementwise._launch_forward(of, True, input.new_empty((), dtype=of.dtype))
     if only in ("", "losses"):
-        sigmoid_ops._launch_forward(of, False, torch.empty_like(target))
+        elementwise._launch_forward(of, False, torch.empty_like(target))
     if only in ("", "gradient"):
-        sigmoid_ops._launch_backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
+        elementwise._launch_backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
     for built in BUILT[before:]:
         built["case"] = case
 

@@ -1,4 +1,4 @@
-"""Every launch of ops.py through the JIT's own binder and compiler, for a GPU that is not here.
+"""Every launch of operators/labels.py through the JIT's own binder and compiler, for a GPU that is not here.
 
 Run as a script, without TRITON_INTERPRET: a stand-in driver says which GPU it is, and nothing is executed. Prints the
 kernels that compiled.
@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus, ops
+from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus
+from bonus_ops.operators import labels
 
 
 class Driver:
@@ -34,9 +35,9 @@ def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, trans
     )
     logits, target = logits[:, None], torch.zeros(n_rows, 1, dtype=torch.int64)
     for scores, softmax in ((False, False), (True, False), (True, True)):
-        out = ops._launch_forward(logits, target, -100, loss, scores, softmax)
+        out = labels._launch_forward(logits, target, -100, loss, scores, softmax)
     upstream = torch.ones(1, dtype=out.loss.dtype).expand(n_rows)
-    ops._launch_backward(logits, target, out.saved, upstream, -100, loss)
+    labels._launch_backward(logits, target, out.saved, upstream, -100, loss)
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ MUTANTS = (
         "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
     ),
     Mutant(
-        "a row's alignment is that of the first row", "bonus_ops/ops.py",
+        "a row's alignment is that of the first row", "bonus_ops/operators/launching.py",
         "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):", "if False:",
         f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
         seen_in="linkedin/Liger-Kernel PR #1430: an alignment hint that does not hold",
@@ -210,7 +210,7 @@ MUTANTS = (
         seen_in="volcengine/verl PR #6960",
     ),
     Mutant(
-        "the gradient is written over the logits", "bonus_ops/ops.py",
+        "the gradient is written over the logits", "bonus_ops/operators/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
         f"{KERNELS}::test_arguments_are_not_written",
         seen_in="linkedin/Liger-Kernel #272, unslothai/unsloth #5002",
@@ -229,13 +229,13 @@ MUTANTS = (
         seen_in="pytorch/pytorch #69339, #63004: weight and mean together",
     ),
     Mutant(
-        "a strided target is read as contiguous", "bonus_ops/ops.py",
+        "a strided target is read as contiguous", "bonus_ops/operators/labels.py",
         "    target = target.reshape(-1).contiguous()\n    outputs", "    target = target.reshape(-1)\n    outputs",
         f"{KERNELS}::test_target_strides_and_dtypes",
         seen_in="unslothai/unsloth-zoo PR #591: view of what is not contiguous",
     ),
     Mutant(
-        "a second derivative goes through the opaque operator", "bonus_ops/autograd.py",
+        "a second derivative goes through the opaque operator", "bonus_ops/autograd/labels.py",
         "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
         "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
         seen_in="linkedin/Liger-Kernel, flash-attention; pytorch/pytorch #58509, #104040",
@@ -257,14 +257,14 @@ MUTANTS = (
     ),
     # seen in peers
     Mutant(
-        "the stride of rows is the number of classes", "bonus_ops/ops.py",
+        "the stride of rows is the number of classes", "bonus_ops/operators/labels.py",
         "shape, strides = (n_rows, n_classes, n_inner), logits.stride()",
         "shape, strides = (n_rows, n_classes, n_inner), (n_classes, n_classes, 1)",
         f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
-        "logits that are not contiguous get themselves as gradient", "bonus_ops/ops.py",
+        "logits that are not contiguous get themselves as gradient", "bonus_ops/operators/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer",
         "    grad = torch.empty_like(logits)\n    if logits.stride(2) > 1:\n        return logits + 0\n    n_outer",
         f"{KERNELS}::test_every_layout[fp32-transposed-10]",
@@ -336,7 +336,7 @@ MUTANTS = (
         seen_in="pytorch/pytorch #135546, #66872",
     ),
     Mutant(
-        "the mean of nothing is 0", "bonus_ops/autograd.py",
+        "the mean of nothing is 0", "bonus_ops/autograd/labels.py",
         "return total if divisor is None else total / divisor",
         "return total if divisor is None else total / divisor.clamp(min=1e-9)",
         "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
@@ -393,7 +393,7 @@ MUTANTS = (
         "tests/test_dense.py::test_the_mean_of_a_weighted_bonus_is_over_rows",
     ),
     Mutant(
-        "the target is not kept for backward", "bonus_ops/dense.py",
+        "the target is not kept for backward", "bonus_ops/autograd/shares.py",
         "ctx.save_for_backward(logits, label, target, scale)", "ctx.save_for_backward(logits, label, scale, scale)",
         "tests/test_dense.py::test_a_change_in_place_before_backward_is_noticed[probabilities-mean-None]",
     ),
@@ -483,7 +483,7 @@ MUTANTS = (
     ),
     # transforms and schedules
     Mutant(
-        "a nested derivative in forward mode is 0", "bonus_ops/autograd.py",
+        "a nested derivative in forward mode is 0", "bonus_ops/autograd/labels.py",
         "with forward_ad._set_fwd_grad_enabled(True):", "with forward_ad._set_fwd_grad_enabled(False):",
         f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-forward over forward]",
     ),
@@ -493,12 +493,12 @@ MUTANTS = (
         f"{TRANSFORMS}::test_a_transform_gives_what_torch_gives[torch-grad]",
     ),
     Mutant(
-        "the columns of mapped scores are taken for the batch", "bonus_ops/autograd.py",
+        "the columns of mapped scores are taken for the batch", "bonus_ops/autograd/labels.py",
         "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(
-        "a step of the schedule reaches a backward under way", "bonus_ops/autograd.py",
+        "a step of the schedule reaches a backward under way", "bonus_ops/autograd/labels.py",
         "ignore_index, loss.current, scores)", "ignore_index, loss, scores)",
         f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
     ),
@@ -527,7 +527,7 @@ MUTANTS = (
         "if math.isfinite(total):  #", "if True:  #", f"{SIGMOID}::test_every_loss_of_an_infinite_logit_is_the_limit",
     ),
     Mutant(
-        "a gradient is given away twice", "bonus_ops/autograd.py",
+        "a gradient is given away twice", "bonus_ops/autograd/labels.py",
         "grad, ctx.grad = ctx.grad, None", "grad = ctx.grad", f"{SIGMOID}::test_backward_twice_and_from_any_upstream",
     ),
     # users' paths

@@ -22,9 +22,9 @@ from bonus_ops import (
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
-    ops,
 )
 from bonus_ops.losses import encode
+from bonus_ops.operators import labels as operators
 
 EVERY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["torch", "triton"])
@@ -63,12 +63,12 @@ def test_the_operators_keep_their_contract(implementation, scores, softmax, layo
     name, fields = encode(LogBonus())
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (logits, target, fields, -100, name, scores, softmax, implementation)
-    torch.library.opcheck(ops.forward, args, test_utils=checks)
+    torch.library.opcheck(operators.forward, args, test_utils=checks)
     if not scores and not softmax:
-        saved = ops.forward(*args)[3]
+        saved = operators.forward(*args)[3]
         grad_loss = torch.rand(n_rows, dtype=saved.dtype, device=place)
         args = (logits, target, fields, saved, grad_loss, -100, name, implementation)
-        torch.library.opcheck(ops.backward, args, test_utils=checks)
+        torch.library.opcheck(operators.backward, args, test_utils=checks)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

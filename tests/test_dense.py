@@ -750,8 +750,8 @@ def forget_compiled_code():
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @over_options
 def test_the_operators_keep_their_contract(implementation, options, place):
-    from bonus_ops import dense_ops
     from bonus_ops.losses import encode
+    from bonus_ops.operators import shares as operators
 
     logits, target, options = problem(options, torch.float32, place)
     given = target[:, None] if target.is_floating_point() else None
@@ -761,10 +761,10 @@ def test_the_operators_keep_their_contract(implementation, options, place):
     tensors = (logits.detach()[:, None], label, given, options.get(W), options.get(B), fields)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     args = (*tensors, *smoothings, -100, name, True, implementation)
-    torch.library.opcheck(dense_ops.forward, args, test_utils=checks)
-    _, _, runner_up, saved = dense_ops.forward(*args)
+    torch.library.opcheck(operators.forward, args, test_utils=checks)
+    _, _, runner_up, saved = operators.forward(*args)
     args = (*tensors, saved, runner_up, torch.rand(3, device=place), *smoothings, -100, name, implementation)
-    torch.library.opcheck(dense_ops.backward, args, test_utils=checks)
+    torch.library.opcheck(operators.backward, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import bonus_ops
-from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, ops, reference
+from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, reference
 from bonus_ops.kernels import launch
+from bonus_ops.operators import labels as operators
 from tests import cases
 from tests.budget import assert_within_budget
 from tests.conftest import ACCELERATOR
@@ -233,10 +234,10 @@ def test_a_label_out_of_range_makes_its_row_nan(kernel_device, n_classes, label)
     good = target.clone()
     target[1] = label
     logits = logits[:, None]
-    out = ops._launch_forward(logits, target, -100, LogBonus(), True, False)
-    expected = ops._launch_forward(logits, good, -100, LogBonus(), True, False)
-    grad = ops._launch_backward(logits, target, out.saved, torch.ones_like(out.loss), -100, LogBonus())
-    softmax = ops._launch_forward(logits, target, -100, LogBonus(), True, True).softmax
+    out = operators._launch_forward(logits, target, -100, LogBonus(), True, False)
+    expected = operators._launch_forward(logits, good, -100, LogBonus(), True, False)
+    grad = operators._launch_backward(logits, target, out.saved, torch.ones_like(out.loss), -100, LogBonus())
+    softmax = operators._launch_forward(logits, target, -100, LogBonus(), True, True).softmax
     others = torch.arange(len(target), device=kernel_device) != 1
     assert out.loss[1].isnan() and out.scores[:, 1].isnan().all() and grad[1].isnan().all()
     assert out.runner_up[1] == -1

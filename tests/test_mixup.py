@@ -112,8 +112,8 @@ def test_one_graph():
 
 
 def test_operators_are_well_formed():
-    from bonus_ops import mixup
     from bonus_ops.losses import encode
+    from bonus_ops.operators import mixup
 
     logits, a, b = batch()
     name, fields = encode(LogBonus())

@@ -24,8 +24,8 @@ from bonus_ops import (
     Scheduled,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
-    ops,
 )
+from bonus_ops.operators import implementation, launching
 
 LOGITS = torch.linspace(-8, 12, 12).view(4, 3)[:, [2, 0, 1]].contiguous()
 TARGET = torch.tensor([0, -100, 0, 1])
@@ -286,8 +286,8 @@ def test_a_new_epoch_compiles_no_kernel(case, monkeypatch, kernel_device):
         def __getitem__(self, grid):
             return lambda **kwargs: launches.append({"grid": grid, **kwargs})
 
-    kernels = ops._kernels()
-    monkeypatch.setattr(ops, "_interpreted", lambda: True)
+    kernels = launching.kernel_modules()
+    monkeypatch.setattr(implementation, "_interpreted", lambda: True)
     monkeypatch.setattr(kernels["forward"], "forward_kernel", Recorder())
     monkeypatch.setattr(kernels["backward"], "backward_kernel", Recorder())
     bonus, _ = CASES[case]()

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 import bonus_ops
-from bonus_ops import ops
 from bonus_ops.kernels import launch
+from bonus_ops.operators import labels as operators
+from bonus_ops.operators import launching
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
 from tests.conftest import ACCELERATOR
 
@@ -215,8 +216,8 @@ def test_a_label_out_of_range_reads_nothing(label, n_classes):
     target[1] = max(label, n_classes) if label > 0 else label
     loss = bonus_ops.LogBonus()
     with guard() as launches:  # below the check that a CPU gets
-        out = ops._launch_forward(logits[:, None], target, -100, loss, True, False)
-        grad = ops._launch_backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
+        out = operators._launch_forward(logits[:, None], target, -100, loss, True, False)
+        grad = operators._launch_backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
     assert (sum(reads(x)[0] for x in launches) >= 2).all()
     assert all((reads(x)[1] == 0).all() for x in launches)
     assert out.loss.isnan().tolist() == [False, True]
@@ -233,13 +234,13 @@ def test_vectors_of_logits_and_output_start_on_16_bytes(layout, n_classes, dtype
     logits = draw(5, n_classes, layout, dtype)[0][:, None]
     size = logits.element_size()
     for out in (logits, torch.empty_like(logits), torch.empty(5, n_classes + 1, dtype=dtype)[:, None, :n_classes]):
-        vector = ops._vector(logits, out)
+        vector = launching.vector(logits, out)
         assert vector in (1, 16 // size)
         for row in range(5 if vector > 1 else 0):
             start = logits[row].data_ptr()
             head = -start % 16 // size
             assert (start + head * size) % 16 == (out[row].data_ptr() + head * size) % 16 == 0
-    assert ops._vector(logits) == (16 // size if logits.stride(2) == 1 else 1)
+    assert launching.vector(logits) == (16 // size if logits.stride(2) == 1 else 1)
 
 
 @triton.jit

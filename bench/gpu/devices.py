@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bonus_ops import ops
+from bonus_ops.operators import implementation
 
 from .. import measure
 
@@ -122,7 +122,7 @@ class StandIn(Gpu):
                 "l2_mb": 0, "driver": "none", "cuda": "none", **_versions()}  # fmt: skip
 
     def kernels(self) -> str:
-        return "torch" if ops.why_not_triton("cpu") else "triton"
+        return "torch" if implementation.why_not_triton("cpu") else "triton"
 
     def shape(self, n_rows: int, n_classes: int) -> tuple[int, int]:
         return min(n_rows, 4), min(n_classes, 40)

@@ -23,7 +23,7 @@ __all__ = ["ClassLoss", "SoftmaxAbsoluteError", "SoftmaxSquaredError"]
 class ClassLoss(Loss):
     """A loss that is a mean over the classes of a function of their probabilities.
 
-    Subclasses give `error` and `error_pull`; ``strength`` times the mirror bonus
+    Subclasses give `error` and `error_slope`; ``strength`` times the mirror bonus
     ``-(share p^gamma + (1 - share) (1 - p)^gamma)`` is added to both.
 
     Args:

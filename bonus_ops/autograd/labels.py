@@ -1,4 +1,4 @@
-"""Autograd over the two operators: rows, reduced rows, and every derivative of them.
+"""Autograd over the two operators for class indices: rows, reduced rows, and every derivative of them.
 
 First derivatives run the operators. Derivatives that are differentiated again, forward-mode ones and those of
 `torch.func` follow the closed form of `reference.gradient`, from the input: plain torch, hence right at any depth.
@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops, reference
-from .losses import GapLoss, decode, encode
-from .torch_path import labels as torch_labels
-from .watchers import is_deeply_transformed, is_plain_eager
+from .. import reference
+from ..losses import GapLoss, decode, encode
+from ..operators import labels as operators
+from ..torch_path import labels as torch_labels
+from ..watchers import is_deeply_transformed, is_plain_eager
 
 __all__ = ["made_gradient", "reduced", "reduced_rows", "rows"]
 
@@ -27,7 +28,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
-        return ops.forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
+        return operators.forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -43,16 +44,16 @@ class _Rows(torch.autograd.Function):
             grad = _gradient(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, fields))
         else:
             options = (ctx.ignore_index, ctx.loss, ctx.implementation)
-            grad = ops.backward(logits, target, fields, saved, grad_loss, *options)
+            grad = operators.backward(logits, target, fields, saved, grad_loss, *options)
         return grad, *(None,) * 7
 
     @staticmethod
     def vmap(info, in_dims, logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
         size = info.batch_size
-        logits, target = ops.fold(logits, in_dims[0], size), ops.fold(target, in_dims[1], size)
+        logits, target = operators.fold(logits, in_dims[0], size), operators.fold(target, in_dims[1], size)
         out = _apply(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
         dims = (0, 1 if scores else None, 0 if scores else None, 1, 0 if softmax else None)
-        return tuple(x if d is None else ops.unfold(x, d, size) for x, d in zip(out, dims, strict=True)), dims
+        return tuple(x if d is None else operators.unfold(x, d, size) for x, d in zip(out, dims, strict=True)), dims
 
 
 class _ForwardModeRows(_Rows):
@@ -69,9 +70,9 @@ class _ForwardModeRows(_Rows):
             return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
 
 
-def _apply(*args: Any) -> ops.RowResult:
+def _apply(*args: Any) -> operators.RowResult:
     function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
-    return ops.RowResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
+    return operators.RowResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
@@ -136,7 +137,7 @@ def reduced(loss: Tensor, row_weight: Tensor | None, divisor: Tensor | None) -> 
 
 def rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
-) -> ops.RowResult:
+) -> operators.RowResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
     if torch.compiler.is_compiling() and is_deeply_transformed():  # where the compiler cannot follow `_Rows`
         return _plain_rows(logits, target, ignore_index, loss, scores, softmax)
@@ -146,7 +147,7 @@ def rows(
 
 def _plain_rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
-) -> ops.RowResult:
+) -> operators.RowResult:
     value = reference.rows(logits, target, ignore_index, loss).reshape(-1)
     columns = runner_up = probabilities = logits.new_empty(0)
     if scores:
@@ -154,19 +155,19 @@ def _plain_rows(
         columns, runner_up = torch.stack(five).reshape(5, -1), runner_up.reshape(-1)
     if softmax:
         probabilities = reference.softmax(logits.detach(), target, ignore_index)
-    return ops.RowResult(value, columns, runner_up, logits.new_empty(0), probabilities)
+    return operators.RowResult(value, columns, runner_up, logits.new_empty(0), probabilities)
 
 
 def reduced_rows(
     logits: Tensor, target: Tensor, row_weight: Tensor | None, divisor: Tensor | None, ignore_index: int,
     loss: GapLoss, scores: bool, softmax: bool, implementation: str,
-) -> ops.RowResult:  # fmt: skip
+) -> operators.RowResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
     on_cpu = implementation == "torch" and logits.device.type == "cpu" and not is_traceable_wrapper_subclass(logits)
     if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         nothing = target.new_empty(0)
         loss_sum, columns, runner_up = visited if scores else (visited, nothing, nothing)
-        return ops.RowResult(loss_sum, columns, runner_up, nothing, nothing)
+        return operators.RowResult(loss_sum, columns, runner_up, nothing, nothing)
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))

@@ -1,4 +1,4 @@
-"""The two operators for targets that are shares of classes, see `ops` for those of class indices."""
+"""The two operators for targets that are shares of classes, see `labels` for those of class indices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .losses import LogBonus, Loss, PowerBonus, decode
-from .shares import Shares
-from .torch_path import shares as torch_shares
+from .. import reference
+from ..losses import LogBonus, Loss, PowerBonus, decode
+from ..shares import Shares
+from ..torch_path import shares as torch_shares
+from . import launching
 
 __all__ = ["DenseResult", "backward", "forward", "has_terms"]
 
@@ -27,7 +28,7 @@ class DenseResult(NamedTuple):
 def has_terms(loss: Loss) -> bool:
     """Return whether kernels know what a class adds under this loss."""
     kernel = _as_power(loss).kernel
-    return isinstance(kernel, str) and hasattr(ops._kernels()["class_terms"], f"{kernel}_terms")
+    return isinstance(kernel, str) and hasattr(launching.kernel_modules()["class_terms"], f"{kernel}_terms")
 
 
 def _as_power(loss: Loss) -> Loss:
@@ -42,7 +43,7 @@ def _as_power(loss: Loss) -> Loss:
 def _terms(loss: Loss) -> tuple[Any, bool]:
     """Return the jit function of a loss and whether one sweep does."""
     one_sweep = isinstance(loss, PowerBonus) and not loss.has_window()
-    return getattr(ops._kernels()["class_terms"], f"{loss.kernel}_terms"), one_sweep
+    return getattr(launching.kernel_modules()["class_terms"], f"{loss.kernel}_terms"), one_sweep
 
 
 def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_index: int) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_in
         logits_ptr=logits, targets=(label.reshape(-1).contiguous(), given, *weights),
         shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(),
         target_strides=logits.stride() if given is None else given.stride(), ignore_index=ignore_index,
-        loss_params=ops._loss_params(loss), share_params=ops._halved((*of_t, v.keep, v.off)),
+        loss_params=launching.loss_params(loss), share_params=launching.halved((*of_t, v.keep, v.off)),
     )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def _vector(shares: Shares, *tensors: Tensor) -> int:
     given = shares.probabilities
     if given is not None and given.dtype != tensors[0].dtype:
         return 1
-    return ops._vector(*tensors) if given is None else ops._vector(*tensors, given)
+    return launching.vector(*tensors) if given is None else launching.vector(*tensors, given)
 
 
 def _launch_forward(
@@ -77,9 +78,9 @@ def _launch_forward(
         return out
     loss = _as_power(loss)
     terms, one_sweep = _terms(loss)
-    how = ops._kernels()["launch"].dense_forward(n_classes, ops.WARP_SIZE)
-    with ops._device_guard(logits):
-        ops._kernels()["dense"].dense_forward_kernel[(-(-n_rows // how.rows),)](
+    how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
+    with launching.device_guard(logits):
+        launching.kernel_modules()["dense"].dense_forward_kernel[(-(-n_rows // how.rows),)](
             **_common(logits, label, loss, shares, ignore_index),
             outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=terms, POWER=one_sweep,
             ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(shares, logits), num_warps=how.num_warps,
@@ -96,9 +97,9 @@ def _launch_backward(
     if n_rows == 0:
         return grad
     loss = _as_power(loss)
-    how = ops._kernels()["launch"].dense_backward(n_classes, ops.WARP_SIZE)
-    with ops._device_guard(logits):
-        ops._kernels()["dense"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
+    how = launching.kernel_modules()["launch"].dense_backward(n_classes, launching.WARP_SIZE)
+    with launching.device_guard(logits):
+        launching.kernel_modules()["dense"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
             **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()),
             grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[0], ROWS=how.rows, LANES=how.lanes,
             VECTOR=_vector(shares, logits, grad), num_warps=how.num_warps,

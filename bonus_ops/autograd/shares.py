@@ -1,4 +1,4 @@
-"""Autograd for targets that are shares of classes, see `autograd` for class indices.
+"""Autograd for targets that are shares of classes, see `labels` for class indices.
 
 First derivatives run the operators. All others, and those for the probabilities, follow from the formula.
 """
@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, dense_ops, reference
-from .losses import GapLoss, Loss, decode, encode
-from .shares import Shares
-from .torch_path import shares as torch_shares
-from .watchers import is_plain_eager, is_transformed
+from .. import reference
+from ..losses import GapLoss, Loss, decode, encode
+from ..operators import shares as operators
+from ..shares import Shares
+from ..torch_path import shares as torch_shares
+from ..watchers import is_plain_eager, is_transformed
+from .labels import made_gradient, reduced
 
 __all__ = ["ShareResult", "share_rows"]
 
@@ -35,7 +37,7 @@ class _Rows(torch.autograd.Function):
         logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, scores,
         implementation,
     ):  # fmt: skip
-        return dense_ops.forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
+        return operators.forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
                                  loss, scores, implementation)  # fmt: skip
 
     @staticmethod
@@ -51,7 +53,7 @@ class _Rows(torch.autograd.Function):
             loss = decode(ctx.loss, fields)
             grad = _gradient(logits, label, ctx.ignore_index, loss, Shares(*shares, *ctx.smoothings), grad_loss)
         else:
-            grad = dense_ops.backward(logits, label, *shares, fields, saved, runner_up, grad_loss, *ctx.smoothings,
+            grad = operators.backward(logits, label, *shares, fields, saved, runner_up, grad_loss, *ctx.smoothings,
                                       ctx.ignore_index, ctx.loss, ctx.implementation)  # fmt: skip
         return grad, *(None,) * 10
 
@@ -79,7 +81,7 @@ class _Visit(torch.autograd.Function):
         out, grad = torch_shares.visit(logits, label, ignore_index, loss, shares, scores, scale)
         ctx.save_for_backward(logits, label, target, scale)  # the target, so that a change in place is noticed
         ctx.ignore_index, ctx.loss, ctx.shares, ctx.grad = ignore_index, loss, shares, grad
-        total = autograd.reduced(out.loss, None, divisor)
+        total = reduced(out.loss, None, divisor)
         if not scores:
             return total
         ctx.mark_non_differentiable(out.scores, out.runner_up)
@@ -89,7 +91,7 @@ class _Visit(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         logits, label, _target, scale = ctx.saved_tensors
         plain = not torch.is_grad_enabled() and is_plain_eager(grad_loss)
-        grad = autograd.made_gradient(ctx, grad_loss) if plain else None
+        grad = made_gradient(ctx, grad_loss) if plain else None
         upstream = (grad_loss.to(scale.dtype) * scale).expand(label.numel())
         if not plain:
             grad = _gradient(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, upstream)
@@ -129,7 +131,7 @@ def share_rows(
         name, fields = encode(loss)
         tensors = (logits, label, *shares[:3], fields)
         value, columns, runner_up, _ = _Rows.apply(*tensors, shares[3:], ignore_index, name, scores, implementation)  # type: ignore[no-untyped-call]
-    return ShareResult(autograd.reduced(value, None, divisor) if reduce else value, columns, runner_up)
+    return ShareResult(reduced(value, None, divisor) if reduce else value, columns, runner_up)
 
 
 def _needs_formula(logits: Tensor, loss: Loss, shares: Shares, implementation: str) -> bool:

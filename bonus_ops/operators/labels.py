@@ -1,184 +1,71 @@
-"""The two operators, their launches, and the choice between kernels and torch path.
+"""The two operators for class indices and their launches.
 
-`forward` and `backward` are registered with torch.library, so that torch.compile sees them whole. This module is the
-only importer of ``kernels``, and only when a kernel runs.
+`forward` and `backward` are registered with torch.library, so that torch.compile sees them whole.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import math
-import struct
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .losses import GapLoss, Loss, decode
-from .torch_path import labels as torch_labels
-from .watchers import constant_when_compiled
+from .. import reference
+from ..losses import GapLoss, decode
+from ..torch_path import labels as torch_labels
+from . import launching
 
-__all__ = ["RowResult", "backward", "chosen", "default_implementation", "fold", "forward", "unfold", "why_not_triton"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-WARP_SIZE = 64 if torch.version.hip else 32
+__all__ = ["RowResult", "backward", "fold", "forward", "unfold"]
 
 
 class RowResult(NamedTuple):
     """Per-row tensors; ``scores``, ``runner_up`` and ``softmax`` are empty where they were not asked for."""
 
-    loss: Tensor  # [N]; in `autograd.reduced_rows` the weighted sum
+    loss: Tensor  # [N]; in `autograd.labels.reduced_rows` the weighted sum
     scores: Tensor  # [5, N] float32
     runner_up: Tensor  # [N] int32
     saved: Tensor  # [3, N] gap, max and sum_exp of the rest
     softmax: Tensor  # as the logits
 
 
-# --- which implementation ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _kernels() -> dict[str, ModuleType]:
-    from .kernels import backward, class_terms, dense, forward, gap_losses, launch, mixup
-
-    modules = (backward, class_terms, dense, forward, gap_losses, launch, mixup)
-    return {module.__name__.rpartition(".")[2]: module for module in modules}
-
-
-@functools.cache
-def _triton_found() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    return type(_kernels()["forward"].forward_kernel).__name__ == "InterpretedFunction"
-
-
-@constant_when_compiled
-def why_not_triton(device_type: str) -> str | None:
-    """Return why kernels cannot run on this type of device, or None if they can."""
-    if not _triton_found():
-        return "triton is not installed"
-    if device_type in ("cuda", "xpu"):
-        return None
-    if device_type == "cpu":
-        return None if _interpreted() else "tensors are on the CPU and TRITON_INTERPRET is not set"
-    return f"there are no kernels for device type {device_type}"
-
-
-def default_implementation(device_type: str) -> str:
-    """Return what ``implementation=None`` means: interpreted kernels are for tests and run only when asked for."""
-    return "torch" if device_type == "cpu" or why_not_triton(device_type) else "triton"
-
-
-def chosen(requested: str | None, device: torch.device, has_kernel: bool) -> str:
-    """Return the implementation to run; None chooses, formulas where the loss has no kernel."""
-    if requested is None:
-        default = default_implementation(device.type)
-        return default if has_kernel else "torch"
-    if requested not in ("triton", "torch", "reference"):
-        raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
-    why = why_not_triton(device.type) if requested == "triton" else None
-    if why is not None:
-        raise RuntimeError(f"implementation='triton' cannot run: {why}")
-    return requested
-
-
-def kernel_pair(loss: GapLoss) -> tuple[Any, Any]:
-    """Return the (value, slope) jit functions of a loss."""
-    kernel = loss.kernel
-    if isinstance(kernel, str):
-        module = _kernels()["gap_losses"]
-        return getattr(module, f"{kernel}_value"), getattr(module, f"{kernel}_slope")
-    if kernel is None:
-        raise NotImplementedError(
-            f"{type(loss).__name__} has no kernel.\nExpected a class attribute kernel = (value, slope) of two "
-            "@triton.jit functions for implementation='triton'; implementation='torch' runs its formulas."
-        )
-    return kernel[0], kernel[1]
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def _halves(x: float) -> tuple[float, float]:
-    """Split a float64 into two float32, which is what a kernel takes."""
-    if not math.isfinite(x) or abs(x) > 3e38:
-        return x, 0.0
-    high = struct.unpack("f", struct.pack("f", x))[0]
-    return high, x - high
-
-
-def _halved(numbers: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    halves = [_halves(x) for x in numbers]
-    return tuple(h for h, _ in halves), tuple(low for _, low in halves)
-
-
-def _loss_params(loss: Loss) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return _halved(loss.parameters())
-
-
-def _vector(*tensors: Tensor) -> int:
-    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
-    first = tensors[0]
-    size = first.element_size()
-    starts = {t.data_ptr() % 16 for t in tensors}
-    if any(t.stride(2) != 1 for t in tensors) or len(starts) > 1 or first.data_ptr() % size:
-        return 1
-    # rows must leave a 16-byte boundary alike
-    axes = [d for d in (0, 1) if first.shape[d] > 1]
-    if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):
-        return 1
-    return 16 // size
-
-
-def _device_guard(tensor: Tensor) -> Any:
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
-
-
 def _launch_forward(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
 ) -> RowResult:
-    kernels, launch = _kernels()["forward"], _kernels()["launch"]
+    kernels, launch = launching.kernel_modules()["forward"], launching.kernel_modules()["launch"]
     n_outer, n_inner, n_classes = logits.shape
     n_rows = n_outer * n_inner
     out = _empty_result(logits, scores, softmax)
     if n_rows == 0:
         return out
-    value, _ = kernel_pair(loss)
-    how = launch.forward(n_rows, n_classes, WARP_SIZE)
+    value, _ = launching.kernel_pair(loss)
+    how = launch.forward(n_rows, n_classes, launching.WARP_SIZE)
     target = target.reshape(-1).contiguous()
     outputs = (out.loss, out.scores if scores else None, out.runner_up if scores else None, out.saved)
     shape, strides = (n_rows, n_classes, n_inner), logits.stride()
-    with _device_guard(logits):
+    with launching.device_guard(logits):
         if softmax:
             kernels.forward_softmax_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, softmax_ptr=out.softmax, outputs=outputs, shape=shape,
                 strides=strides, softmax_strides=out.softmax.stride(), ignore_index=ignore_index,
-                loss_params=_loss_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
-                VECTOR=_vector(logits, out.softmax), num_warps=how.num_warps,
+                loss_params=launching.loss_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
+                VECTOR=launching.vector(logits, out.softmax), num_warps=how.num_warps,
             )  # fmt: skip
         elif how.parts == 1:
             kernels.forward_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=logits, target_ptr=target, outputs=outputs, shape=shape, strides=strides,
-                ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value, ROWS=how.rows, LANES=how.lanes,
-                VECTOR=_vector(logits), num_warps=how.num_warps,
+                ignore_index=ignore_index, loss_params=launching.loss_params(loss), VALUE=value, ROWS=how.rows,
+                LANES=how.lanes, VECTOR=launching.vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
         else:
             sums = out.saved.new_empty(4, n_rows, how.parts)
             argmax = out.runner_up.new_empty(n_rows, how.parts)
             kernels.partial_kernel[(n_rows, how.parts)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, shape=shape, strides=strides,
-                ignore_index=ignore_index, LANES=how.lanes, VECTOR=_vector(logits), num_warps=how.num_warps,
+                ignore_index=ignore_index, LANES=how.lanes, VECTOR=launching.vector(logits), num_warps=how.num_warps,
             )  # fmt: skip
             kernels.merge_kernel[(n_rows,)](
                 logits_ptr=logits, target_ptr=target, sums_ptr=sums, argmax_ptr=argmax, outputs=outputs, shape=shape,
-                strides=strides, ignore_index=ignore_index, loss_params=_loss_params(loss), VALUE=value,
+                strides=strides, ignore_index=ignore_index, loss_params=launching.loss_params(loss), VALUE=value,
                 PARTS=how.parts, num_warps=1,
             )  # fmt: skip
     return out
@@ -192,15 +79,15 @@ def _launch_backward(
     n_rows = n_outer * n_inner
     if n_rows == 0:
         return grad
-    _, slope = kernel_pair(loss)
-    how = _kernels()["launch"].backward(n_rows, n_classes, WARP_SIZE)
+    _, slope = launching.kernel_pair(loss)
+    how = launching.kernel_modules()["launch"].backward(n_rows, n_classes, launching.WARP_SIZE)
     target = target.reshape(-1).contiguous()
-    with _device_guard(logits):
-        _kernels()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
+    with launching.device_guard(logits):
+        launching.kernel_modules()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
-            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=_loss_params(loss),
-            SLOPE=slope, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(logits, grad), num_warps=how.num_warps,
+            grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=launching.loss_params(loss),
+            SLOPE=slope, ROWS=how.rows, LANES=how.lanes, VECTOR=launching.vector(logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 
