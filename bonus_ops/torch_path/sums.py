@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ try:
 except ImportError:  # an optional extra
     numpy = None  # type: ignore[assignment]
 
-__all__ = ["dot", "log2", "moments", "row_sum", "threads"]
+__all__ = ["dot", "dot_log", "moments", "row_sum", "threads"]
 
 _VECDOT = hasattr(numpy, "vecdot")  # since numpy 2
 GRAIN = 1 << 15  # elements below which torch uses one thread
+CACHED = 1 << 16  # elements that stay next to the core while a logarithm is taken and used
+LOG_2 = math.log(2)
 DOT_CLASSES = 4096  # classes that numpy adds up at a time: it sums less carefully than torch
 
 
@@ -31,10 +34,10 @@ def row_sum(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True)
 
 
-def dot(x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-    """Return the sum of x y of each row [N, 1], in one pass by numpy where it can; ``out`` may be overwritten."""
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of x y of each row [N, 1], in one pass by numpy where it can."""
     if not (_VECDOT and x.stride(1) == y.stride(1) == 1):
-        return row_sum(torch.mul(x, y, out=out))
+        return row_sum(x * y)
     with numpy.errstate(all="ignore"):
         return _dot(x.numpy(), y.numpy())
 
@@ -57,11 +60,17 @@ def _dot(a: Any, b: Any) -> Tensor:
     return torch.stack(sums, 1).sum(1, keepdim=True)
 
 
-def log2(x: Tensor, out: Tensor | None) -> Tensor:
-    """Return the base-2 logarithm, by numpy where there is one: several times faster than torch's."""
+def dot_log(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of log(x) y of each row [N, 1]: a few rows at a time, whose logarithms stay in cache.
+
+    By numpy where there is one: its logarithm of base 2 is several times faster than torch's.
+    """
+    n_rows = max(CACHED // x.shape[1], 1)
+    return torch.cat([dot(_log2(a), b) for a, b in zip(x.split(n_rows), y.split(n_rows), strict=True)]).mul_(LOG_2)
+
+
+def _log2(x: Tensor) -> Tensor:
     if numpy is None:
-        return torch.log2(x, out=out)
-    out = torch.empty_like(x) if out is None else out
+        return torch.log2(x)
     with numpy.errstate(all="ignore"):
-        numpy.log2(x.numpy(), out=out.numpy())
-    return out
+        return torch.from_numpy(numpy.log2(x.numpy()))
