@@ -27,6 +27,10 @@ if WITHOUT_TRITON:  # these import it
         "test_traffic.py",
         "test_codegen.py",
     ]
+elif ACCELERATOR is None:
+    from tests.interpreter_speed import patch_once_a_launch
+
+    patch_once_a_launch()
 torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
 
 
