@@ -1,4 +1,4 @@
-"""Halve the time of interpreted kernels: patch triton.language once a launch, not again for every function called in it.
+"""Halve the time of interpreted kernels: patch triton.language once a launch, not again for every function it calls.
 
 Patches private names of Triton's interpreter, so it belongs to tests alone; what kernels compute stays the same.
 """
@@ -18,7 +18,7 @@ def _modules(fn):
 
 
 def _call(self, *args, **kwargs):
-    """Call a device function; Triton's own call patches first, which takes a millisecond, whatever is patched already."""
+    """Call a device function; Triton's own call patches first, a millisecond each time, whatever is patched already."""
     if any(tl.core.is_builtin(module.load) for module in _modules(self.fn)):
         interpreter._patch_lang(self.fn)
     try:
