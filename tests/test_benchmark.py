@@ -5,6 +5,7 @@
 times them at full size. Otherwise each runs once on a few rows, and must meet the float64 truth either way.
 """
 
+import gc
 import json
 import re
 import sys
@@ -148,6 +149,8 @@ def test_a_failed_bound_is_shown_with_its_case():
 def quick(tmp_path_factory):
     """What a quick run of the sections not timed here otherwise writes."""
     folder = tmp_path_factory.mktemp("quick")
+    gc.collect()
+    gc.freeze()  # it collects garbage before every case, which takes long among all that a test session holds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "keep_memory", lambda: False)  # it is for the whole process
         patch.setattr(plots, "why_not", lambda: "no pictures are tested here")
