@@ -279,10 +279,11 @@ def child(code):
     return [sys.executable, "-c", save + code]
 
 
-def test_a_step_that_crashes_or_hangs_keeps_what_it_saved():
+def test_a_step_that_crashes_or_hangs_keeps_what_it_saved(monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST_S", 2.0)
     crashed = gpu.in_process("speed", 30, child("save({'rows': [1]})\nimport os; os.abort()"))
     assert crashed["status"] == "failed" and crashed["rows"] == [1] and "exit" in crashed["error"]
-    hung = gpu.in_process("speed", 5, child("save({'rows': [2]})\ntime.sleep(60)"))
+    hung = gpu.in_process("speed", 2, child("save({'rows': [2]})\ntime.sleep(60)"))
     assert hung["status"] == "timed out" and hung["rows"] == [2] and hung["seconds"] < 20
     assert gpu.in_process("speed", 30, child("save({'rows': [3]})"))["status"] == "done"
     assert gpu.in_process("speed", 1, child(""))["status"] == "skipped"
