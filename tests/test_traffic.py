@@ -209,9 +209,9 @@ def test_loss_alone_writes_no_scores():
 
 
 @pytest.mark.parametrize(
-    ("label", "n_classes"),
-    [(label, 10) for label in (-1, 10, 2**31 - 1, 2**31 + 3, 2**40, -(2**40))]
-    + [(label, n_classes) for label in (-1, 2**31 + 3) for n_classes in (1003, SPLIT_FORWARD)],
+    ("n_classes", "label"),
+    [(10, label) for label in (-1, 10, 2**31 - 1, 2**31 + 3, 2**40, -(2**40))]
+    + [(n_classes, label) for n_classes in (1003, SPLIT_FORWARD) for label in (-1, 2**31 + 3)],
 )
 def test_a_label_out_of_range_reads_nothing(label, n_classes):
     logits, target = typical(generator(), 2, n_classes, torch.float32)
