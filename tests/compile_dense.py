@@ -1,7 +1,7 @@
 """Launches of operators/shares.py through the JIT's own binder and compiler, for GPUs that are not here.
 
 Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to: registers, stack
-and spills, and the widths of the loads and stores in its loops.
+and spills, and of long rows the widths of the loads and stores in their loops.
 """
 
 import json
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.codegen.machine_code import inspect
+from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus
 from bonus_ops.losses import Loss
 from bonus_ops.operators import launching
@@ -44,8 +44,10 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     upstream = torch.ones(n_rows, dtype=out.loss.dtype)
     operators._launch_backward(logits, label, -100, loss, shares, (out.saved, out.runner_up), upstream)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
-    for built in BUILT[before:]:
-        built["case"] = " ".join(str(x) for x in what if x is not None)
+    for found in BUILT[before:]:
+        found["case"] = " ".join(str(x) for x in what if x is not None)
+        built, target = found.pop("built"), found["target"]
+        found |= inspect(built, target, 1) if n_classes > 50000 else resources(built, target)
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        BUILT.append({"kernel": self.__name__, "target": target, **inspect(built, target, 1)})
+        BUILT.append({"kernel": self.__name__, "target": target, "built": built})
         return built
 
     JITFunction.run = compile_only

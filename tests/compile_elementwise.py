@@ -1,6 +1,7 @@
 """Every launch of operators/elementwise.py through the JIT's own binder and compiler, for a GPU that is not here.
 
-Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to.
+Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to: registers,
+stack and spills, and of tensors in order their loads and stores.
 """
 
 import json
@@ -9,7 +10,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from bench.codegen.machine_code import inspect
+from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus
 from bonus_ops.operators import elementwise
 from bonus_ops.torch_path.elementwise import Elements
@@ -28,8 +29,10 @@ def launch(case: str, input, target, loss: GapLoss, only: str = "", weight=None,
         elementwise._launch_forward(of, False, torch.empty_like(target))
     if only in ("", "gradient"):
         elementwise._launch_backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
-    for built in BUILT[before:]:
-        built["case"] = case
+    for found in BUILT[before:]:
+        found["case"] = case
+        built = found.pop("built")
+        found |= inspect(built, "sm_90", 1) if case == "in order" else resources(built, "sm_90")
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        BUILT.append({"kernel": self.__name__, **inspect(built, "sm_90", 1)})
+        BUILT.append({"kernel": self.__name__, "built": built})
         return built
 
     JITFunction.run = compile_only

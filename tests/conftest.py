@@ -1,5 +1,6 @@
 """Where the tests run: compiled kernels on a GPU, interpreted ones without; a fixed seed and one thread."""
 
+import gc
 import importlib.util
 import os
 
@@ -27,6 +28,10 @@ if WITHOUT_TRITON:  # these import it
         "test_traffic.py",
         "test_codegen.py",
     ]
+elif ACCELERATOR is None:
+    from tests.interpreter_speed import patch_once_a_launch
+
+    patch_once_a_launch()
 torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
 
 
@@ -34,6 +39,11 @@ def pytest_report_header() -> str:
     if WITHOUT_TRITON:
         return "kernels: not tested, triton is not installed"
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # thousands of tests that every full collection would walk, and the benchmark makes many
 
 
 @pytest.fixture(autouse=True)

@@ -432,8 +432,9 @@ def run_seed(seed: int, implementation: str) -> Case | None:
     return case
 
 
-def fuzz(cases: int, seed: int, implementation: str) -> None:
-    """Run cases ``seed * 10^6`` and on; the first that fails says how to replay it."""
+def fuzz(cases: int, seed: int, implementation: str) -> int:
+    """Run cases ``seed * 10^6`` and on, return how many passed; the first that fails says how to replay it."""
+    passed = 0
     for number in range(seed * 10**6, seed * 10**6 + cases):
         try:
             run_seed(number, implementation)
@@ -443,6 +444,8 @@ def fuzz(cases: int, seed: int, implementation: str) -> None:
                 f"case {number} fails: {error}\n{what}\n"
                 f"replay: python -m tests.fuzzer --replay {number} --implementation {implementation}"
             ) from error
+        passed += 1
+    return passed
 
 
 def main() -> int:

@@ -401,9 +401,10 @@ def test_a_step_is_captured_in_a_cuda_graph(reduction):
 @EVERY_REDUCTION
 def test_nothing_waits_for_the_gpu(reduction):
     logits, target = batch("cuda", torch.float32, n_rows=64, n_classes=1000)
-    step(logits, target, reduction)
-    torch.cuda.set_sync_debug_mode("error")
+    expected = step(logits, target, reduction)
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
-        step(logits, target, reduction)
+        actual = step(logits, target, reduction)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(actual, expected, equal_nan=True)

@@ -143,8 +143,11 @@ def test_twenty_kernel_runs_are_one(n_classes, kernel_device):
 
 
 @in_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
-@pytest.mark.parametrize("n_classes", [8, 16, 72, 1000, 2056])
+@pytest.mark.parametrize(
+    ("n_classes", "dtype"),
+    [*((n, torch.float32) for n in (8, 16, 72, 1000, 2056)), *((n, torch.bfloat16) for n in (8, 72, 1000))],
+    ids=lambda x: IDS.get(x, str(x)),
+)
 def test_a_row_does_not_tell_its_batch_in_kernels(n_classes, dtype, kernel_device):
     """Every row starts on 16 bytes."""
     n_rows = 19 if n_classes < 100 else 5

@@ -11,7 +11,7 @@ from tests.conftest import ACCELERATOR
 
 @pytest.mark.parametrize("seed", range(10))
 def test_torch_path(seed):
-    fuzzer.fuzz(500, seed, "torch")
+    assert fuzzer.fuzz(500, seed, "torch") == 500
 
 
 @pytest.mark.skipif(ACCELERATOR is not None, reason="draws tensors on the CPU, where kernels are not compiled")
@@ -19,7 +19,7 @@ def test_torch_path(seed):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("seed", range(4))
 def test_interpreted_kernels(seed):
-    fuzzer.fuzz(50, seed, "triton")
+    assert fuzzer.fuzz(50, seed, "triton") == 50
 
 
 def test_every_kind_of_case_is_drawn():

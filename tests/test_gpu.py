@@ -116,19 +116,22 @@ def test_nothing_waits_for_the_device(n_classes, reduction):
     weight = torch.rand(n_classes, device="cuda")
 
     def run():
+        found = []
         for options in ({}, {"weight": weight}, {"ignore_index": 3}):
             loss, scores = bonus_cross_entropy_with_scores(logits, target, reduction=reduction, **options)
-            scores.difficulty("el2n")
             loss.sum().backward()
+            found += [loss.detach(), scores.difficulty("el2n"), logits.grad]
             logits.grad = None
+        return found
 
-    run()  # compiles
+    expected = run()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
-        run()
+        found = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(128, 10), (64, 1000), (4, 262144)])

@@ -113,8 +113,8 @@ def test_there_are_as_many_samples_as_there_were():
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_module_samples_in_other_implementations(implementation, dtype, request):
     device = request.getfixturevalue("kernel_device") if implementation == "triton" else "cpu"
-    if implementation == "triton" and device == "cpu" and dtype in (torch.float16, torch.float64):
-        pytest.skip("interpreted, one type of 2 and one of 4 bytes tell what there is to tell")
+    if implementation == "triton" and device == "cpu" and dtype != torch.float32:
+        pytest.skip("interpreted, one type tells what there is to tell: the samples differ in their options")
     ours = by_module(BonusCrossEntropyLoss, bonus=None, implementation=implementation)
     theirs = by_module(nn.CrossEntropyLoss)
     ran = 0

@@ -18,13 +18,14 @@ README = ROOT / "README.md"
 SOURCES = [path for folder in ("bonus_ops", "kernels", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def run(code: str, folder: Path, **environment: str) -> str:
+def run(code: str, folder: Path, *arguments: str, **environment: str) -> str:
     """Run code from a file of its own, as Triton needs, far from the repository; return what it printed."""
     script = folder / "script.py"
     script.write_text(code)
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
     variables |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, str(script)], cwd=folder, env=variables, capture_output=True, text=True)
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -157,9 +158,43 @@ def test_the_readme_has_code_to_run():
     assert blocks_of_python()
 
 
+ONE_BY_ONE = """
+import os, runpy, sys, traceback
+import torch._dynamo  # the slow imports, once: each block is a fork
+
+for block in range(int(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        os.chdir(str(block))
+        said = os.open("said", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1), os.dup2(said, 2)
+        code = 1
+        try:
+            runpy.run_path("block.py", run_name="__main__")
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> list[tuple[str, str]]:
+    """Run every block of the README; return the exit status of each, and what it said."""
+    folder, codes = tmp_path_factory.mktemp("readme"), blocks_of_python()
+    for number, code in enumerate(codes):
+        (folder / str(number)).mkdir()
+        (folder / str(number) / "block.py").write_text(code)
+    statuses = run(ONE_BY_ONE, folder, str(len(codes))).split()
+    return [(status, (folder / str(number) / "said").read_text()) for number, status in enumerate(statuses)]
+
+
 @pytest.mark.parametrize("number", range(len(blocks_of_python())))
-def test_the_code_in_the_readme_runs_as_it_stands(number, tmp_path):
+def test_the_code_in_the_readme_runs_as_it_stands(number, blocks):
     for extra in ("sklearn", "matplotlib"):
         if extra in blocks_of_python()[number] or (extra == "matplotlib" and ".plot(" in blocks_of_python()[number]):
             pytest.importorskip(extra)
-    run(blocks_of_python()[number], tmp_path)
+    status, said = blocks[number]
+    assert status == "0", said

@@ -150,7 +150,7 @@ def tracked(story) -> ExampleTracker:
     return run(ExampleTracker(NUM, EVERY_FIELD), story)
 
 
-def states_equal(one: ExampleTracker, other: ExampleTracker) -> None:
+def assert_states_equal(one: ExampleTracker, other: ExampleTracker) -> None:
     a, b = one.state_dict(), other.state_dict()
     columns, others = a.pop("columns"), b.pop("columns")
     assert a == b and columns.keys() == others.keys()
@@ -256,7 +256,7 @@ def test_any_shape_and_integer_dtype_of_the_batch(story):
     for scores, index, target, _ in story[0]:
         flat.update(scores, index, target)
         shaped.update(Scores._make(c[None, :, None] for c in scores), index.int()[None, :, None], target[None, :, None])
-    states_equal(flat, shaped)
+    assert_states_equal(flat, shaped)
 
 
 def test_ties_are_wrong_without_the_target():
@@ -319,7 +319,7 @@ def test_resuming_equals_going_on(story, tracked, cut):
     second = ExampleTracker(NUM, EVERY_FIELD)
     second.load_state_dict(torch.load(file, weights_only=True))
     run(second, story[cut:])
-    states_equal(second, tracked)
+    assert_states_equal(second, tracked)
 
 
 def test_a_state_goes_to_another_device_whole(story, tracked):
@@ -330,7 +330,7 @@ def test_a_state_goes_to_another_device_whole(story, tracked):
         moved = tracker.to("meta")
         assert moved is tracker and moved.device.type == "meta"
         assert all(t.device.type == "meta" for t in (*moved._state.values(), *(moved._base or {}).values()))
-    states_equal(run(ExampleTracker(NUM, EVERY_FIELD), story).to("cpu"), tracked)
+    assert_states_equal(run(ExampleTracker(NUM, EVERY_FIELD), story).to("cpu"), tracked)
 
 
 def test_the_order_of_the_fields_is_free(story, tracked):
@@ -427,7 +427,7 @@ def test_off_a_cpu_rows_out_of_range_are_skipped(story):
     tracker._check_range = lambda index: None  # as on a GPU
     tracker.update(scores, broken, target, random_label_loss=randomly)
     clean.update(scores, torch.where((index == 5) | (index == 6), -1, index), target, random_label_loss=randomly)
-    states_equal(tracker, clean)
+    assert_states_equal(tracker, clean)
 
 
 GOOD = difficulty_scores(torch.randn(3, 4), torch.tensor([0, 1, 2]))
@@ -458,9 +458,9 @@ def test_bad_batches_raise_and_leave_the_state(story, arguments, error, message)
     same = run(ExampleTracker(NUM, EVERY_FIELD), story[:1])
     with pytest.raises(error, match=message):
         tracker.update(*arguments)
-    states_equal(tracker, same)
+    assert_states_equal(tracker, same)
     run(tracker, story[1:2])
-    states_equal(tracker, run(same, story[1:2]))  # the workspace is untouched too
+    assert_states_equal(tracker, run(same, story[1:2]))  # the workspace is untouched too
 
 
 def test_empty_batches_count_as_steps_only():
@@ -491,7 +491,7 @@ def test_states_that_do_not_fit_are_refused_and_leave_the_state(story, change, e
             tracker.load_state_dict(state | {"columns": state["columns"] | {name: wrong}})
     with pytest.raises(TypeError, match="expected a dict"):
         tracker.load_state_dict([state])
-    states_equal(tracker, same)
+    assert_states_equal(tracker, same)
 
 
 @pytest.mark.parametrize(

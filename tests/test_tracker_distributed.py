@@ -181,18 +181,29 @@ def worker(rank: int, world: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request, tmp_path_factory) -> dict[str, list[str]]:
-    """Run every check on every rank, in one set of processes; a server that has imported torch once forks them."""
-    world, folder = request.param, tmp_path_factory.mktemp(f"ranks-{request.param}")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[int, Path]:
+    """Run every check on every rank of two worlds at once; a server that has imported torch once forks the ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    processes = [context.Process(target=worker, args=(rank, world, str(folder)), daemon=True) for rank in range(world)]
+    found = {world: tmp_path_factory.mktemp(f"ranks-{world}") for world in (2, 4)}
+    processes = [
+        context.Process(target=worker, args=(rank, world, str(folder)), daemon=True)
+        for world, folder in found.items()
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(TIMEOUT_S)
         process.kill()
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, folders) -> dict[str, list[str]]:
+    """Return what became of each check on each rank."""
+    world, folder = request.param, folders[request.param]
     names = [check.__name__ for check in CHECKS]
     return {
         name: [

@@ -57,8 +57,10 @@ def test_a_batch_of_upstream_gradients(loss):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_a_compiled_transform_is_the_eager_one(loss, transform):
     f, x = transform(loss), logits(dtype=torch.float64)
+    # the graphs are the point; what the compiler makes of the large ones, test_compile.py shows
+    backend = "aot_eager" if transform in (TRANSFORMS["grad"], TRANSFORMS["jvp"]) else "eager"
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(f, backend="aot_eager")(x), f(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.compile(f, backend=backend)(x), f(x), rtol=1e-10, atol=1e-12)
 
 
 @FAMILY

@@ -66,32 +66,33 @@ def width(opcode: str) -> int:
 
 def inspect(built: Any, target: str, element: int) -> dict[str, Any]:
     """Return what a compiled kernel needs and does; ``element`` is the bytes of a logit."""
-    if target.startswith("gfx"):
-        isa, text = AMD, built.asm["amdgcn"]
-        keys = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
-        registers, stack, spills = (int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in keys)
-    else:
-        isa, (usage, text) = NVIDIA, disassemble(built.asm["cubin"])
-        registers, stack, spills = *map(int, re.findall(r"(?:REG|STACK):(\d+)", usage)), 0
+    amd = target.startswith("gfx")
+    isa, text = (AMD, built.asm["amdgcn"]) if amd else (NVIDIA, _said_of(built.asm["cubin"], "nvdisasm", "-c"))
+    needs = resources(built, target)
     opcodes, loops = parse(text, isa)
     found = describe(opcodes, isa, element)
-    found["spills"] += spills
+    found["spills"] += needs.pop("spills")
     loops = [describe(body, isa, element) for body in loops]
-    return found | {"registers": registers, "stack": stack, "shared": built.metadata.shared, "loops": loops}
+    return found | needs | {"shared": built.metadata.shared, "loops": loops}
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
+def resources(built: Any, target: str) -> dict[str, int]:
+    """Return what a compiled kernel needs, at once: disassembling takes 0.4 s. NVIDIA counts spills in the stack."""
+    if target.startswith("gfx"):
+        text, keys = built.asm["amdgcn"], ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        numbers = [int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in keys]
+    else:
+        usage = _said_of(built.asm["cubin"], "cuobjdump", "-res-usage")
+        numbers = [*map(int, re.findall(r"(?:REG|STACK):(\d+)", usage)), 0]
+    return dict(zip(("registers", "stack", "spills"), numbers, strict=True))
+
+
+def _said_of(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = (["cuobjdump", "-res-usage"], ["nvdisasm", "-c"])
-        usage, text = (
-            subprocess.run(
-                [os.path.join(NVIDIA_TOOLS, tool), option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, option in commands
-        )
-    return usage, text
+        command = [os.path.join(NVIDIA_TOOLS, tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]]]:

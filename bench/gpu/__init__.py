@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from ..record import ROOT, plain
 
 BUDGET_S = 460.0
+LEAST_S = 5.0  # with less left a step is skipped
 
 
 class Step(NamedTuple):
@@ -136,7 +137,7 @@ def rehearse(name: str) -> dict[str, Any]:
 
 def in_process(name: str, limit_s: float, command: list[str] | None = None) -> dict[str, Any]:
     """Run a step in a process of its own; return what it saved, and how it ended."""
-    if limit_s < 5:
+    if limit_s < LEAST_S:
         return {"status": "skipped", "seconds": 0.0, "error": "no time left"}
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "saved.json"

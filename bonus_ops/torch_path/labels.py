@@ -63,14 +63,13 @@ class _Plan:
     """
 
     def __init__(
-        self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None, share: float = WORKSPACE_SHARE,
-        elements: int | None = None,
-    ) -> None:  # fmt: skip
+        self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None, share: float = WORKSPACE_SHARE
+    ) -> None:
         n_outer, n_inner, n_classes = logits.shape
         dtype = accumulation_dtype(logits.dtype)
         ratio = n_buffers * dtype.itemsize / logits.element_size()  # bytes of buffers to bytes of logits
         self.n_classes, self.by_class = n_classes, _by_class(logits)
-        largest = min(max((elements or BLOCK_ELEMENTS) // n_classes, 1), n_outer * n_inner)
+        largest = min(max(BLOCK_ELEMENTS // n_classes, 1), n_outer * n_inner)
         share = WORKSPACE_SHARE_ALONE if unwritten is None else share
         n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
         n_own = _whole_rows(min(max(n_elements // n_classes, 1), largest))

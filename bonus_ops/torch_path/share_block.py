@@ -6,11 +6,11 @@ can be near p = 1, where 1 - p must not be a difference.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..losses import LogBonus, Loss
 from . import labels
@@ -27,8 +27,8 @@ class Paid(NamedTuple):
     absent: Tensor  # where there is no runner-up: its index is the label's
     share_of_z: Tensor | float  # sum of t (z - max) but for the label
     t_total: Tensor | float  # sum of t but for the label
-    t: Tensor | float  # of label and runner-up
-    v: Tensor | float  # the same
+    t: Tensor  # of label and runner-up
+    v: Tensor  # the same
     classes: Tensor | float  # what the loss adds for classes that are not apart
 
 
@@ -64,20 +64,20 @@ class Block:
         self.absent = runner_up == label
         self.any_absent = bool(self.absent.any())
         self.mass: Tensor | float = 0.0  # the pulls of all classes that are not apart
-        self.pulls: Tensor | float = 0.0  # of those that are
         self.others: list[tuple[Tensor | float, float]] = []  # pulls [n, C] of those that are not, and a factor
         t_total: Tensor | float = 0.0
-        if t is not None:
-            t_total = t.total(z.shape[1], label)
-            self.pulls = self._apart(t)
-            self.mass = t_total - self.pulls[1]
+        if t is None:
+            t_apart = torch.zeros_like(gaps)
+        else:
+            t_total, t_apart = t.total(z.shape[1], label), self._apart(t)
+            self.mass = t_total - t_apart[1]
             self.others = [(t.off, 1.0)]
-        t_apart = v_apart = self.pulls
+        self.pulls = v_apart = t_apart  # of those that are
         classes: Tensor | float = 0.0
         if not loss.is_cross_entropy():
-            v_apart = self._apart(v) if t is not v or t is None else t_apart
+            v_apart = t_apart if t is v else self._apart(v)
             rest = self.rest.clamp(min=torch.finfo(e.dtype).tiny)
-            log_p = labels.logsigmoid(gaps)
+            log_p = logsigmoid(gaps)
             self.pulls = loss.class_pull(self.p, rest, log_p, v_apart) + t_apart
             if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
                 classes = self._logarithms(z, loss, v, v_apart, t is v)
@@ -94,7 +94,8 @@ class Block:
 
     def _logarithms(self, rest: Tensor, loss: LogBonus, v: BlockShare, v_apart: Tensor, is_t: bool) -> Tensor:
         """Add the pulls ``v p / (1 - p)``; return the sum of ``v log(1 - p)``. ``rest`` is a buffer."""
-        strength, uniform = loss.strength, not isinstance(v.off, Tensor)
+        strength, uniform = loss.strength, isinstance(v.off, float)
+        off = v.off if isinstance(v.off, float) else 1.0
         inverted = is_t and strength == 1  # then t + v p / (1 - p) = v / (1 - p), which saves a pass
         if not inverted:
             self.e.mul_(self.scale)
@@ -103,12 +104,12 @@ class Block:
         value = v.dot_log(rest)
         if inverted:
             pull = rest.reciprocal_() if uniform else torch.div(v.off, rest, out=rest)
-            self.others, self.mass = [(pull.scatter_(1, self.apart, 0.0), v.off if uniform else 1.0)], 0.0
+            self.others, self.mass = [(pull.scatter_(1, self.apart, 0.0), off)], 0.0
         else:
             pull = torch.div(self.e, rest, out=rest)
             pull = pull if uniform else pull.mul_(v.off)
-            self.others.append((pull, v.off * strength if uniform else strength))
-        self.mass = row_sum(pull).mul_(self.others[-1][1]).add_(self.mass)
+            self.others.append((pull, off * strength))
+        self.mass = row_sum(pull).mul_(off * strength).add_(self.mass)
         return value if strength == 1 else value.mul_(strength)
 
     def _class_terms(self, rest: Tensor, loss: Loss, v: BlockShare) -> Tensor:

@@ -94,7 +94,7 @@ def _joined(parts: tuple[Any, ...]) -> Any:
 
 def _value(paid: Paid, sum_exp: Tensor, loss: Loss) -> Tensor:
     """Return the loss of every row, [N, 1]."""
-    gap, value = paid.gaps[0], paid.classes
+    gap, value = paid.gaps[0], paid.classes + torch.zeros_like(sum_exp)
     if loss.adds_to_cross_entropy:
         lse = sum_exp.clamp(min=1.0).log() - logsigmoid(-gap)  # from the max of the rest
         of_others = paid.t_total * lse
