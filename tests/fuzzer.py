@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import bonus_ops
 from bonus_ops import reference
 from bonus_ops.shares import Shares
-from bonus_ops.torch_path import labels as torch_labels
+from bonus_ops.torch_path import blocks as torch_blocks
 from tests.budget import assert_within_budget
 from tests.cases import LAYOUTS
 
@@ -228,13 +228,13 @@ def in_range(truth: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def small_blocks(several: bool) -> Iterator[None]:
-    before = torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK
+    before = torch_blocks.BLOCK_ELEMENTS, torch_blocks.SMALLEST_BLOCK
     if several:
-        torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK = 150, 40
+        torch_blocks.BLOCK_ELEMENTS, torch_blocks.SMALLEST_BLOCK = 150, 40
     try:
         yield
     finally:
-        torch_labels.BLOCK_ELEMENTS, torch_labels.SMALLEST_BLOCK = before
+        torch_blocks.BLOCK_ELEMENTS, torch_blocks.SMALLEST_BLOCK = before
 
 
 def call(case: Case, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Any, Any, Any]:

@@ -343,7 +343,7 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
     ),
     Mutant(
-        "an ignored row zeroes the loss of all", "bonus_ops/torch_path/labels.py",
+        "an ignored row zeroes the loss of all", "bonus_ops/torch_path/columns.py",
         "else value.masked_fill(~counts, 0.0)", "else value * counts.all()",
         "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch",
         seen_in="linkedin/Liger-Kernel #968: 'none' with ignore",
@@ -441,27 +441,27 @@ MUTANTS = (
         "tests/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
     ),
     Mutant(
-        "the last exponentials of a block are scalar ones", "bonus_ops/torch_path/labels.py",
+        "the last exponentials of a block are scalar ones", "bonus_ops/torch_path/vectors.py",
         "    whole = _whole(n)\n    if whole == n:", "    whole = n\n    if whole == n:",
         "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[1003-contiguous-sum-fp32]",
     ),
     Mutant(
-        "the last rows of a class-major block are added otherwise", "bonus_ops/torch_path/labels.py",
+        "the last rows of a class-major block are added otherwise", "bonus_ops/torch_path/blocks.py",
         "return -(-n_rows // VECTOR) * VECTOR if self.by_class else n_rows", "return n_rows",
         "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[10-contiguous-sum-fp32]",
     ),
     Mutant(
-        "columns of rows are not padded", "bonus_ops/torch_path/labels.py",
+        "columns of rows are not padded", "bonus_ops/torch_path/vectors.py",
         "    missing = -x.numel() % (VECTOR * threads(x.numel()))\n", "    missing = 0\n",
         "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",
     ),
     Mutant(
         "a single long row is shared by threads", "bonus_ops/torch_path/sums.py",
-        "if len(x) == 1 and threads(x.numel()) > 1:", "if False:",
+        "if x.shape[0] == 1 and threads(x.numel()) > 1:", "if False:",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
     Mutant(
-        "bounds of threads are no bounds of vectors", "bonus_ops/torch_path/labels.py",
+        "bounds of threads are no bounds of vectors", "bonus_ops/torch_path/vectors.py",
         "    whole = n - n % (VECTOR * n_threads)\n", "    whole = n - n % VECTOR\n",
         "tests/test_determinism.py::test_threads_leave_no_trace",
     ),
@@ -472,7 +472,7 @@ MUTANTS = (
         "tests/test_fuzzer.py::test_torch_path[0]",
     ),
     Mutant(
-        "e^x is 2e-5 too large", "bonus_ops/torch_path/labels.py",
+        "e^x is 2e-5 too large", "bonus_ops/torch_path/vectors.py",
         "torch.mul(shifted, LOG2_E, out=out)", "torch.mul(shifted, LOG2_E * (1 + 2e-5), out=out)",
         "tests/test_matrix.py::test_forward_and_backward[10]",
     ),

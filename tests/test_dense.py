@@ -34,7 +34,7 @@ from bonus_ops import (
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
 )
-from bonus_ops.torch_path import labels as torch_labels
+from bonus_ops.torch_path import blocks as torch_blocks
 from tests import cases
 from tests.budget import assert_within_budget
 from tests.conftest import ACCELERATOR
@@ -335,8 +335,8 @@ def test_every_layout(layout, target):
 @pytest.mark.parametrize("n_classes", [10, 137])
 @pytest.mark.parametrize("target", TARGETS)
 def test_blocks_change_nothing(target, n_classes, monkeypatch):
-    monkeypatch.setattr(torch_labels, "BLOCK_ELEMENTS", 2 * n_classes)
-    monkeypatch.setattr(torch_labels, "SMALLEST_BLOCK", n_classes)
+    monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 2 * n_classes)
+    monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", n_classes)
     for loss in ("log_bonus", "power_bonus", "squared_error_mirror"):
         if (loss, target) in PAIRS:
             check(loss, target, torch.float32, None, n_classes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bonus_ops import LogBonus, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax
-from bonus_ops.torch_path import labels as torch_labels
+from bonus_ops.torch_path import blocks as torch_blocks
 from tests import cases
 from tests.conftest import ACCELERATOR
 
@@ -93,8 +93,8 @@ def test_every_loss_by_row(name):
 def test_blocks_leave_no_trace(n_classes, monkeypatch):
     logits, target = cases.typical(cases.generator(), 201, n_classes, torch.float32)
     whole = results(logits, target, LogBonus(), "sum", softmax=True)
-    monkeypatch.setattr(torch_labels, "BLOCK_ELEMENTS", 7 * n_classes)
-    monkeypatch.setattr(torch_labels, "SMALLEST_BLOCK", 7 * n_classes)
+    monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 7 * n_classes)
+    monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 7 * n_classes)
     assert_same_bits(results(logits, target, LogBonus(), "sum", softmax=True), whole)
 
 

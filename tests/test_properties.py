@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bonus_ops import CrossEntropy, LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, reference
-from bonus_ops.torch_path import labels as torch_labels
+from bonus_ops.torch_path import blocks as torch_blocks
 from tests.cases import LOSSES
 
 EXAMPLES = range(60)
@@ -103,8 +103,8 @@ def test_06_masked_prefixes_and_suffixes_of_any_length(monkeypatch):
         cut = int(torch.randint(0, logits.shape[1], (), generator=rng))
         out = torch.arange(logits.shape[1]) < cut if seed % 2 else torch.arange(logits.shape[1]) >= cut
         masked = torch.where(out & (torch.arange(logits.shape[1]) != target[:, None]), -math.inf, logits)
-        monkeypatch.setattr(torch_labels, "BLOCK_ELEMENTS", 1 + 37 * seed)
-        monkeypatch.setattr(torch_labels, "SMALLEST_BLOCK", 1 + 37 * seed)
+        monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 1 + 37 * seed)
+        monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 1 + 37 * seed)
         loss, grad = run(masked, target, bonus=None)
         truth = reference.rows(masked.double(), target, -100, CrossEntropy())
         assert loss.isfinite().all() and grad.isfinite().all() and (grad[masked == -math.inf] == 0).all()
@@ -117,8 +117,8 @@ def test_07_blocks_change_nothing_bitwise(monkeypatch):
         logits, target, _ = draw(seed)
         whole = run(logits, target, "sum", bonus=loss_of(seed))[1]
         with monkeypatch.context() as patch:
-            patch.setattr(torch_labels, "BLOCK_ELEMENTS", 1 + 53 * seed)
-            patch.setattr(torch_labels, "SMALLEST_BLOCK", 1 + 53 * seed)
+            patch.setattr(torch_blocks, "BLOCK_ELEMENTS", 1 + 53 * seed)
+            patch.setattr(torch_blocks, "SMALLEST_BLOCK", 1 + 53 * seed)
             assert torch.equal(run(logits, target, "sum", bonus=loss_of(seed))[1], whole)
 
 

@@ -18,7 +18,7 @@ from bonus_ops import (
     reference,
 )
 from bonus_ops.losses import CrossEntropy
-from bonus_ops.torch_path import labels as torch_labels
+from bonus_ops.torch_path import blocks as torch_blocks
 from tests.cases import FLOATS, LAYOUTS, REGIMES, generator, masked, regimes_of, typical
 
 CLASS_COUNTS = (1, 2, 10, 64, 65, 255, 256, 1000, 5000)
@@ -29,8 +29,8 @@ EVERY_LOSS = pytest.mark.parametrize("bonus", [None, LogBonus()], ids=["plain", 
 def blocks(request, monkeypatch) -> None:
     """Run once as shipped, where these cases fit one block, and once a few rows at a time."""
     if request.param == "many blocks":
-        monkeypatch.setattr(torch_labels, "BLOCK_ELEMENTS", 700)
-        monkeypatch.setattr(torch_labels, "SMALLEST_BLOCK", 200)
+        monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 700)
+        monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 200)
 
 
 def truth_of(logits: Tensor, target: Tensor, bonus) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from .. import reference
 from ..losses import LogBonus, Loss, PowerBonus, decode
 from ..shares import Shares
 from ..torch_path import shares as torch_shares
+from ..watchers import constant_when_compiled
 from . import launching
 
 __all__ = ["DenseResult", "backward", "forward", "has_terms"]
@@ -28,7 +29,12 @@ class DenseResult(NamedTuple):
 def has_terms(loss: Loss) -> bool:
     """Return whether kernels know what a class adds under this loss."""
     kernel = _as_power(loss).kernel
-    return isinstance(kernel, str) and hasattr(launching.kernel_modules()["class_terms"], f"{kernel}_terms")
+    return isinstance(kernel, str) and _is_known(kernel)
+
+
+@constant_when_compiled
+def _is_known(kernel: str) -> bool:
+    return hasattr(launching.kernel_modules()["class_terms"], f"{kernel}_terms")
 
 
 def _as_power(loss: Loss) -> Loss:

@@ -1,4 +1,4 @@
-"""The fast torch path for targets that are shares of classes; plan and buffers are those of `labels`.
+"""The fast torch path for targets that are shares of classes; blocks and sums are those of `labels`.
 
 With ``T = sum t_k`` and ``pull_k`` of what the loss adds to cross-entropy, per row
 
@@ -21,8 +21,11 @@ from ..reference import accumulation_dtype
 from ..shares import Shares
 from . import labels as torch_labels
 from .block_share import BlockShare
-from .labels import RowOutputs
-from .share_block import Block, Paid
+from .block_sums import BlockSums, Paid
+from .blocks import Blocks, as_rows, by_class
+from .columns import Columns, RowOutputs, finish, repair
+from .maximum import row_max
+from .vectors import first
 
 __all__ = ["visit"]
 
@@ -41,23 +44,23 @@ def visit(
         return torch_labels.visit(logits, label, ignore_index, CrossEntropy(), scores, None)[0], grad
     dtype = accumulation_dtype(logits.dtype)
     dense = shares.probabilities is not None
-    index, counts = (label.reshape(-1, 1), None) if dense else torch_labels._labels(logits, label, ignore_index)
+    index, counts = (label.reshape(-1, 1), None) if dense else torch_labels.gatherable(logits, label, ignore_index)
     t_share, v_share = shares.of_cross_entropy(logits.shape[2]), shares.of_bonus(logits.shape[2])
     both = loss.adds_to_cross_entropy and not t_share.is_as(v_share)
-    by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not torch_labels._by_class(logits)
+    by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not by_class(logits)
     in_place = by_row and logits.dtype == dtype  # the gradient holds the exponentials
     n_buffers = (1 if in_place else 2) + (1 + both if dense else 0)
-    plan = torch_labels._Plan(logits, n_buffers, grad, WORKSPACE_SHARE)
-    sources, labels = plan.pieces(logits), index.split_with_sizes(plan.sizes)
-    given = None if shares.probabilities is None else plan.pieces(shares.probabilities)
-    keeps = None if counts is None else counts.split_with_sizes(plan.sizes)
+    blocks = Blocks(logits, n_buffers, grad, WORKSPACE_SHARE)
+    sources, labels = blocks.pieces(logits), index.split_with_sizes(blocks.sizes)
+    given = None if shares.probabilities is None else blocks.pieces(shares.probabilities)
+    keeps = None if counts is None else counts.split_with_sizes(blocks.sizes)
     if grad is not None and grad_loss is not None:
-        grads = plan.pieces(grad)
-        weights = grad_loss[:, None].expand(len(index), 1).split_with_sizes(plan.sizes)
+        grads = blocks.pieces(grad)
+        weights = grad_loss[:, None].expand(len(index), 1).split_with_sizes(blocks.sizes)
     found, paid = [], []
     for i, source in enumerate(sources):
-        z, *buffers = (torch_labels._first(plan.buffer(k, i), plan.sizes[i]) for k in range(n_buffers))
-        torch_labels._as_rows(source, z).copy_(source)
+        z, *buffers = (first(blocks.buffer(k, i), blocks.sizes[i]) for k in range(n_buffers))
+        as_rows(source, z).copy_(source)
         e = grads[i] if in_place else buffers.pop(0)
         row_label = labels[i]
         if given is None:
@@ -65,11 +68,11 @@ def visit(
             t = BlockShare.of_labels(t_share, row_label, dtype) if both else v
         else:
             for buffer in buffers:
-                torch_labels._as_rows(given[i], buffer).copy_(given[i])
-            row_label = torch_labels._max(buffers[0])[1]
+                as_rows(given[i], buffer).copy_(given[i])
+            row_label = row_max(buffers[0])[1]
             v = BlockShare.of_probabilities(v_share, row_label, buffers[0])
             t = BlockShare.of_probabilities(t_share, row_label, buffers[1]) if both else v
-        block = Block(z, e, row_label, loss, t if loss.adds_to_cross_entropy else None, v, scores)
+        block = BlockSums(z, e, row_label, loss, t if loss.adds_to_cross_entropy else None, v, scores)
         found.append((*block.columns, row_label))
         paid.append(block.paid)
         if grad is not None:
@@ -77,12 +80,12 @@ def visit(
             if keeps is not None:
                 e.masked_fill_(~keeps[i][:, None], 0.0)
             if not in_place:
-                grads[i].copy_(torch_labels._as_rows(grads[i], e))
+                grads[i].copy_(as_rows(grads[i], e))
     *sums, index = map(_joined, zip(*found, strict=True))
-    columns = torch_labels._Columns(*sums)
+    columns = Columns(*sums)
     if scores:
-        torch_labels._repair(logits, index, columns)
-    out = torch_labels._finish(columns, counts, CrossEntropy(), scores)
+        repair(logits, index, columns)
+    out = finish(columns, counts, CrossEntropy(), scores)
     value = _value(Paid(*map(_joined, zip(*paid, strict=True))), columns.sum_exp, loss).squeeze(1)
     return out._replace(loss=value if counts is None else value.masked_fill_(~counts, 0.0)), grad
 

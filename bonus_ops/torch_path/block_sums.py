@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..losses import LogBonus, Loss
-from . import labels
 from .block_share import BlockShare
+from .columns import Columns
+from .maximum import origin, row_max
 from .sums import moments, row_sum
+from .vectors import LOG2_E, exp_
 
-__all__ = ["Block", "Paid"]
+__all__ = ["BlockSums", "Paid"]
 
 
 class Paid(NamedTuple):
@@ -32,7 +34,7 @@ class Paid(NamedTuple):
     classes: Tensor | float  # what the loss adds for classes that are not apart
 
 
-class Block:
+class BlockSums:
     """Sums of ``z`` [n, C], a buffer; ``e`` becomes exp(z - max), 0 at label and runner-up, then the gradient."""
 
     def __init__(
@@ -41,24 +43,24 @@ class Block:
         z_target = z.gather(1, label)
         z_target.masked_fill_(z_target == torch.inf, torch.nan)
         z.scatter_(1, label, -torch.inf)
-        maximum, runner_up = labels._max(z)
-        origin = labels._origin(maximum)
-        z.sub_(origin).scatter_(1, label, 0.0)
+        maximum, runner_up = row_max(z)
+        shift = origin(maximum)
+        z.sub_(shift).scatter_(1, label, 0.0)
         share_of_z = 0.0 if t is None else _share_of_z(t, z)
         self.e, self.apart = e, torch.cat([label, runner_up], 1)
-        _exp_(z, e)
+        _exp_of(z, e)
         e.scatter_(1, self.apart, 0.0)
-        others, from_origin = row_sum(e), maximum - origin
+        others, from_origin = row_sum(e), maximum - shift
         of_next = from_origin.exp()  # 1, or 0 where nothing is left beside the label
         sum_exp = others + of_next
         sum_exp_z = sum_exp2 = sum_exp
         if scores:
-            sum_exp_z, sum_exp2 = moments(z, e)  # NaN if a logit is -inf: `labels._repair`
+            sum_exp_z, sum_exp2 = moments(z, e)  # NaN if a logit is -inf: `columns.repair`
             sum_exp2 = sum_exp2 + of_next
         gap = (z_target - maximum).sub_(sum_exp.log())
-        self.columns = labels._Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
+        self.columns = Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
-        gaps = torch.stack([gap, from_origin.sub_(torch.logaddexp(others.log(), z_target - origin))])
+        gaps = torch.stack([gap, from_origin.sub_(torch.logaddexp(others.log(), z_target - shift))])
         self.p, self.rest = torch.sigmoid(gaps), torch.sigmoid(-gaps)
         self.scale = self.rest[0] / sum_exp.clamp(min=1.0)  # of e, to probabilities
         self.absent = runner_up == label
@@ -152,8 +154,8 @@ def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:
     return total
 
 
-def _exp_(shifted: Tensor, out: Tensor) -> Tensor:
+def _exp_of(shifted: Tensor, out: Tensor) -> Tensor:
     """Return e^shifted; of a class-major block cut from its padding the last rows by torch's own ways."""
     if shifted.stride(1) == 1:
-        return labels._exp_(shifted, out)
-    return torch.mul(shifted, labels.LOG2_E, out=out).exp2_()
+        return exp_(shifted, out)
+    return torch.mul(shifted, LOG2_E, out=out).exp2_()

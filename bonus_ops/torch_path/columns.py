@@ -1,0 +1,84 @@
+"""From the sums of every row to its loss and scores, once for all rows: a small operator costs what a block's does."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..losses import GapLoss
+from .maximum import origin
+from .sums import row_sum
+from .vectors import LOWEST, by_vectors, exp_, first, padded
+
+__all__ = ["Columns", "RowOutputs", "finish", "repair"]
+
+REPAIRED = 1 << 17  # elements at a time
+
+
+class Columns(NamedTuple):
+    """What a sweep gathers of each row, [N, 1]; the last three only for scores."""
+
+    gap: Tensor
+    maximum: Tensor
+    sum_exp: Tensor
+    z_target: Tensor
+    sum_exp2: Tensor
+    sum_exp_z: Tensor
+    runner_up: Tensor
+
+
+class RowOutputs(NamedTuple):
+    """Per-row results: loss [N], scores [5, N] (or None), runner_up [N] (or None), saved (gap, max, sum_exp) [3, N]."""
+
+    loss: Tensor
+    scores: Tensor | None
+    runner_up: Tensor | None
+    saved: Tensor
+
+
+def finish(columns: Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
+    """Turn a sweep's columns into loss and scores, once for all rows."""
+    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c.squeeze(1) for c in columns)
+    n_rows = gap.shape[0]
+    value = by_vectors(loss.value, gap)
+    value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # no view leaves an operator
+    saved = torch.stack([gap, maximum, sum_exp])
+    if not scores:
+        return RowOutputs(value, None, None, saved)
+    five = gap.new_empty(5, n_rows)
+    plain, el2n, margin, entropy, energy = five.unbind()
+    total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
+    rest_lse = total.log()
+    both = padded(torch.cat([gap, -gap]))
+    p, u = first(torch.sigmoid(both), 2 * n_rows).view(2, -1)
+    minus_logs = first(logsigmoid(both).neg_(), 2 * n_rows)
+    minus_log_p, minus_log_u = minus_logs.view(2, -1)
+    plain.copy_(minus_log_p)
+    torch.div(sum_exp2, total * total, out=el2n).add_(1.0).sqrt_().mul_(u)
+    torch.sub(z_target, maximum, out=margin)
+    torch.maximum(z_target, rest_lse + maximum, out=energy).add_(torch.minimum(minus_log_p, minus_log_u)).neg_()
+    minus_logs.clamp_(max=-LOWEST)  # an infinite logarithm stands behind a factor of 0
+    torch.mul(p, minus_log_p, out=entropy).add_(minus_log_u.add_(rest_lse).sub_(sum_exp_z / total).mul_(u))
+    five = five.to(torch.float32)
+    unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
+    if unknown.any():
+        five.masked_fill_(unknown, math.nan)
+    runner_up = runner_up.to(torch.int32).masked_fill_(unknown | (maximum == -math.inf), -1)
+    return RowOutputs(value, five, runner_up, saved)
+
+
+def repair(logits: Tensor, label: Tensor, columns: Columns) -> None:
+    """Recompute sum_exp_z of rows where a -inf logit made 0 * -inf, a block at a time."""
+    spoilt = columns.sum_exp_z.isnan()
+    if not spoilt.any():
+        return
+    spoilt = (spoilt & ~columns.sum_exp.isnan())[:, 0].nonzero()[:, 0]
+    n_inner = logits.shape[1]
+    for index in torch.split(spoilt, max(REPAIRED // logits.shape[2], 1)):
+        z = logits[index // n_inner, index % n_inner].to(columns.gap.dtype).contiguous()
+        z = (z - origin(columns.maximum[index])).clamp_(min=LOWEST).scatter_(1, label[index], LOWEST)
+        columns.sum_exp_z[index] = row_sum(z.mul_(exp_(z, torch.empty_like(z))))
