@@ -35,7 +35,7 @@ class Paid(NamedTuple):
 
 
 class BlockSums:
-    """Sums of ``z`` [n, C], a buffer; ``e`` becomes exp(z - max), 0 at label and runner-up, then the gradient."""
+    """Sums of ``z`` [n, C], a buffer; ``e`` becomes exp(z - max), 0 for those apart, then the gradient."""
 
     def __init__(
         self, z: Tensor, e: Tensor, label: Tensor, loss: Loss, t: BlockShare | None, v: BlockShare, scores: bool
@@ -49,22 +49,25 @@ class BlockSums:
         share_of_z = 0.0 if t is None else _share_of_z(t, z)
         self.e, self.apart = e, torch.cat([label, runner_up], 1)
         _exp_of(z, e)
-        e.scatter_(1, self.apart, 0.0)
-        others, from_origin = row_sum(e), maximum - shift
-        of_next = from_origin.exp()  # 1, or 0 where nothing is left beside the label
-        sum_exp = others + of_next
-        sum_exp_z = sum_exp2 = sum_exp
-        if scores:
-            sum_exp_z, sum_exp2 = moments(z, e)  # NaN if a logit is -inf: `columns.repair`
-            sum_exp2 = sum_exp2 + of_next
+        sum_exp = row_sum(e.scatter_(1, label, 0.0))
+        # NaN if a logit is -inf: `columns.repair`
+        sum_exp_z, sum_exp2 = moments(z, e) if scores else (sum_exp, sum_exp)
+        others = row_sum(e.scatter_(1, runner_up, 0.0))
         gap = (z_target - maximum).sub_(sum_exp.log())
         self.columns = Columns(gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up)
 
-        gaps = torch.stack([gap, from_origin.sub_(torch.logaddexp(others.log(), z_target - shift))])
+        gaps = torch.stack([gap, (maximum - shift) - torch.logaddexp(others.log(), z_target - shift)])
         self.p, self.rest = torch.sigmoid(gaps), torch.sigmoid(-gaps)
         self.scale = self.rest[0] / sum_exp.clamp(min=1.0)  # of e, to probabilities
         self.absent = runner_up == label
         self.any_absent = bool(self.absent.any())
+        self.paid = self._pulled(gaps, z, label, share_of_z, loss, t, v)
+
+    def _pulled(
+        self, gaps: Tensor, z: Tensor, label: Tensor, share_of_z: Tensor | float, loss: Loss, t: BlockShare | None,
+        v: BlockShare,
+    ) -> Paid:  # fmt: skip
+        """Add up what pulls at the logits; ``z`` is a buffer."""
         self.mass: Tensor | float = 0.0  # the pulls of all classes that are not apart
         self.others: list[tuple[Tensor | float, float]] = []  # pulls [n, C] of those that are not, and a factor
         t_total: Tensor | float = 0.0
@@ -78,14 +81,14 @@ class BlockSums:
         classes: Tensor | float = 0.0
         if not loss.is_cross_entropy():
             v_apart = t_apart if t is v else self._apart(v)
-            rest = self.rest.clamp(min=torch.finfo(e.dtype).tiny)
+            rest = self.rest.clamp(min=torch.finfo(gaps.dtype).tiny)
             log_p = logsigmoid(gaps)
             self.pulls = loss.class_pull(self.p, rest, log_p, v_apart) + t_apart
             if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
-                classes = self._logarithms(z, loss, v, v_apart, t is v)
+                classes = self._logarithms(z, loss, v, t is v)
             else:
                 classes = self._class_terms(z, loss, v)
-        self.paid = Paid(gaps, self.absent, share_of_z, t_total, t_apart, v_apart, classes)
+        return Paid(gaps, self.absent, share_of_z, t_total, t_apart, v_apart, classes)
 
     def _apart(self, share: BlockShare) -> Tensor:
         """Return the shares of label and runner-up, 0 for one that is absent."""
@@ -94,7 +97,7 @@ class BlockSums:
             both = torch.stack([both[0], both[1].masked_fill(self.absent, 0.0)])
         return both
 
-    def _logarithms(self, rest: Tensor, loss: LogBonus, v: BlockShare, v_apart: Tensor, is_t: bool) -> Tensor:
+    def _logarithms(self, rest: Tensor, loss: LogBonus, v: BlockShare, is_t: bool) -> Tensor:
         """Add the pulls ``v p / (1 - p)``; return the sum of ``v log(1 - p)``. ``rest`` is a buffer."""
         strength, uniform = loss.strength, isinstance(v.off, float)
         off = v.off if isinstance(v.off, float) else 1.0

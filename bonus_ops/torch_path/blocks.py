@@ -25,17 +25,20 @@ class Blocks:
     """How the rows of one call are cut into blocks, and the buffers that blocks work in.
 
     Buffers hold [rows, C] in the accumulation dtype, class-major where that is faster, and take a share of the bytes of
-    the logits: ``share`` beside an output ``unwritten`` of that size, else `WORKSPACE_SHARE_ALONE`. The output
-    is filled in order: while the part of it behind a block offers more room, the buffers lie there.
+    the logits: ``share`` beside an output ``unwritten`` of that size, else `WORKSPACE_SHARE_ALONE`. The output is
+    filled in order: while what is unwritten of it offers more room, the buffers lie there. The last buffer, from which
+    a block of the output is copied, lies behind that block, as all do where blocks are made ``in_place``.
     """
 
     def __init__(
-        self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None, share: float = WORKSPACE_SHARE
-    ) -> None:
+        self, logits: Tensor, n_buffers: int, unwritten: Tensor | None = None, share: float = WORKSPACE_SHARE,
+        in_place: bool = False,
+    ) -> None:  # fmt: skip
         n_outer, n_inner, n_classes = logits.shape
         dtype = accumulation_dtype(logits.dtype)
-        ratio = n_buffers * dtype.itemsize / logits.element_size()  # bytes of buffers to bytes of logits
-        self.n_classes, self.by_class = n_classes, by_class(logits)
+        per_buffer = dtype.itemsize / logits.element_size()  # bytes of a buffer to bytes of logits
+        ratio = n_buffers * per_buffer
+        self.n_buffers, self.n_classes, self.by_class = n_buffers, n_classes, by_class(logits)
         largest = min(max(BLOCK_ELEMENTS // n_classes, 1), n_outer * n_inner)
         share = WORKSPACE_SHARE_ALONE if unwritten is None else share
         n_elements = max(int(logits.numel() * share / ratio), SMALLEST_BLOCK)
@@ -49,8 +52,10 @@ class Blocks:
         self.sizes: list[int] = []
         o = 0
         while o < n_outer:
-            behind = int((n_outer - o - 1) / (1 + ratio)) if self.tail is not None else 0
-            n_rows = _whole_rows(min(max(behind, n_own), largest))
+            n_rows = n_own
+            if self.tail is not None:
+                n_rows = max(int((n_outer - o - 1) / (1 + ratio if in_place else max(ratio, 1 + per_buffer))), n_own)
+            n_rows = _whole_rows(min(n_rows, largest))
             o_end = min(o + max(n_rows // n_inner, 1), n_outer)
             for i in range(0, n_inner, n_rows):
                 i_end = min(i + n_rows, n_inner)
@@ -77,8 +82,8 @@ class Blocks:
             return self.own.as_strided((n_rows, self.n_classes), (1, n_rows), which * size)
         if n_rows <= self.n_own or self.tail is None:
             return self.own.as_strided((n_rows, self.n_classes), (self.n_classes, 1), which * size)
-        first = self.tail.numel() - (which + 1) * size
-        return self.tail.as_strided((n_rows, self.n_classes), (self.n_classes, 1), first)
+        start = self.tail.numel() - (self.n_buffers - which) * size
+        return self.tail.as_strided((n_rows, self.n_classes), (self.n_classes, 1), start)
 
 
 def by_class(logits: Tensor) -> bool:

@@ -105,7 +105,7 @@ def _blocks(
     """Sweep block after block and fill ``grad``; the buffers are free again on return."""
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not by_class(logits)
     in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials
-    blocks = Blocks(logits, 1 if in_place else 2, grad)
+    blocks = Blocks(logits, 1 if in_place else 2, grad, in_place=in_place)
     sources, labels = blocks.pieces(logits), label.split_with_sizes(blocks.sizes)
     z_targets = target_logits(logits, label).split_with_sizes(blocks.sizes)
     keeps = None if counts is None else counts.split_with_sizes(blocks.sizes)

@@ -50,7 +50,7 @@ def visit(
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not by_class(logits)
     in_place = by_row and logits.dtype == dtype  # the gradient holds the exponentials
     n_buffers = (1 if in_place else 2) + (1 + both if dense else 0)
-    blocks = Blocks(logits, n_buffers, grad, WORKSPACE_SHARE)
+    blocks = Blocks(logits, n_buffers, grad, WORKSPACE_SHARE, in_place)
     sources, labels = blocks.pieces(logits), index.split_with_sizes(blocks.sizes)
     given = None if shares.probabilities is None else blocks.pieces(shares.probabilities)
     keeps = None if counts is None else counts.split_with_sizes(blocks.sizes)
@@ -61,7 +61,7 @@ def visit(
     for i, source in enumerate(sources):
         z, *buffers = (first(blocks.buffer(k, i), blocks.sizes[i]) for k in range(n_buffers))
         as_rows(source, z).copy_(source)
-        e = grads[i] if in_place else buffers.pop(0)
+        e = grads[i] if in_place else buffers.pop()
         row_label = labels[i]
         if given is None:
             v = BlockShare.of_labels(v_share, row_label, dtype)
