@@ -451,6 +451,16 @@ MUTANTS = (
         "tests/test_determinism.py::test_a_row_does_not_tell_its_batch[10-contiguous-sum-fp32]",
     ),
     Mutant(
+        "a buffer lies on what its block of the gradient fills", "bonus_ops/torch_path/blocks.py",
+        "max(ratio, 1 + per_buffer)", "ratio",
+        "tests/test_torch_path.py::test_buffers_lie_where_nothing_is_needed[dtype0-1-False]",
+    ),
+    Mutant(
+        "the shares of a block are joined though all rows have the same", "bonus_ops/torch_path/block_share.py",
+        "both.view(2, 1, 1).expand(2, *runner_up.shape)", "both.view(2, 1, 1)",
+        "tests/test_dense.py::test_blocks_change_nothing[smoothing-137]",
+    ),
+    Mutant(
         "columns of rows are not padded", "bonus_ops/torch_path/vectors.py",
         "    missing = -x.numel() % (VECTOR * threads(x.numel()))\n", "    missing = 0\n",
         "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",

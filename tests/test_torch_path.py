@@ -279,3 +279,34 @@ def test_it_runs_wherever_the_logits_are(n_classes, reduction, device):
     torch.testing.assert_close(there[2].cpu(), here[2])
     for a, b in zip(there[1], here[1], strict=True):
         torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("n_buffers", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_buffers_lie_where_nothing_is_needed(dtype, n_buffers, in_place, monkeypatch):
+    """Behind what is written; the last, and all where blocks are made in place, behind the block itself too."""
+    monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 1)
+    monkeypatch.setattr(torch_blocks, "VECTOR", 2)
+    in_tail = 0
+    for n_rows in (*range(1, 40), 100, 1001):
+        for n_classes in (65, 66, 67):
+            logits = torch.empty(n_rows, 1, n_classes, dtype=dtype)
+            out = torch.empty_like(logits)
+            blocks = torch_blocks.Blocks(logits, n_buffers, out, 0.05, in_place)
+            assert sum(blocks.sizes) == n_rows
+            row = 0
+            for block, size in enumerate(blocks.sizes):
+                row += size
+                buffers = [blocks.buffer(which, block) for which in range(n_buffers)]
+                spans = sorted((b.data_ptr(), b.data_ptr() + b.numel() * b.element_size()) for b in buffers)
+                assert all(b.shape == (size, n_classes) and b.is_contiguous() for b in buffers)
+                assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+                begin, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+                if not begin <= spans[0][0] < end:
+                    continue  # buffers of their own
+                in_tail += 1
+                written = begin + row * n_classes * dtype.itemsize
+                assert spans[-1][1] <= end and buffers[-1].data_ptr() >= written
+                assert spans[0][0] >= (written if in_place else written - size * n_classes * dtype.itemsize)
+    assert in_tail > 0
