@@ -54,9 +54,9 @@ def block() -> str:
     return found[0]
 
 
-def digest(code: str) -> str:
-    """Return what tells whether a record was measured with this ``code``."""
-    return hashlib.sha256(code.encode()).hexdigest()[:12]
+def digest(text: str) -> str:
+    """Return what tells whether a record was measured with this code."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def code(name: str, seed: int, epochs: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from numbers import Real
 from typing import Any
 
 import torch
@@ -164,9 +165,13 @@ def trainer_loss(
         )
     if isinstance(outputs, dict):
         logits = outputs["logits"]
+    elif hasattr(outputs, "logits"):
+        logits = outputs.logits
+    elif not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"expected outputs with logits, or a tuple that begins with them, got {type(outputs).__name__}")
     else:
-        logits = outputs[0] if isinstance(outputs, (tuple, list)) else outputs.logits
-        if isinstance(outputs, (tuple, list)) and isinstance(logits, Tensor) and logits.dim() == 0:
+        logits = outputs[0]
+        if isinstance(logits, Tensor) and logits.dim() == 0:
             raise ValueError(
                 "expected outputs whose first member is the logits [..., V], got a scalar there, as of a model that "
                 "has computed a loss: give the members from the logits on"
@@ -233,4 +238,8 @@ def _float32_loss(logits: Tensor) -> Any:
 def _per_item(loss: Tensor, n_items: Tensor | int | None) -> Tensor:
     if n_items is None:
         return loss
-    return loss / (n_items.to(loss.device) if isinstance(n_items, Tensor) else n_items)
+    if isinstance(n_items, Tensor):
+        return loss / n_items.to(loss.device)
+    if isinstance(n_items, bool) or not isinstance(n_items, Real):
+        raise TypeError(f"num_items_in_batch must be a number or a Tensor, got {type(n_items).__name__}")
+    return loss / float(n_items)

@@ -75,6 +75,7 @@ def mixup_cross_entropy(
         check_call(input, target, weight, ignore_index, reduction, 0.0, autocast)
         if isinstance(target, Tensor) and target.shape == input.shape and target.is_floating_point():
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
+    reduction = "mean" if reduction == "elementwise_mean" else reduction
     lam = _checked_lam(lam, target_a)
     implementation = chosen(implementation, input.device, loss.kernel is not None)
     logits = _rows(input)
@@ -88,13 +89,14 @@ def mixup_cross_entropy(
         inside = counts & (targets.reshape(2, -1) >= 0) & (targets.reshape(2, -1) < n_classes)
         factor = torch.where(inside, weight.to(dtype)[torch.where(inside, targets.reshape(2, -1), 0)], 0.0)
         value = value * factor
-    if reduction == "mean":
-        value = value / factor.sum(1, keepdim=True)
     if isinstance(lam, Tensor):
         lam = lam.reshape(-1).to(dtype)
-    total = lam * value[0] + (1 - lam) * value[1]
+    value = torch.stack([lam * value[0], (1 - lam) * value[1]])
+    if reduction == "none":
+        total = value.sum(0).view(target_a.shape)
+    else:
+        total = value.sum() if reduction == "sum" else (value.sum(1) / factor.sum(1)).sum()
     half = input.dtype in (torch.float16, torch.bfloat16)
-    total = total.view(target_a.shape) if reduction == "none" else total.sum()
     return total.to(torch.float32 if half and autocast else input.dtype)
 
 

@@ -228,6 +228,8 @@ class Scheduled(GapLoss):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to the epoch of a `state_dict`."""
+        if not isinstance(state_dict, dict) or "epoch" not in state_dict:
+            raise ValueError(f"Scheduled: expected the state {{'epoch': int}}, got {state_dict!r}")
         self.set_epoch(state_dict["epoch"])
 
     @property
@@ -285,4 +287,6 @@ class KeepsEpoch(nn.Module):
         key = prefix + _EPOCH
         unexpected_keys[:] = [x for x in unexpected_keys if x != key]
         if key in state_dict and isinstance(self.bonus, Scheduled):
-            self.bonus.set_epoch(int(state_dict[key]))
+            saved = state_dict[key]
+            epoch: Any = saved.item() if isinstance(saved, Tensor) else saved
+            self.bonus.set_epoch(epoch)

@@ -18,7 +18,7 @@ from .losses import ClassLoss, CrossEntropy, GapLoss
 from .operators.implementation import default_implementation, why_not_triton
 from .schedules import KeepsEpoch
 from .torch_path.elementwise import Elements
-from .watchers import is_transformed
+from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
 
@@ -301,6 +301,9 @@ def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+        known = normalizer.device.type == "cpu" and is_plain_eager(normalizer)  # elsewhere a look would wait
+        if known and not 0 < normalizer.item() < math.inf:
+            raise ValueError(f"normalizer must be a positive finite number, got {normalizer.item()!r}")
         return normalizer
     if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")

@@ -325,6 +325,20 @@ def test_every_number_of_classes(n_classes, target):
             check(loss, target, torch.float64, "reference", n_classes)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_one_heavy_class_leaves_the_others_their_shares(implementation):
+    """Their sum must not be a difference: 1e5 less 1e5."""
+    weight = torch.ones(10)
+    weight[0] = 1e5
+    logits = torch.zeros(1, 10)
+    logits[0, 0] = 25.0
+    options = {"weight": weight, "label_smoothing": 0.1, "reduction": "none", "bonus": None}
+    value = bonus_cross_entropy(logits, torch.zeros(1, dtype=torch.int64), **options, implementation=implementation)
+    t = shares(F.one_hot(torch.zeros(1, dtype=torch.int64), 10).double(), 0.1, weight)
+    exactly = (t * -logits.double().log_softmax(1)).sum(1)
+    torch.testing.assert_close(value.double(), exactly, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("layout", [f for f in cases.LAYOUTS.values() if f is not cases.expanded_rows])
 @pytest.mark.parametrize("target", ["both weights and smoothings", "probabilities"])
 def test_every_layout(layout, target):
@@ -747,6 +761,23 @@ def test_a_change_in_place_before_backward_is_noticed(implementation, reduction,
             (z, target)[changed].zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", [W, B])
+def test_a_weight_changed_before_backward_changes_no_gradient(name, reduction):
+    """Where the gradient is made again, for a half here, the change is noticed or the weight was a copy."""
+    logits, target, options = problem({"label_smoothing": 0.1, W: True, B: True}, torch.bfloat16)
+    (bonus_cross_entropy(logits, target, **options, reduction=reduction).sum() / 2).backward()
+    expected, logits.grad = logits.grad, None
+    loss = bonus_cross_entropy(logits, target, **options, reduction=reduction).sum() / 2
+    options[name].zero_()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.equal(logits.grad, expected) and (name, reduction) == (B, "mean")
 
 
 # --- graphs -----------------------------------------------------------------------------------------------------------

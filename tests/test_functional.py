@@ -586,10 +586,18 @@ def test_the_module_trains():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing": 0.1}, {"bonus_smoothing": 0.2}, {"bonus": LogBonus(start=0.2)}], ids=str
-)
+    "options",
+    [
+        {}, {"label_smoothing": 0.1}, {"bonus_smoothing": 0.2}, {"bonus": LogBonus(start=0.2)},
+        {"weight": torch.rand(5), "label_smoothing": 0.1}, {"bonus_weight": torch.rand(5)}, {"probabilities": True},
+    ],
+    ids=["plain", "smoothing", "bonus_smoothing", "window", "weight", "bonus_weight", "probabilities"],
+)  # fmt: skip
 def test_the_default_device_is_not_asked(options):
     logits, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 4])
+    options = dict(options)
+    if options.pop("probabilities", False):
+        target = torch.rand(3, 5)
     expected = bonus_cross_entropy(logits, target, **options)
     torch.set_default_device("meta")  # as a cuda default, for tensors that are on the CPU
     try:

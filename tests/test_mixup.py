@@ -87,6 +87,8 @@ def test_more_axes_no_batch_and_no_rows():
     torch.testing.assert_close(value, 0.4 * bonus_cross_entropy(x, a) + 0.6 * bonus_cross_entropy(x, b))
     assert mixup_cross_entropy(x[0, :, 0], a[0, 0], b[0, 0], 0.4).shape == ()
     assert mixup_cross_entropy(torch.empty(0, 5), a.new_empty(0), a.new_empty(0), 0.4, reduction="sum") == 0
+    assert mixup_cross_entropy(torch.empty(0, 5), a.new_empty(0), a.new_empty(0), 0.4).isnan()  # as F.cross_entropy
+    torch.testing.assert_close(mixup_cross_entropy(x, a, b, 0.4, reduction="elementwise_mean"), value)
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])

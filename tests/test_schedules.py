@@ -216,6 +216,8 @@ def test_a_schedule_has_a_state_of_its_own():
     bonus, resumed = (Scheduled(LogBonus(), strength=Linear(9)) for _ in range(2))
     bonus.set_epoch(5)
     resumed.load_state_dict(bonus.state_dict())
+    with pytest.raises(ValueError, match="expected the state .*, got {}"):
+        resumed.load_state_dict({})
     assert resumed.epoch == 5 and resumed.current == bonus.current
 
 

@@ -365,6 +365,7 @@ def test_bad_calls_raise_what_torch_raises(name):
         ({"alpha": "0.25"}, TypeError, "alpha must be a number or None, got str"),
         ({"normalizer": 0.0}, ValueError, "normalizer must be a positive finite number, got 0.0"),
         ({"normalizer": math.inf}, ValueError, "normalizer must be a positive finite number, got inf"),
+        ({"normalizer": torch.tensor(-1.0)}, ValueError, "normalizer must be a positive finite number, got -1.0"),
         ({"normalizer": True}, TypeError, "normalizer must be a number, a 0-d tensor or None, got bool"),
         ({"normalizer": torch.ones(1)}, ValueError, r"a 0-d tensor, got shape \[1\]"),
         ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "got it with reduction='sum'"),

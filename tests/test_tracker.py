@@ -463,6 +463,11 @@ def test_bad_batches_raise_and_leave_the_state(story, arguments, error, message)
     assert_states_equal(tracker, run(same, story[1:2]))  # the workspace is untouched too
 
 
+def test_the_quantile_is_a_number():
+    with pytest.raises(TypeError, match=r"p must be a number in \(0, 1\), got str"):
+        ExampleTracker(NUM).random_label_quantile("0.1")
+
+
 def test_empty_batches_count_as_steps_only():
     tracker = ExampleTracker(3, EVERY_FIELD)
     empty = difficulty_scores(torch.empty(0, 4), torch.empty(0, dtype=torch.int64))
@@ -476,7 +481,9 @@ def test_empty_batches_count_as_steps_only():
         ({"num_examples": NUM + 1}, ValueError, f"expected num_examples {NUM}, got {NUM + 1}"),
         ({"version": 99}, ValueError, "expected version 1, got 99"),
         ({"fields": ["Mean(score='loss', epochs=None)"]}, ValueError, "expected fields"),
-        ({"epoch": "3"}, ValueError, "expected whole epoch"),
+        ({"epoch": "3"}, ValueError, "expected a whole epoch"),
+        ({"epoch": True}, ValueError, "expected a whole epoch"),
+        ({"epoch": 40000}, ValueError, r"expected a whole epoch in \[1, 32766\] and step >= 0, got 40000"),
         ({"columns": {}}, ValueError, "expected columns count, "),
         ({"columns": None}, ValueError, "expected columns count, "),
     ],

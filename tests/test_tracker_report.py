@@ -107,6 +107,8 @@ def test_plot_marks_the_examples_to_look_at(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "set_title", lambda self, text, *a, **k: titles.append(text) or set_title(self, text, *a, **k)
     )
+    with pytest.raises(TypeError, match=r"suspect must be a number in \[0, 1\], got str"):
+        tracked().report(suspect="0.3")
     report = tracked().report(suspect=0.3, uncertain=0.6)
     labels, inputs = report.of_kind("suspect_label"), report.of_kind("suspect_input")
     assert len(labels) > 3 and len(inputs) > 3

@@ -305,6 +305,10 @@ def test_trainer_loss_says_that_the_logits_come_first() -> None:
     logits, labels = tokens()
     with pytest.raises(ValueError, match=r"first member is the logits \[..., V\], got a scalar"):
         trainer_loss((logits.sum(), logits), labels)
+    with pytest.raises(TypeError, match="expected outputs with logits, or a tuple that begins with them, got Tensor"):
+        trainer_loss(logits, labels)
+    with pytest.raises(TypeError, match="num_items_in_batch must be a number or a Tensor, got str"):
+        trainer_loss((logits,), labels, "7")
 
 
 class Outputs(dict):  # what a model returns: a dict whose keys are attributes

@@ -79,7 +79,8 @@ class _Visit(torch.autograd.Function):
         if divisor is not None:
             scale = scale / divisor
         out, grad = torch_shares.visit(logits, label, ignore_index, loss, shares, scores, scale)
-        ctx.save_for_backward(logits, label, target, scale)  # the target, so that a change in place is noticed
+        # the target too, so that a change in place is noticed
+        ctx.save_for_backward(logits, label, target, scale, shares.weight, shares.bonus_weight)
         ctx.ignore_index, ctx.loss, ctx.shares, ctx.grad = ignore_index, loss, shares, grad
         total = reduced(out.loss, None, divisor)
         if not scores:
@@ -89,14 +90,15 @@ class _Visit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        logits, label, _target, scale = ctx.saved_tensors
+        logits, label, _target, scale, weight, bonus_weight = ctx.saved_tensors
+        shares = ctx.shares._replace(weight=weight, bonus_weight=bonus_weight)
         plain = not torch.is_grad_enabled() and is_plain_eager(grad_loss)
         grad = made_gradient(ctx, grad_loss) if plain else None
         upstream = (grad_loss.to(scale.dtype) * scale).expand(label.numel())
         if not plain:
-            grad = _gradient(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, upstream)
+            grad = _gradient(logits, label, ctx.ignore_index, ctx.loss, shares, upstream)
         elif grad is None:
-            _, grad = torch_shares.visit(logits, label, ctx.ignore_index, ctx.loss, ctx.shares, False, upstream)
+            _, grad = torch_shares.visit(logits, label, ctx.ignore_index, ctx.loss, shares, False, upstream)
         return grad, *(None,) * 7
 
 

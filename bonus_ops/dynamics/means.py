@@ -13,7 +13,7 @@ from .field import Batch, Column, Field, State, Statistic, seen_only
 __all__ = ["Confidence", "Mean"]
 
 PAPERS = {
-    "el2n": "arXiv 2107.07075, averaged over training",
+    "el2n": "arXiv 2107.07075, averaged",
     "margin": "AUM, arXiv 2001.10528",
 }
 

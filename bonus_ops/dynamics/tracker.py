@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,7 +142,8 @@ class ExampleTracker:
             index: which example each row is, integers shaped like the scores, -1 for rows to skip.
             target: the labels, shaped like the scores. Only settles ties between the label's logit and the largest
                 other one, as `torch.argmax` would; without it a tie counts as wrong.
-            random_label_loss: of the batch, for the field of that name; see `random_label_loss`.
+            random_label_loss: of the batch, for the field of that name; see `random_label_loss`. Without that field it
+                changes nothing.
             validate: on a GPU, wait and raise for indices out of range; otherwise such rows are skipped there. A CPU
                 index is always checked.
             group: first gather the rows of every process of this group (``torch.distributed.group.WORLD`` for all),
@@ -265,8 +267,11 @@ class ExampleTracker:
                 tried with 5 and 10 classes only, and the best value moves with the noise rate.
 
         Raises:
+            TypeError: p is no number.
             ValueError: p is out of range, or the field ``random_label_loss`` is not kept.
         """
+        if isinstance(p, bool) or not isinstance(p, Real):
+            raise TypeError(f"random_label_quantile: p must be a number in (0, 1), got {type(p).__name__}")
         if not 0 < p < 1:
             raise ValueError(f"random_label_quantile: p must be in (0, 1), got {p}")
         if "random_label_counts" not in self._state:
@@ -316,9 +321,13 @@ class ExampleTracker:
             if not isinstance(given, Tensor) or given.shape != column.shape or given.dtype != column.dtype:
                 got = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
                 raise ValueError(f"load_state_dict: expected {name} {list(column.shape)} {column.dtype}, got {got}")
-        epoch, step = state_dict.get("epoch"), state_dict.get("step")
-        if not isinstance(epoch, int) or not isinstance(step, int) or epoch < 1 or step < 0:
-            raise ValueError(f"load_state_dict: expected whole epoch >= 1 and step >= 0, got {epoch} and {step}")
+        epoch: Any = state_dict.get("epoch")
+        step: Any = state_dict.get("step")
+        whole = type(epoch) is int and type(step) is int
+        if not (whole and 1 <= epoch <= LAST_EPOCH and step >= 0):
+            raise ValueError(
+                f"load_state_dict: expected a whole epoch in [1, {LAST_EPOCH}] and step >= 0, got {epoch} and {step}"
+            )
         for name, column in examples.items():
             column.copy_(columns[name])
         self.epoch, self.step = epoch, step

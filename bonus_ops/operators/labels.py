@@ -123,7 +123,7 @@ def forward(
         return _plain_forward(logits, target, ignore_index, gap_loss, scores, softmax)
     out, _ = torch_labels.visit(logits, target, ignore_index, gap_loss, scores, None)
     return (
-        out.loss.clone(),  # it may be a view, of which forward mode makes an internal error
+        out.loss,
         logits.new_empty(0, dtype=torch.float32) if out.scores is None else out.scores,
         logits.new_empty(0, dtype=torch.int32) if out.runner_up is None else out.runner_up,
         out.saved,

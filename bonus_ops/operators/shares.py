@@ -18,7 +18,7 @@ __all__ = ["DenseResult", "backward", "forward", "has_terms"]
 
 
 class DenseResult(NamedTuple):
-    """Per-row tensors; ``scores`` is empty where it was not asked for, ``saved`` where the torch path ran."""
+    """Per-row tensors; ``scores`` is empty where it was not asked for, ``saved`` is zeros where the torch path ran."""
 
     loss: Tensor  # [N]
     scores: Tensor  # [5, N] float32

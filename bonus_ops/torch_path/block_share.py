@@ -42,7 +42,8 @@ class BlockShare(NamedTuple):
             both = torch.tensor([self.label, self.off], dtype=dtype, device="cpu")
             return both.view(2, 1, 1).expand(2, *runner_up.shape)
         off = self.off[runner_up] if self.off.dim() == 1 else self.off.gather(1, runner_up)
-        return torch.stack([torch.as_tensor(self.label).expand_as(off), off])
+        assert isinstance(self.label, Tensor)
+        return torch.stack([self.label, off])
 
     def total(self, n_classes: int, label: Tensor) -> Tensor | float:
         """Return the sum [n, 1] over all classes but the label."""
@@ -50,7 +51,8 @@ class BlockShare(NamedTuple):
             return self.off * (n_classes - 1)
         if self.off.dim() == 2:
             return self.off.sum(1, keepdim=True)
-        return (self.off.sum() - self.off)[label]
+        wide = self.off.double()  # one heavy class would leave nothing of the others
+        return (wide.sum() - wide[label]).to(self.off.dtype)
 
     def dot(self, x: Tensor) -> Tensor:
         """Return the sum [n, 1] of share times ``x`` [n, C], which is 0 at the label."""

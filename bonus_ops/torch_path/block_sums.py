@@ -158,7 +158,7 @@ def _share_of_z(t: BlockShare, z: Tensor) -> Tensor | float:
 
 
 def _exp_of(shifted: Tensor, out: Tensor) -> Tensor:
-    """Return e^shifted; of a class-major block cut from its padding the last rows by torch's own ways."""
+    """Return e^shifted; class-major blocks have no padding here, so torch may take scalar functions for the last."""
     if shifted.stride(1) == 1:
         return exp_(shifted, out)
     return torch.mul(shifted, LOG2_E, out=out).exp2_()

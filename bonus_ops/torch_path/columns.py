@@ -45,7 +45,7 @@ def finish(columns: Columns, counts: Tensor | None, loss: GapLoss, scores: bool)
     gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c.squeeze(1) for c in columns)
     n_rows = gap.shape[0]
     value = by_vectors(loss.value, gap)
-    value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # no view leaves an operator
+    value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # forward mode fails at a view
     saved = torch.stack([gap, maximum, sum_exp])
     if not scores:
         return RowOutputs(value, None, None, saved)

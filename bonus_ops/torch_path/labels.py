@@ -1,8 +1,8 @@
 """The fast torch path: blocks of rows that stay in cache, a few passes each, where Triton cannot run.
 
 Same quantities as ``kernels/``: logits [outer, inner, C] in, one number a row out, rows counted outer * inner.
-`forward` and `backward` are the pair the kernels have; `visit` makes the gradient while a block is in cache, for an
-upstream gradient known in advance.
+`visit` and `backward` are the pair the kernels have; for an upstream gradient known in advance `visit` makes the
+gradient too, while a block is in cache.
 
 A row's results do not depend, to the bit, on the rows around it. torch sees to that but for three things, met here: the
 last few elements of a loop it computes by other functions than whole vectors (`vectors`), the last few rows of a
@@ -25,7 +25,7 @@ from .maximum import origin, row_max
 from .sums import moments, row_sum
 from .vectors import LOWEST, by_vectors, exp_, first
 
-__all__ = ["backward", "forward", "gatherable", "softmax", "target_logits", "visit"]
+__all__ = ["backward", "gatherable", "softmax", "target_logits", "visit"]
 
 
 def target_logits(logits: Tensor, label: Tensor) -> Tensor:
@@ -77,15 +77,10 @@ def _spread(e: Tensor, slope: Tensor, sum_exp: Tensor, label: Tensor, counts: Te
     return e if counts is None else e.masked_fill_(~counts[:, None], 0.0)
 
 
-def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool) -> RowOutputs:
-    """One read of the logits: loss, scores and what `backward` needs."""
-    return visit(logits, target, ignore_index, loss, scores, None)[0]
-
-
 def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, grad_loss: Tensor | None
 ) -> tuple[RowOutputs, Tensor | None]:
-    """As `forward`; with ``grad_loss`` [N] or [1] also the gradient, made while each block is in cache."""
+    """Return loss, scores and what `backward` needs; with ``grad_loss`` [N] or [1] the gradient too, else None."""
     grad = None if grad_loss is None else torch.empty_like(logits)
     if logits.numel() == 0:  # no rows, or rows without classes, which can only be ignored
         nothing = logits.new_full((target.numel(), 1), math.nan, dtype=accumulation_dtype(logits.dtype))

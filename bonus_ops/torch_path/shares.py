@@ -29,7 +29,7 @@ from .vectors import first
 
 __all__ = ["visit"]
 
-WORKSPACE_SHARE = 1.0  # of one gradient's bytes: up to five buffers, in blocks that are worth their operators
+WORKSPACE_SHARE = 1.0  # of one gradient's bytes: up to four buffers, in blocks that are worth their operators
 
 
 def visit(
