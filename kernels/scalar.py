@@ -22,6 +22,16 @@ def exp(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """Return 1 / x for x in [2^-126, 1], within 2 ulp: a division would also guard against larger ones."""
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    else:
+        root = tl.rsqrt(x)
+        return root * root
+
+
+@triton.jit
 def log1p(x):
     """Return log(1 + x) for x in [0, 1] without libdevice (Kahan): the rounding of 1 + x divides out."""
     y = 1.0 + x
