@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .scalar import HALF_PI, PI, exp, expm1, reciprocal, sigmoid, sin
+from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin
 
 TINY = tl.constexpr(2.0**-126)  # the smallest normal float32: a smaller constant would make everything float64
 
@@ -37,7 +37,7 @@ def log_bonus_terms(p, rest, log_p, share, params):
 def log_bonus_below_half_terms(p, rest, log_p, share, params):
     """As `log_bonus_terms` of p <= 1/2 where log_end is above that and there is no window."""
     share *= params[0]
-    return share * tl.log(rest), share * (p * reciprocal(rest))
+    return share * log_of_rest(p), share * (p * reciprocal(rest))
 
 
 @triton.jit
@@ -131,5 +131,5 @@ def log_bonus_below_half_sums(TERMS: tl.constexpr, mask, p, log_p, share, params
         value, odds = share * tl.log(product), share * odds
     else:
         odds, product = tl.reduce((share * p, rest), 2, add_fractions)
-        value = tl.sum(share * tl.log(rest), 2)
+        value = tl.sum(share * log_of_rest(p), 2)
     return params[0] * value, params[0] * odds * reciprocal(product)

@@ -22,7 +22,7 @@ from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index
 from .scalar import exp, log_sigmoid, sigmoid
 from .scores import gap_of, scores_of
 from .shares import shares_at, shares_in_chunks, target_of, where_any
-from .tiles import SEGMENTS, masked, n_masked, segment, tiles_of
+from .tiles import masked, n_masked, n_segments, segment, tiles_of
 
 LARGEST = tl.constexpr(3.4e38)  # a float32
 
@@ -76,7 +76,7 @@ def first_sweep(
     n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
     tiles = tiles_of(rows, (rows.target, rows.target), 0, n_tiles, ROWS, LANES)
     if ROWS == 1:
-        for i in range(SEGMENTS):
+        for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
                 chunk = tile * LANES + lane
@@ -142,7 +142,7 @@ def second_sweep(
     n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
     tiles = tiles_of(rows, (rows.target, rest.argmax), 0, n_tiles, ROWS, LANES)
     if ROWS == 1:
-        for i in range(SEGMENTS):
+        for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
                 chunk = tile * LANES + lane
@@ -150,7 +150,8 @@ def second_sweep(
                 _, v = shares_in_chunks(target, chunk, None, z, VECTOR)
                 d = z - at[:, None, None]
                 e = exp(d)
-                tile_value, tile_pull = SUMS(TERMS, None, e * scale[:, None, None], d + log_scale[:, None, None], v, params)
+                p, log_p = e * scale[:, None, None], d + log_scale[:, None, None]
+                tile_value, tile_pull = SUMS(TERMS, None, p, log_p, v, params)
                 sum_exp += tl.sum(e, 2)
                 value += tile_value
                 pull += tile_pull
@@ -164,7 +165,8 @@ def second_sweep(
         d = z - at[:, None, None]
         e = exp(d)
         e = tl.where(others, e, 0.0)
-        tile_value, tile_pull = SUMS(TERMS, others, e * scale[:, None, None], d + log_scale[:, None, None], v, params)
+        p, log_p = e * scale[:, None, None], d + log_scale[:, None, None]
+        tile_value, tile_pull = SUMS(TERMS, others, p, log_p, v, params)
         sum_exp += tl.sum(e, 2)
         value += tile_value
         pull += tile_pull
@@ -202,14 +204,25 @@ def dense_forward_kernel(
     loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
     inside = row < n_rows
     missing = tl.where(rows.active, 0.0, float("nan"))
-    # scores first: their sums need not be kept through a second sweep
+    # stored first: what a second sweep need not keep
     if scores_ptr is not None:
         column = scores_ptr + row
         for score in tl.static_range(5):
             tl.store(column, scores_of(z_target, gap, rest)[score] + missing, inside)
             column += n_rows
+    known = rows.active & (rest.argmax >= 0) & (rest.argmax < n_classes)
+    runner_up = tl.where(known, rest.argmax, 0)
+    tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
+    column = saved_ptr + row
+    tl.store(column, rest.max, inside)
+    tl.store(column + n_rows, sigmoid(-gap) / tl.maximum(rest.sum_exp, 1.0), inside)
+
+    # t (lse - z) of the others, by way of the rest's max: no term is negative
+    log_scale = log_sigmoid(-gap) - tl.log(tl.maximum(rest.sum_exp, 1.0))
+    lse = tl.where(log_scale == -float("inf"), LARGEST, -log_scale)  # an overflow
+    loss = tl.where(paid.total == 0.0, 0.0, paid.total * lse) + paid.cost
+    above = tl.where(rest.max == -float("inf"), float("inf"), exp(z_target - origin(rest.max)))
     if POWER:
-        log_scale = log_sigmoid(-gap) - tl.log(tl.maximum(rest.sum_exp, 1.0))
         power = params[0] * exp(gamma * log_scale) * paid.power
         others, value, pull = tl.maximum(rest.sum_exp - 1.0, 0.0), -power, gamma * power
     else:
@@ -223,20 +236,13 @@ def dense_forward_kernel(
     p, u = sigmoid(gap), sigmoid(-gap)
     label_value, label_pull = TERMS(p, tl.maximum(u, TINY), log_sigmoid(gap), v_label, params)
     # the runner-up, from its own: against the label and all others
-    known = rows.active & (rest.argmax >= 0) & (rest.argmax < n_classes)
-    runner_up = tl.where(known, rest.argmax, 0)
     t_next, v_next = shares_at(target, runner_up[:, None], known[:, None], z_target)
     t_next, v_next = tl.sum(t_next, 1), tl.sum(v_next, 1)
-    gap_next = -tl.log(others + exp(z_target - origin(rest.max)))
-    gap_next = tl.where(rest.max == -float("inf"), -float("inf"), gap_next)
+    gap_next = -tl.log(others + above)
     p_next, u_next = sigmoid(gap_next), sigmoid(-gap_next)
     next_value, next_pull = TERMS(p_next, tl.maximum(u_next, TINY), log_sigmoid(gap_next), v_next, params)
     next_value, next_pull = tl.where(known, next_value, 0.0), tl.where(known, next_pull, 0.0)
 
-    # t (lse - z) of the others, by way of the rest's max: no term is negative
-    lse = tl.log(tl.maximum(rest.sum_exp, 1.0)) - log_sigmoid(-gap)
-    lse = tl.where(lse == float("inf"), LARGEST, lse)  # an overflow
-    loss = tl.where(paid.total == 0.0, 0.0, paid.total * lse) + paid.cost
     loss += tl.where(t_label == 0.0, 0.0, t_label * -log_sigmoid(gap))
     mass = paid.total - t_next + pull
     if POWER:
@@ -248,13 +254,8 @@ def dense_forward_kernel(
     next_pull += t_next
     at_label = p * (mass + next_pull) - u * label_pull
     at_next = p_next * (mass + label_pull) - u_next * next_pull
-    scale = u / tl.maximum(rest.sum_exp, 1.0)
 
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
-    tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
-    column = saved_ptr + row
-    tl.store(column, rest.max, inside)
-    tl.store(column + n_rows, scale, inside)
     tl.store(column + 2 * n_rows, mass + label_pull + next_pull + missing, inside)
     tl.store(column + 3 * n_rows, at_label, inside)
     tl.store(column + 4 * n_rows, at_next, inside)
@@ -289,7 +290,7 @@ def dense_backward_kernel(
     tiles = tiles_of(rows, (rows.target, runner_up), first, tl.minimum(first + share, n_tiles), ROWS, LANES)
     lane = tl.arange(0, LANES)[None, :]
     if ROWS == 1:
-        for i in range(SEGMENTS):
+        for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
                 chunk = tile * LANES + lane

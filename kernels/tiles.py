@@ -11,8 +11,6 @@ import triton.language as tl
 
 from .rows import CHUNK
 
-SEGMENTS = tl.constexpr(3)
-
 
 class Tiles(NamedTuple):
     """Tile numbers: unmasked are ``first <= tile < full`` but ``low <= high``, which are ``full`` where not there."""
@@ -39,16 +37,20 @@ def tiles_of(rows, classes, first, last, ROWS: tl.constexpr, LANES: tl.constexpr
 
 
 @triton.jit
+def n_segments(tiles):
+    return 1 + tl.where(tiles.low < tiles.full, 1, 0) + tl.where(tiles.high < tiles.full, 1, 0)
+
+
+@triton.jit
 def segment(tiles, i):
-    """Return the ends of the ``i``-th run of tiles without a mask, of SEGMENTS."""
+    """Return the ends of the ``i``-th run of tiles without a mask."""
     start = tl.where(i == 0, tiles.first, tl.where(i == 1, tiles.low, tiles.high) + 1)
     return start, tl.where(i == 0, tiles.low, tl.where(i == 1, tiles.high, tiles.full))
 
 
 @triton.jit
 def n_masked(tiles):
-    apart = tl.where(tiles.low < tiles.full, 1, 0) + tl.where(tiles.high < tiles.full, 1, 0)
-    return apart + tiles.last - tiles.full
+    return n_segments(tiles) - 1 + tiles.last - tiles.full
 
 
 @triton.jit
