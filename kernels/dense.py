@@ -22,7 +22,7 @@ from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index
 from .scalar import exp, log_sigmoid, sigmoid
 from .scores import gap_of, scores_of
 from .shares import shares_at, shares_in_chunks, target_of, where_any
-from .tiles import masked, n_masked, n_segments, segment, tiles_of
+from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of
 
 LARGEST = tl.constexpr(3.4e38)  # a float32
 
@@ -42,12 +42,12 @@ class Paid(NamedTuple):
 
 
 @triton.jit
-def pay(paid, before, rest, z, t, v, others, gamma, POWER: tl.constexpr):
-    """Add the tile ``z`` that moved the max from ``before`` to that of ``rest``: all of it, or ``others``.
+def pay(paid, before, maximum, z, t, v, others, gamma, POWER: tl.constexpr):
+    """Add the tile ``z`` that moved the max from ``before`` to ``maximum``: all of it, or ``others``.
 
     ``t`` and ``v`` are numbers where all classes of the tile have the same share; without one a class pays nothing.
     """
-    at = origin(rest.max)
+    at = origin(maximum)
     d = z - at[:, :, None]
     # where the max was -inf, nothing was paid or an infinity
     shift = tl.minimum(tl.where(before == -float("inf"), 0.0, at - before), LARGEST)
@@ -74,8 +74,8 @@ def first_sweep(
     rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
     paid = Paid(tl.zeros_like(rest.max), tl.zeros_like(rest.max), tl.zeros_like(rest.max))
     n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
-    tiles = tiles_of(rows, (rows.target, rows.target), 0, n_tiles, ROWS, LANES)
-    if ROWS == 1:
+    tiles = tiles_of(rows, (rows.target, rows.target), 0, n_tiles, ROWS, LANES, VECTOR)
+    if needs_no_mask(ROWS, VECTOR):
         for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
@@ -84,7 +84,7 @@ def first_sweep(
                 t, v = shares_in_chunks(target, chunk, None, z, VECTOR)
                 before = rest.max
                 rest = absorb(rest, z, chunk)
-                paid = pay(paid, before, rest, z, t, v, None, gamma, POWER)
+                paid = pay(paid, before, rest.max, z, t, v, None, gamma, POWER)
     for i in range(n_masked(tiles)):
         chunk = masked(tiles, i) * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
@@ -95,7 +95,7 @@ def first_sweep(
         z = tl.where(others, z, -float("inf"))
         before = rest.max
         rest = absorb_in_any_order(rest, z, chunk)
-        paid = pay(paid, before, rest, z, t, v, others, gamma, POWER)
+        paid = pay(paid, before, rest.max, z, t, v, others, gamma, POWER)
     lanes_max = rest.max
     rest = exact_argmax(across(rest), rows, class_stride)
     paid = paid_by_row(paid, lanes_max, rest.max, gamma, POWER)
@@ -106,16 +106,15 @@ def first_sweep(
     others = mask & (classes != rows.target[:, None])
     t, v = shares_at(target, classes, mask, z)
     z = tl.where(others, z, -float("inf"))
-    edge = absorb(empty(z), z[:, :, None], classes)
-    nothing = tl.zeros_like(z)
-    edge_paid = pay(Paid(nothing, nothing, nothing), nothing - float("inf"), edge, z[:, :, None], t[:, :, None],
-                    v[:, :, None], others[:, :, None], gamma, POWER)  # fmt: skip
-    both = merge(rest, across(edge))
-    edge_paid = paid_by_row(edge_paid, edge.max, both.max, gamma, POWER)
+    both = merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
+    zero = tl.zeros_like(z)
+    edge = pay(Paid(zero, zero, zero), zero, both.max[:, None], z[:, :, None], t[:, :, None], v[:, :, None],
+               others[:, :, None], gamma, POWER)  # fmt: skip
     body = Paid(paid.total[:, None], paid.cost[:, None], paid.power[:, None])
     body = paid_by_row(body, rest.max[:, None], both.max, gamma, POWER)
-    paid = Paid(body.total + edge_paid.total, body.cost + edge_paid.cost, body.power + edge_paid.power)
-    return both, paid
+    return both, Paid(
+        body.total + tl.sum(edge.total, 1), body.cost + tl.sum(edge.cost, 1), body.power + tl.sum(edge.power, 1)
+    )
 
 
 @triton.jit
@@ -140,8 +139,8 @@ def second_sweep(
     zero = accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty))
     sum_exp, value, pull = zero, zero, zero
     n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
-    tiles = tiles_of(rows, (rows.target, rest.argmax), 0, n_tiles, ROWS, LANES)
-    if ROWS == 1:
+    tiles = tiles_of(rows, (rows.target, rest.argmax), 0, n_tiles, ROWS, LANES, VECTOR)
+    if needs_no_mask(ROWS, VECTOR):
         for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
@@ -287,9 +286,9 @@ def dense_backward_kernel(
     n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
     share = tl.cdiv(n_tiles, tl.num_programs(1))
     first = tl.program_id(1) * share
-    tiles = tiles_of(rows, (rows.target, runner_up), first, tl.minimum(first + share, n_tiles), ROWS, LANES)
+    tiles = tiles_of(rows, (rows.target, runner_up), first, tl.minimum(first + share, n_tiles), ROWS, LANES, VECTOR)
     lane = tl.arange(0, LANES)[None, :]
-    if ROWS == 1:
+    if needs_no_mask(ROWS, VECTOR):
         for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
             for tile in range(start, stop):

@@ -1,7 +1,7 @@
 """The order in which a program visits the tiles of a row: those that need no mask first, then the others.
 
 A tile needs a mask where it ends past the row or holds a class that is set apart: the label, the runner-up. Several
-rows of a program need one everywhere.
+rows of a program need one everywhere; float64 and classes read one by one have it everywhere, to save registers.
 """
 
 from typing import NamedTuple
@@ -22,10 +22,16 @@ class Tiles(NamedTuple):
     last: tl.tensor
 
 
+@triton.constexpr_function
+def needs_no_mask(ROWS, VECTOR):
+    """Return whether there may be tiles without a mask."""
+    return ROWS == 1 and VECTOR >= 4
+
+
 @triton.jit
-def tiles_of(rows, classes, first, last, ROWS: tl.constexpr, LANES: tl.constexpr):
+def tiles_of(rows, classes, first, last, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Return the order of tiles ``first`` to ``last`` with two classes [ROWS] set apart."""
-    if ROWS > 1:
+    if not needs_no_mask(ROWS, VECTOR):
         return Tiles(first, first, first, first, last)
     full = tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0)
     full = tl.maximum(tl.minimum(full, last), first)
