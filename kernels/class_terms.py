@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .scalar import HALF_PI, PI, exp, expm1, sigmoid, sin
+from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin
 
 TINY = tl.constexpr(2.0**-126)  # the smallest normal float32: a smaller constant would make everything float64
 
@@ -31,6 +31,13 @@ def log_bonus_terms(p, rest, log_p, share, params):
     linear = tl.where(conservative, (lowest - rest) * tl.where(conservative, inverse_rest_end, 0.0), 0.0)
     odds = tl.where(rest >= tl.where(conservative, 0.0, clamp), p / lowest, 0.0)
     return bonus_terms(p, rest, tl.log(lowest) - linear, odds, share, params)
+
+
+@triton.jit
+def log_bonus_below_half_terms(p, rest, log_p, share, params):
+    """As `log_bonus_terms` of p <= 1/2 where log_end is above that and there is no window."""
+    share *= params[0]
+    return share * log_of_rest(p), share * (p * reciprocal(rest))
 
 
 @triton.jit
@@ -97,3 +104,32 @@ def softmax_absolute_error_terms(p, rest, log_p, share, params):
     value, pull = mirror_terms(p, rest, log_p, share, params)
     distance = (1.0 - share) * p - share * rest
     return value + tl.abs(distance), pull - p * tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
+
+
+# Sums over the last axis of classes with p <= 1/2, all or those of a mask, where p is 0.
+
+
+@triton.jit
+def sums_of_terms(TERMS: tl.constexpr, mask, p, log_p, share, params):
+    value, pull = TERMS(p, 1.0 - p, log_p, share, params)
+    if mask is not None:
+        value, pull = tl.where(mask, value, 0.0), tl.where(mask, pull, 0.0)
+    return tl.sum(value, 2), tl.sum(pull, 2)
+
+
+@triton.jit
+def add_fractions(n, d, other_n, other_d):
+    return n * other_d + other_n * d, d * other_d
+
+
+@triton.jit
+def log_bonus_below_half_sums(TERMS: tl.constexpr, mask, p, log_p, share, params):
+    """One division a tile and, where all shares are the same, one logarithm; what is masked adds 0 to both."""
+    rest = 1.0 - p
+    if len(share.shape) == 0:
+        odds, product = tl.reduce((p, rest), 2, add_fractions)
+        value, odds = share * tl.log(product), share * odds
+    else:
+        odds, product = tl.reduce((share * p, rest), 2, add_fractions)
+        value = tl.sum(share * log_of_rest(p), 2)
+    return params[0] * value, params[0] * odds * reciprocal(product)

@@ -40,12 +40,7 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
         chunk = tile * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
         z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
-        # classes come out of order here, and argmax wants the smallest
-        tied = (tl.max(z, 2) == rest.max) & (rest.max > -float("inf"))
-        smallest = tl.minimum(rest.argmax, chunk)
-        rest = absorb(rest, z, chunk)
-        argmax = tl.where(tied, smallest, rest.argmax)
-        rest = RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
+        rest = absorb_in_any_order(rest, z, chunk)
 
     rest = exact_argmax(across(rest), rows, class_stride)
     classes = edge_classes(rows)
@@ -53,6 +48,16 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
     z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
     edge = across(absorb(empty(z), z[:, :, None], classes))
     return merge(rest, edge)
+
+
+@triton.jit
+def absorb_in_any_order(rest, z, chunk):
+    """As `absorb`, of chunks that may come after later ones: argmax wants the smallest."""
+    tied = (tl.max(z, 2) == rest.max) & (rest.max > -float("inf"))
+    smallest = tl.minimum(rest.argmax, chunk)
+    rest = absorb(rest, z, chunk)
+    argmax = tl.where(tied, smallest, rest.argmax)
+    return RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
 
 
 @triton.jit

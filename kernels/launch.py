@@ -45,9 +45,13 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
 
 
 def dense_forward(n_classes: int, warp_size: int = 32) -> Launch:
-    """Return the shape of a forward program for targets that are shares: rows are not split."""
+    """Return the shape of a forward program for targets that are shares: rows are not split.
+
+    A warp for a row below 16384 classes: every thread repeats some 1200 instructions at its end, so fewer cost less;
+    longer rows take 256 threads, so that few of them still fill a GPU.
+    """
     n_chunks = max(n_classes // CHUNK, 1)
-    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 256 else Launch(1, 256, 1, 256 // warp_size)
+    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 2048 else Launch(1, 256, 1, 256 // warp_size)
 
 
 def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
@@ -57,8 +61,10 @@ def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
 
 
 def _dense_short_rows(n_chunks: int, warp_size: int) -> Launch:
-    """Return four warps for 32 rows at most: more edges of two chunks, and their shares, a thread could not hold."""
+    """Return a warp a row, of few classes four for 32: more edges, and their shares, a thread could not hold."""
     lanes = _power_of_two(n_chunks)
+    if lanes >= warp_size:
+        return Launch(1, warp_size, 1, 1)
     return Launch(min(max(128 // lanes, 1), 32), lanes, 1, 128 // warp_size)
 
 

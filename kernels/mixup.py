@@ -17,6 +17,7 @@ from .rest import NO_CLASS, RestStats, absorb, across, empty, merge, origin
 from .rows import CHUNK, Rows, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
 from .scalar import exp
 from .scores import gap_of
+from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of
 
 
 @triton.jit
@@ -33,8 +34,16 @@ def mixup_sweep(rows, other, n_classes, class_stride, ROWS: tl.constexpr, LANES:
     """Return the RestStats of all classes but ``rows.target`` and ``other`` [ROWS]."""
     lane = tl.arange(0, LANES)[None, :]
     rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
-    for tile in range(0, tl.cdiv(n_classes // CHUNK, LANES)):
-        chunk = tile * LANES + lane
+    n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
+    tiles = tiles_of(rows, (rows.target, other), 0, n_tiles, ROWS, LANES, VECTOR)
+    if needs_no_mask(ROWS, VECTOR):
+        for i in range(n_segments(tiles)):
+            start, stop = segment(tiles, i)
+            for tile in range(start, stop):
+                chunk = tile * LANES + lane
+                rest = absorb(rest, load_chunks(rows, chunk, None, class_stride, VECTOR), chunk)
+    for i in range(n_masked(tiles)):
+        chunk = masked(tiles, i) * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
@@ -124,8 +133,18 @@ def mixup_backward_kernel(
     n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
     share = tl.cdiv(n_tiles, tl.num_programs(1))
     first = tl.program_id(1) * share
-    for tile in range(first, tl.minimum(first + share, n_tiles)):
-        chunk = tile * LANES + tl.arange(0, LANES)[None, :]
+    tiles = tiles_of(rows, (a.target, b.target), first, tl.minimum(first + share, n_tiles), ROWS, LANES, VECTOR)
+    lane = tl.arange(0, LANES)[None, :]
+    if needs_no_mask(ROWS, VECTOR):
+        for i in range(n_segments(tiles)):
+            start, stop = segment(tiles, i)
+            for tile in range(start, stop):
+                chunk = tile * LANES + lane
+                z = load_chunks(rows, chunk, None, strides[2], VECTOR)
+                x = gradient_of_others(z, rest_max, scale)
+                store_chunks(out, rows, chunk, x, None, grad_strides[2], VECTOR)
+    for i in range(n_masked(tiles)):
+        chunk = masked(tiles, i) * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & inside[:, None])[:, :, None]
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask & rows.active[:, None, None], strides[2], VECTOR)
@@ -140,9 +159,15 @@ def mixup_backward_kernel(
 
 
 @triton.jit
-def mixup_gradient(z, classes, rest_max, scale, special):
-    """Return the gradient of the classes [ROWS, n, k]; an ignored row has scale 0 and logits of -inf."""
+def gradient_of_others(z, rest_max, scale):
+    """Return the gradient of classes [ROWS, n, k] that are no label; an ignored row has scale 0 and logits of -inf."""
     x = scale[:, None, None] * exp(z - origin(rest_max)[:, None, None])
-    x = tl.where((scale == 0.0)[:, None, None], 0.0, x)
+    return tl.where((scale == 0.0)[:, None, None], 0.0, x)
+
+
+@triton.jit
+def mixup_gradient(z, classes, rest_max, scale, special):
+    """Return the gradient of the classes [ROWS, n, k]."""
+    x = gradient_of_others(z, rest_max, scale)
     x = tl.where(classes == special[0][:, None, None], special[1][:, None, None], x)
     return tl.where(classes == special[2][:, None, None], special[3][:, None, None], x)

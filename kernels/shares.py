@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import Rows, load, load_chunks, row_ptr
+from .rows import CHUNK, Rows, load, load_chunks, row_ptr
 
 
 class Target(NamedTuple):
@@ -36,20 +36,41 @@ def shares_of(hard, classes, mask, target):
     keep, off, bonus_keep, bonus_off = target.params
     t, v = keep * hard + off, bonus_keep * hard + bonus_off
     if target.weight_ptr is not None:
-        t *= tl.load(target.weight_ptr + classes, mask, 0.0).to(t.dtype)
+        t *= load_weight(target.weight_ptr + classes, mask).to(t.dtype)
     if target.bonus_weight_ptr is not None:
-        v *= tl.load(target.bonus_weight_ptr + classes, mask, 0.0).to(v.dtype)
-    return tl.where(mask, t, 0.0), tl.where(mask, v, 0.0)
+        v *= load_weight(target.bonus_weight_ptr + classes, mask).to(v.dtype)
+    return where_any(mask, t), where_any(mask, v)
 
 
 @triton.jit
-def shares_in_chunks(target, classes, chunk, mask, like, VECTOR: tl.constexpr):
-    """Return (t, v) of the classes [ROWS, LANES, CHUNK] of ``chunk`` [1, LANES], in the dtype of ``like``."""
-    if target.probabilities is None:
-        hard = tl.where(classes == target.rows.target[:, None, None], 1.0, 0.0).to(like.dtype)
+def where_any(mask, share):
+    """Return 0 where masked; a number that all classes share stays one."""
+    if mask is None or len(share.shape) == 0:
+        return share
     else:
-        hard = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
-    return shares_of(hard, classes, mask, target)
+        return tl.where(mask, share, 0.0)
+
+
+@triton.jit
+def load_weight(ptr, mask):
+    if mask is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask, 0.0)
+
+
+@triton.jit
+def shares_in_chunks(target, chunk, mask, like, VECTOR: tl.constexpr):
+    """Return (t, v) of chunks [1, LANES], in the dtype of ``like``, right for all classes but the label.
+
+    Of the rest: numbers where all its classes have the same share, else [ROWS, LANES, CHUNK], 0 where masked.
+    """
+    if target.probabilities is None:
+        rest = tl.zeros((), like.dtype)
+    else:
+        rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
+    classes = target.rows.head[:, None, None] + (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+    return shares_of(rest, classes, mask, target)
 
 
 @triton.jit

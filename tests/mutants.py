@@ -394,12 +394,17 @@ MUTANTS = (
     ),
     Mutant(
         "the target is not kept for backward", "bonus_ops/autograd/shares.py",
-        "ctx.save_for_backward(logits, label, target, scale)", "ctx.save_for_backward(logits, label, scale, scale)",
+        "ctx.save_for_backward(logits, label, target, scale,", "ctx.save_for_backward(logits, label, scale, scale,",
         "tests/test_dense.py::test_a_change_in_place_before_backward_is_noticed[probabilities-mean-None]",
     ),
     Mutant(
+        "a weight changed before backward makes another gradient", "bonus_ops/autograd/shares.py",
+        "scale, shares.weight, shares.bonus_weight)", "scale, shares.weight, shares.weight)",
+        "tests/test_dense.py::test_a_weight_changed_before_backward_changes_no_gradient[bonus_weight-sum]",
+    ),
+    Mutant(
         "a class at -inf without a share makes the loss NaN", "kernels/dense.py",
-        "tl.sum(tl.where(t == 0.0, 0.0, t * d), 2)", "tl.sum(t * d, 2)",
+        "tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)", "tl.sum(-t * d, 2)",
         "tests/test_dense.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
     ),
     Mutant(
@@ -413,6 +418,27 @@ MUTANTS = (
         "mass -= next_pull", "pass", "tests/test_dense.py::test_kernels[power_bonus-any sum-torch.float32-9]",
     ),
     Mutant(
+        "the tile of the runner-up is summed whole", "kernels/tiles.py",
+        "b = tl.where((b >= first) & (b < full) & (b != a), b, full)", "b = full",
+        "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+    ),
+    Mutant(
+        "a tile is summed twice that holds both", "kernels/tiles.py",
+        "(b < full) & (b != a), b, full)", "(b < full), b, full)",
+        "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+    ),
+    Mutant(
+        "what is paid is not counted from a new max", "kernels/dense.py",
+        "Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)",
+        "Paid(paid.total + total, paid.cost + cost, power)",
+        "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+    ),
+    Mutant(
+        "odds are added without their denominators", "kernels/class_terms.py",
+        "return n * other_d + other_n * d, d * other_d", "return n + other_n, d * other_d",
+        "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+    ),
+    Mutant(
         "the label's 1 - p is a difference", "kernels/dense.py",
         "at_label = p * (mass + next_pull) - u * label_pull",
         "at_label = p * (mass + next_pull) - (1.0 - p) * label_pull",
@@ -420,13 +446,13 @@ MUTANTS = (
     ),
     Mutant(
         "lanes are not rescaled to a new max", "kernels/dense.py",
-        "power = power * exp(gamma * (before - origin(rest.max))) + powers", "power += powers",
+        "power = power * exp(gamma * (before - at)) + tl.sum", "power += tl.sum",
         "tests/test_dense.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
     ),
     Mutant(
         "probabilities are walked as the logits are", "kernels/shares.py",
-        "hard = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
-        "hard = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
+        "rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
+        "rest = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
         "tests/test_dense.py::test_every_layout_in_kernels[transposed]",
     ),
     Mutant(
@@ -519,7 +545,7 @@ MUTANTS = (
     ),
     Mutant(
         "the epoch in the state is not loaded", "bonus_ops/schedules.py",
-        "self.bonus.set_epoch(int(state_dict[key]))", "pass", f"{SCHEDULES}::test_the_epoch_is_in_the_state_dict",
+        "            self.bonus.set_epoch(epoch)\n", "", f"{SCHEDULES}::test_the_epoch_is_in_the_state_dict",
     ),
     # the sigmoid family
     Mutant(

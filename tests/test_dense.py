@@ -381,12 +381,41 @@ IN_KERNELS = [
     *((loss, "both weights and smoothings", torch.float32, 4101) for loss in ("log_bonus", "power_bonus")),
     *(("power_bonus", "probabilities", torch.float32, n) for n in COUNTS),
     *(("squared_error_mirror", "one-hot", torch.float32, n) for n in (1, 2, 137)),
+    # tiles without a mask, where the classes have one share and where each has its own
+    *((loss, target, torch.float32, 1000) for target in ("smoothing", "probabilities")
+      for loss in ("log_bonus", "log_bonus_.3", "log_bonus_window", "power_bonus", "focal")),
+    *(("log_bonus", target, torch.bfloat16, 4101) for target in ("smoothing", "probabilities")),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("loss", "target", "dtype", "n_classes"), IN_KERNELS, ids=str)
 def test_kernels(loss, target, dtype, n_classes, kernel_device, poison):
     check(loss, target, dtype, "triton", n_classes, place=kernel_device)
+
+
+@pytest.mark.parametrize("bonus", [LogBonus(), PowerBonus(2.0)], ids=repr)
+def test_label_and_runner_up_anywhere_among_whole_tiles(bonus, kernel_device, poison):
+    """In one tile, in two, the first and the last, the edge; a tie over three tiles; an ignored row."""
+    places = [(0, 1), (300, 5), (5, 300), (255, 256), (800, 1002), (1002, 3), (0, 999), (520, 530)]
+    logits = torch.randn(len(places) + 1, 1003, generator=cases.generator(3))
+    label = torch.tensor([y for y, _ in places] + [-100])
+    for row, (y, second) in enumerate(places):
+        logits[row, second] = logits[row].amax() + 3
+        logits[row, y] += 4
+    logits[1, 6] = logits[1, 700] = logits[1, 5]
+    logits[4, 600], logits[4, 601] = logits[4, 1002] - 0.5, logits[4, 1002] - 0.7  # neither 1 - p near 1
+    found = []
+    for implementation, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        x = logits.clone().to(kernel_device if implementation == "triton" else "cpu", dtype).requires_grad_()
+        loss, scores = bonus_cross_entropy_with_scores(
+            x, label.to(x.device), label_smoothing=0.5, bonus=bonus, reduction="none", implementation=implementation
+        )
+        loss.sum().backward()
+        found.append((loss.detach().cpu().double(), x.grad.cpu().double(), scores.runner_up.cpu()))
+    (loss, grad, runner_up), (exact_loss, exact_grad, exact_runner_up) = found
+    torch.testing.assert_close(loss, exact_loss, rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad, exact_grad, rtol=2e-5, atol=1e-9)
+    assert torch.equal(runner_up, exact_runner_up) and not grad[-1].any()
 
 
 @pytest.mark.parametrize("layout", [f for f in cases.LAYOUTS.values() if f is not cases.expanded_rows])

@@ -56,6 +56,23 @@ def test_any_number_of_classes(path, n_classes):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_labels_anywhere_among_many_classes(path):
+    """In one tile of the kernels, in two, in the edge, the same; one label or both ignored."""
+    logits, a, b = batch(8, 4101)
+    a[:] = torch.tensor([0, 5, 3000, 4100, 7, -100, -100, 2048])
+    b[:] = torch.tensor([1, 2500, 5, 3, 7, 9, -100, 2047])
+    with torch.no_grad():
+        logits[6] = float("nan")
+    value = mixup_cross_entropy(logits, a, b, 0.3, implementation=path, reduction="none")
+    value.sum().backward()
+    with torch.no_grad():
+        logits[6] = 0.0
+    expected, grad = truth(logits, a, b, 0.3, reduction="none")
+    torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), grad, rtol=2e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_ignored_labels_weights_and_a_share_for_each_row(path, reduction, weighted):

@@ -69,10 +69,10 @@ def inspect(built: Any, target: str, element: int) -> dict[str, Any]:
     amd = target.startswith("gfx")
     isa, text = (AMD, built.asm["amdgcn"]) if amd else (NVIDIA, _said_of(built.asm["cubin"], "nvdisasm", "-c"))
     needs = resources(built, target)
-    opcodes, loops = parse(text, isa)
+    opcodes, loops, shortest = parse(text, isa)
     found = describe(opcodes, isa, element)
     found["spills"] += needs.pop("spills")
-    loops = [describe(body, isa, element) for body in loops]
+    loops = [describe(body, isa, element) | {"shortest": n} for body, n in zip(loops, shortest, strict=True)]
     return found | needs | {"shared": built.metadata.shared, "loops": loops}
 
 
@@ -95,14 +95,16 @@ def _said_of(cubin: bytes, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]]]:
+def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]], list[int]]:
     """Return all opcodes and those of every loop that streams logits: from a label to the last branch back to it.
 
-    Code moved behind its use is reached by a backward branch too: a loop must load and exponentiate, and hold no other.
+    And how many of these a turn executes that takes every branch ahead within the loop. Code moved behind its use is
+    reached by a backward branch too: a loop must load and exponentiate, and hold no other.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops: dict[int, int] = {}
+    jumps: list[tuple[int, str]] = []
     for line in text.splitlines():
         if re.search(r"\bNOP\b|\bs_nop\b|\bs_code_end\b", line):
             continue  # padding
@@ -112,6 +114,8 @@ def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]]]:
             branch = re.match(isa.branch, " ".join(instruction.groups()))
             if branch and branch[1] in labels:
                 loops[labels[branch[1]]] = len(opcodes)
+            elif branch:
+                jumps.append((len(opcodes), branch[1]))
             opcodes.append(instruction[1])
 
     def streams(first: int, last: int) -> bool:
@@ -120,7 +124,16 @@ def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]]]:
 
     spans = [span for span in sorted(loops.items()) if streams(*span)]
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    return opcodes, [opcodes[first : last + 1] for first, last in inner]
+    ahead = [(at, labels[label]) for at, label in jumps if label in labels]
+
+    def shortest(first: int, last: int) -> int:
+        here, n = first, last + 1 - first
+        for at, to in ahead:
+            if here <= at and to <= last:
+                here, n = to, n - (to - at - 1)
+        return n
+
+    return opcodes, [opcodes[first : last + 1] for first, last in inner], [shortest(*span) for span in inner]
 
 
 def describe(opcodes: list[str], isa: Isa, element: int) -> dict[str, Any]:

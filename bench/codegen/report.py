@@ -30,7 +30,7 @@ bandwidth, {launch:g} us a launch, no latency, no cache, no uneven waves. "forwa
 ABOVE = """## Not met
 
 At most {most:g} instructions a bf16 logit in the loops that stream (sm_90, both sweeps together) are wanted, so that
-memory binds; more than that take (that of a sum counts the branch for soft targets, which hard ones skip):
+memory binds; more than that take (hard targets skip the branch for soft ones):
 """
 
 

@@ -39,6 +39,10 @@ PASSES = {
     "partial_kernel": ("full", "masked"),
     "merge_kernel": (),
     "backward_kernel": ("all",),
+    "dense_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
+    "dense_backward_kernel": ("full", "masked"),
+    "mixup_forward_kernel": ("full", "masked"),
+    "mixup_backward_kernel": ("full", "masked"),
 }
 
 
@@ -53,8 +57,10 @@ class Work(NamedTuple):
 def passes(build: dict[str, Any]) -> list[str]:
     """Name each loop of a build; a compiler may have made two of a masked one."""
     names = list(PASSES.get(build["kernel"], ("all",) * len(build["loops"])))
-    if build["constants"].get("ROWS", 1) > 1 and "full" in names:
-        names.remove("full")  # several rows a program: no tile is free of labels
+    if build["constants"].get("POWER"):
+        names = names[:2]  # one sweep
+    if build["constants"].get("ROWS", 1) > 1:
+        names = [name for name in names if name != "full"]  # several rows a program: no tile is free of labels
     found = len(build["loops"])
     while len(names) > found:  # unrolled: counted with what is outside the loops
         names.remove("masked" if "masked" in names else names[0])
@@ -75,10 +81,12 @@ def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes:
     n_chunks = n_classes // CHUNK
     tiles, full = -(-n_chunks // lanes), n_chunks // lanes
     names = passes(build)
-    held = 1 if full else 0  # the label's tile leaves the full ones
+    # the label's tile leaves the full ones, and that of the runner-up or a second label
+    held = min(1 + build["kernel"].startswith(("dense", "mixup")), full)
+    copies = names.count("masked") / max(names.count("full"), 1)
     per_row = {
-        "full": max(full - held, 0),
-        "masked": tiles if rows > 1 else (held + tiles - full) / max(names.count("masked"), 1),
+        "full": full - held,
+        "masked": tiles if rows > 1 else (held + tiles - full) / max(copies, 1),
         "all": tiles,
     }
     return [per_row[name] / n_parts for name in names]

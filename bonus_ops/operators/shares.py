@@ -46,10 +46,13 @@ def _as_power(loss: Loss) -> Loss:
     return loss
 
 
-def _terms(loss: Loss) -> tuple[Any, bool]:
-    """Return the jit function of a loss and whether one sweep does."""
-    one_sweep = isinstance(loss, PowerBonus) and not loss.has_window()
-    return getattr(launching.kernel_modules()["class_terms"], f"{loss.kernel}_terms"), one_sweep
+def _terms(loss: Loss) -> tuple[Any, Any, Any]:
+    """Return the jit functions of a class, of one with p <= 1/2, and of the sums over these."""
+    module, few = launching.kernel_modules()["class_terms"], loss.kernel
+    if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
+        few = "log_bonus_below_half"
+    names = f"{loss.kernel}_terms", f"{few}_terms"
+    return *(getattr(module, name) for name in names), getattr(module, f"{few}_sums", module.sums_of_terms)
 
 
 def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_index: int) -> dict[str, Any]:
@@ -83,13 +86,14 @@ def _launch_forward(
     if n_rows == 0:
         return out
     loss = _as_power(loss)
-    terms, one_sweep = _terms(loss)
+    terms, _, sums = _terms(loss)
+    one_sweep = isinstance(loss, PowerBonus) and not loss.has_window()
     how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
     with launching.device_guard(logits):
         launching.kernel_modules()["dense"].dense_forward_kernel[(-(-n_rows // how.rows),)](
             **_common(logits, label, loss, shares, ignore_index),
-            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=terms, POWER=one_sweep,
-            ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(shares, logits), num_warps=how.num_warps,
+            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=terms, SUMS=sums,
+            POWER=one_sweep, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(shares, logits), num_warps=how.num_warps,
         )  # fmt: skip
     return out
 
@@ -107,7 +111,7 @@ def _launch_backward(
     with launching.device_guard(logits):
         launching.kernel_modules()["dense"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
             **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()),
-            grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[0], ROWS=how.rows, LANES=how.lanes,
+            grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[1], ROWS=how.rows, LANES=how.lanes,
             VECTOR=_vector(shares, logits, grad), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
