@@ -313,7 +313,7 @@ def test_every_target_and_dtype(target, dtype):
         check(loss, target, dtype, None)
 
 
-COUNTS = (1, 2, 3, 9, 64, 65, 137, 1000)
+COUNTS = (1, 2, 3, 9, 64, 65, 137, 1000, 9001)
 
 
 @pytest.mark.parametrize("n_classes", COUNTS)
