@@ -128,7 +128,7 @@ class _Case:
             except Exception as error:  # out of memory, no C++ compiler, a wrong result: that provider is out
                 steps.pop(name, None)
                 results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        reps, budget_s = ((2, 2), 0.0) if quick else ((5, 31), 4.0)
+        reps, budget_s = ((2, 2), 0.0) if quick else ((5, 31), 2.5)
         fast = {name: step for name, step in steps.items() if name not in SLOW}
         slow = {name: step for name, step in steps.items() if name in (*SLOW, "ours")}
         times = measure.interleave(fast, self.on_gpu, budget_s, reps)
