@@ -55,14 +55,14 @@ def finish(columns: Columns, counts: Tensor | None, loss: GapLoss, scores: bool)
     rest_lse = total.log()
     both = padded(torch.cat([gap, -gap]))
     p, u = first(torch.sigmoid(both), 2 * n_rows).view(2, -1)
-    minus_logs = first(logsigmoid(both).neg_(), 2 * n_rows)
-    minus_log_p, minus_log_u = minus_logs.view(2, -1)
-    plain.copy_(minus_log_p)
+    logs = first(logsigmoid(both), 2 * n_rows)
+    log_p, log_u = logs.view(2, -1)
+    torch.neg(log_p, out=plain)
     torch.div(sum_exp2, total * total, out=el2n).add_(1.0).sqrt_().mul_(u)
     torch.sub(z_target, maximum, out=margin)
-    torch.maximum(z_target, rest_lse + maximum, out=energy).add_(torch.minimum(minus_log_p, minus_log_u)).neg_()
-    minus_logs.clamp_(max=-LOWEST)  # an infinite logarithm stands behind a factor of 0
-    torch.mul(p, minus_log_p, out=entropy).add_(minus_log_u.add_(rest_lse).sub_(sum_exp_z / total).mul_(u))
+    torch.sub(torch.maximum(log_p, log_u), torch.maximum(z_target, rest_lse + maximum), out=energy)
+    logs.clamp_(min=LOWEST)  # an infinite logarithm stands behind a factor of 0
+    torch.mul(u, rest_lse.sub_(log_u).sub_(sum_exp_z / total), out=entropy).sub_(p * log_p)
     five = five.to(torch.float32)
     unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
     if unknown.any():

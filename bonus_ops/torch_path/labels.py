@@ -31,7 +31,7 @@ __all__ = ["backward", "gatherable", "softmax", "target_logits", "visit"]
 def target_logits(logits: Tensor, label: Tensor) -> Tensor:
     """Return the label's logit of every row [N, 1]; +inf becomes the NaN it makes of its row."""
     z_target = logits.gather(2, label.view(*logits.shape[:2], 1)).view(-1, 1).to(accumulation_dtype(logits.dtype))
-    return z_target.masked_fill_(z_target == math.inf, math.nan)
+    return z_target.nan_to_num_(nan=math.nan, posinf=math.nan, neginf=-math.inf)
 
 
 def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) -> Columns:
