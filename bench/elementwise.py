@@ -111,7 +111,7 @@ def _measure(x: Tensor, t: Tensor, pair: Pair, quick: bool, on_gpu: bool) -> dic
     }
     gradient = x.numel() * x.element_size()
     peaks = {f"{name}_peak_gradients": measure.peak_bytes(step, on_gpu) / gradient for name, step in steps.items()}
-    times = measure.interleave(steps, on_gpu, 0.0 if quick else 2.0, (2, 2) if quick else (3, 15))
+    times = measure.interleave(steps, on_gpu, 0.0 if quick else 1.5, (2, 2) if quick else (3, 11))
     return {
         "eager / ours": measure.ratio(times["eager"], times["ours"]),
         "ours_ms": measure.summary(times["ours"]), "eager_ms": measure.summary(times["eager"]), **peaks,

@@ -139,12 +139,12 @@ def _measure(kind: Kind, z: Tensor, target: Tensor, quick: bool, on_gpu: bool) -
     gradient = z.numel() * z.element_size()
     results = {name: {"peak_gradients": measure.peak_bytes(step, on_gpu) / gradient} for name, step in steps.items()}
     # the slow formula apart, beside "ours", so that the others get more rounds
-    fast = {name: step for name, step in steps.items() if name != PAPER}
+    fast = {name: step for name, step in steps.items() if name != PAPER and kind.torch is not None}
     times = measure.interleave(fast, on_gpu, 0.0 if quick else 1.5, (2, 2) if quick else (5, 31))
     slow = {name: steps[name] for name in (OURS, PAPER)}
     slow_times = measure.interleave(slow, on_gpu, 0.0 if quick else 1.5, (2, 2) if quick else (3, 15))
     for name in steps:
-        results[name]["time_ms"] = measure.summary((slow_times if name == PAPER else times)[name])
+        results[name]["time_ms"] = measure.summary((times if name in times else slow_times)[name])
     ratios = {}
     for label, (over, under) in RATIOS.items():
         source = slow_times if over == PAPER else times

@@ -24,7 +24,7 @@ def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, 
     on_gpu = device == "cuda"
     if not on_gpu:
         torch.set_num_threads(1)
-    reps, budget_s = ((2, 2), 0.0) if quick else ((15, 101), 6.0)
+    reps, budget_s = ((2, 2), 0.0) if quick else ((15, 101), 4.0)
     shrink = 16 if quick else 1
     cases = {}
     for name, steps in (

@@ -487,6 +487,11 @@ MUTANTS = (
         "tests/test_dense.py::test_blocks_change_nothing[smoothing-137]",
     ),
     Mutant(
+        "without numpy the last classes of a long row are not searched", "bonus_ops/torch_path/maximum.py",
+        "        maxima = torch.cat([maxima, last.amax(1, keepdim=True)], 1)\n", "        del last\n",
+        "tests/test_torch_path.py::test_the_runner_up_is_the_lowest_index_of_many_ties[one block-no numpy-131]",
+    ),
+    Mutant(
         "columns of rows are not padded", "bonus_ops/torch_path/vectors.py",
         "    missing = -x.numel() % (VECTOR * threads(x.numel()))\n", "    missing = 0\n",
         "tests/test_properties.py::test_04_the_batch_size_changes_nothing_bitwise",

@@ -19,6 +19,7 @@ from bonus_ops import (
 )
 from bonus_ops.losses import CrossEntropy
 from bonus_ops.torch_path import blocks as torch_blocks
+from bonus_ops.torch_path import maximum, sums
 from tests.cases import FLOATS, LAYOUTS, REGIMES, generator, masked, regimes_of, typical
 
 CLASS_COUNTS = (1, 2, 10, 64, 65, 255, 256, 1000, 5000)
@@ -31,6 +32,16 @@ def blocks(request, monkeypatch) -> None:
     if request.param == "many blocks":
         monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 700)
         monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 200)
+
+
+@pytest.fixture(params=["numpy", "no numpy"])
+def functions(request, monkeypatch) -> None:
+    """Run once with numpy, an optional extra, and once without."""
+    if request.param == "no numpy":
+        monkeypatch.setattr(maximum, "numpy", None)
+        monkeypatch.setattr(sums, "numpy", None)
+        monkeypatch.setattr(sums, "_VECDOT", False)
+        monkeypatch.setattr(sums, "_VECTOR_LOG2", False)
 
 
 def truth_of(logits: Tensor, target: Tensor, bonus) -> tuple[Tensor, Tensor]:
@@ -139,7 +150,7 @@ def test_inner_axes_are_rows_like_any_other(shape, dtype, channels_last, blocks,
 
 
 @pytest.mark.parametrize("n_classes", [10, 130, 131, 1000])
-def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, blocks):
+def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, blocks, functions):
     """Long rows are searched chunk by chunk, the last chunk overlapping its neighbour."""
     for place in (0, 1, n_classes // 2, n_classes - 2, n_classes - 1):
         logits = torch.zeros(n_classes, n_classes)
@@ -152,7 +163,7 @@ def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, blocks):
 
 
 @pytest.mark.parametrize("n_classes", [5, 70, 500])
-def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, blocks):
+def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, blocks, functions):
     logits, target = masked(generator(3), 40, n_classes, torch.float32)
     out = logits == -math.inf
     assert out.any()
@@ -162,6 +173,29 @@ def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, blocks):
         (grad,) = torch.autograd.grad(loss.sum(), leaf)
         assert (grad[out] == 0).all() and grad.isfinite().all() and loss.isfinite().all()
         assert all(column.isfinite().all() for column in (scores.loss, scores.el2n, scores.entropy, scores.energy))
+
+
+@pytest.mark.parametrize("target_type", ["labels", "smoothing", "probabilities"])
+@pytest.mark.parametrize("n_classes", [131, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_function_of_numpy_has_one_of_torch(target_type, n_classes, dtype, blocks, functions):
+    logits, label = typical(generator(n_classes), 9, n_classes, dtype)
+    options = {"label_smoothing": 0.1} if target_type == "smoothing" else {}
+    target = (
+        torch.randn_like(logits, dtype=torch.float32).softmax(1).to(dtype) if target_type == "probabilities" else label
+    )
+    found = []
+    for z, t, implementation in ((logits, target, "torch"), (logits.double(), target, "reference")):
+        leaf = z.clone().requires_grad_()
+        t = t.to(z.dtype) if t.is_floating_point() else t
+        loss, scores = bonus_cross_entropy_with_scores(leaf, t, implementation=implementation, **options)
+        found.append((loss, torch.autograd.grad(loss, leaf)[0], scores))
+    (loss, grad, scores), (true_loss, true_grad, true_scores) = found
+    # the largest entry of a row is near 1 / 9
+    torch.testing.assert_close(grad.double(), true_grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    for column, expected in zip(scores, true_scores, strict=True):
+        torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
