@@ -294,6 +294,24 @@ def test_a_step_that_crashes_or_hangs_keeps_what_it_saved(monkeypatch):
     assert gpu.in_process("speed", 1, child(""))["status"] == "skipped"
 
 
+def test_a_child_saves_as_it_goes(tmp_path, monkeypatch):
+    from bench.gpu import devices
+
+    def fails(device, save):
+        save({"rows": [1.0, float("nan")]})
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(devices, "Gpu", StandIn)
+    gpu.main(["--step", "ceilings", "--save", str(tmp_path / "saved.json")], tmp_path, lambda: "a commit")
+    assert {"device", "copy_gb_per_s", "gemm_tflop_per_s"} == set(json.loads((tmp_path / "saved.json").read_text()))
+    monkeypatch.setattr(gpu_steps, "speed", fails)
+    with pytest.raises(ValueError, match="out of memory"):
+        gpu.main(["--step", "speed", "--save", str(tmp_path / "saved.json")], tmp_path, lambda: "a commit")
+    assert json.loads((tmp_path / "saved.json").read_text()) == {
+        "rows": [1.0, None], "error": "ValueError: out of memory",
+    }  # fmt: skip
+
+
 def measured(ms_of):
     """Return results as of a GPU that copies 4 TB/s, with ``ms_of(provider, mode, n_rows, n_classes)``."""
     rows = [
