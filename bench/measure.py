@@ -105,7 +105,7 @@ def cache_bytes(on_gpu: bool) -> int:
 
 def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20) -> float:
     """Return this GPU's copy bandwidth, bytes read plus written, over buffers far larger than L2, in turn."""
-    buffers = [torch.zeros(bytes_each // 4, device="cuda") for _ in range(n_buffers)]
+    buffers = [torch.randn(bytes_each // 4, device="cuda") for _ in range(n_buffers)]
     turn = iter(range(1 << 30))
 
     def copy() -> None:

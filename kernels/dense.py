@@ -21,7 +21,7 @@ from .rest import absorb, across, empty, merge, origin
 from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
 from .scalar import exp, log_sigmoid, sigmoid
 from .scores import gap_of, scores_of
-from .shares import shares_at, shares_in_chunks, target_of, where_any
+from .shares import Target, rows_of, shares_at, shares_in_chunks, where_any
 from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of
 
 LARGEST = tl.constexpr(3.4e38)  # a float32
@@ -196,7 +196,9 @@ def dense_forward_kernel(
     rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
     z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
     params = widen(loss_params[0], loss_params[1], z_target)
-    target = target_of(rows, row, shape[2], targets, target_strides, widen(share_params[0], share_params[1], z_target))
+    share_params = widen(share_params[0], share_params[1], z_target)
+    of_target = rows_of(targets[1], rows, row, shape[2], target_strides)
+    target = Target(of_target, targets[1], target_strides[2], targets[2], targets[3], share_params)
     gamma = params[4] if POWER else 0.0
     rest, paid = first_sweep(rows, target, n_classes, class_stride, gamma, ROWS, LANES, VECTOR, POWER)
     gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
@@ -273,7 +275,9 @@ def dense_backward_kernel(
     column = saved[0] + row
     rest_max, scale = tl.load(column, inside, 0.0), tl.load(column + n_rows, inside, 0.0)
     params = widen(loss_params[0], loss_params[1], scale)
-    target = target_of(rows, row, shape[2], targets, target_strides, widen(share_params[0], share_params[1], scale))
+    share_params = widen(share_params[0], share_params[1], scale)
+    of_target = rows_of(targets[1], rows, row, shape[2], target_strides)
+    target = Target(of_target, targets[1], target_strides[2], targets[2], targets[3], share_params)
     grad_loss = tl.load(saved[2] + row, inside, 0.0).to(scale.dtype)
     mass = tl.load(column + 2 * n_rows, inside, 0.0) * grad_loss
     at_label = tl.load(column + 3 * n_rows, inside, 0.0) * grad_loss

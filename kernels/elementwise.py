@@ -8,8 +8,9 @@ Traffic an element, of b bytes a logit and c a target: forward reads b + c and w
 a sum; backward reads b + c, and the upstream gradient if it is not one number, and writes b. Weights are read where
 they lie, broadcast.
 
-``operands`` are (input, target, weight or None, pos_weight or None). All tensors of a launch are walked over one
-``shape``, slowest axis first, by strides, or by None where their elements lie in order.
+``operands`` are (input, target, weight or None, pos_weight or None); tensor number 4 is the output, 5 the upstream
+gradient. All are walked over one ``shape``, slowest axis first, by ``strides``: theirs one after another, None where
+elements lie in order. (Of a tuple of tuples Triton 3.6 loses the ones.)
 """
 
 from typing import NamedTuple
@@ -31,9 +32,10 @@ class Elements(NamedTuple):
 
 
 @triton.jit
-def offset(index, shape, strides, WIDE: tl.constexpr):
-    """Return where the elements number ``index`` of a tensor lie."""
-    if strides is None:
+def offset(index, shape, strides, NUMBER: tl.constexpr, WIDE: tl.constexpr):
+    """Return where the elements number ``index`` of tensor ``NUMBER`` lie."""
+    first: tl.constexpr = NUMBER * len(shape)
+    if strides[first] is None:
         return index
     else:
         if not WIDE:  # a 64-bit division takes some 100 instructions
@@ -41,15 +43,15 @@ def offset(index, shape, strides, WIDE: tl.constexpr):
         at = index * 0
         for i in tl.static_range(len(shape) - 1):
             axis: tl.constexpr = len(shape) - 1 - i
-            at += index % shape[axis] * strides[axis]
+            at += index % shape[axis] * strides[first + axis]
             index = index // shape[axis]
-        return at + index * strides[0]
+        return at + index * strides[first]
 
 
 @triton.jit
-def load(ptr, index, mask, shape, strides, WIDE: tl.constexpr):
+def load(ptr, index, mask, shape, strides, NUMBER: tl.constexpr, WIDE: tl.constexpr):
     """Load in the accumulation dtype: float64 stays, the rest becomes float32; masked lanes are 0."""
-    at = ptr + offset(index, shape, strides, WIDE)
+    at = ptr + offset(index, shape, strides, NUMBER, WIDE)
     if mask is None:
         x = tl.load(at)
     else:
@@ -58,10 +60,10 @@ def load(ptr, index, mask, shape, strides, WIDE: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, index, x, mask, shape, strides, WIDE: tl.constexpr):
+def store(ptr, index, x, mask, shape, strides, NUMBER: tl.constexpr, WIDE: tl.constexpr):
     if ptr.dtype.element_ty != tl.float64:
         x = x.to(tl.float32)  # no conversion leads from float64 to bfloat16 at once
-    at = ptr + offset(index, shape, strides, WIDE)
+    at = ptr + offset(index, shape, strides, NUMBER, WIDE)
     if mask is None:
         tl.store(at, x)
     else:
@@ -70,14 +72,14 @@ def store(ptr, index, x, mask, shape, strides, WIDE: tl.constexpr):
 
 @triton.jit
 def load_elements(operands, index, mask, shape, strides, scales, WIDE: tl.constexpr):
-    t = load(operands[1], index, mask, shape, strides[1], WIDE)
-    x = load(operands[0], index, mask, shape, strides[0], WIDE) + tl.zeros((), t.dtype)  # float64 if t is
+    t = load(operands[1], index, mask, shape, strides, 1, WIDE)
+    x = load(operands[0], index, mask, shape, strides, 0, WIDE) + tl.zeros((), t.dtype)  # float64 if t is
     scales = widen(scales[0], scales[1], x)
     one, zero = t * scales[0], (1.0 - t) * scales[1]
     if operands[3] is not None:
-        one *= load(operands[3], index, mask, shape, strides[3], WIDE)
+        one *= load(operands[3], index, mask, shape, strides, 3, WIDE)
     if operands[2] is not None:
-        weight = load(operands[2], index, mask, shape, strides[2], WIDE)
+        weight = load(operands[2], index, mask, shape, strides, 2, WIDE)
         one, zero = one * weight, zero * weight
     likely = t > 0.5
     return Elements(likely, tl.where(likely, x, -x), tl.where(likely, one, zero), tl.where(likely, zero, one))
@@ -119,10 +121,10 @@ def elementwise_kernel(
     index = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:  # a mask would keep vectors apart
         loss = loss_of(operands, index, None, shape, strides, loss_params, scales, VALUE, WIDE)
-        store(out_ptr, index, loss, None, shape, strides[4], WIDE)
+        store(out_ptr, index, loss, None, shape, strides, 4, WIDE)
     else:
         loss = loss_of(operands, index, index < n, shape, strides, loss_params, scales, VALUE, WIDE)
-        store(out_ptr, index, loss, index < n, shape, strides[4], WIDE)
+        store(out_ptr, index, loss, index < n, shape, strides, 4, WIDE)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -149,7 +151,7 @@ def load_upstream(ptr, index, mask, shape, strides, WIDE: tl.constexpr, ONE: tl.
     if ONE:
         return accumulable(tl.load(ptr))
     else:
-        return load(ptr, index, mask, shape, strides, WIDE)
+        return load(ptr, index, mask, shape, strides, 5, WIDE)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -161,10 +163,10 @@ def elementwise_backward_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)
     if first + BLOCK <= n:
-        upstream = load_upstream(upstream_ptr, index, None, shape, strides[5], WIDE, ONE_UPSTREAM)
+        upstream = load_upstream(upstream_ptr, index, None, shape, strides, WIDE, ONE_UPSTREAM)
         grad = gradient_of(operands, index, None, shape, strides, loss_params, scales, SLOPE, WIDE)
-        store(grad_ptr, index, grad * upstream, None, shape, strides[4], WIDE)
+        store(grad_ptr, index, grad * upstream, None, shape, strides, 4, WIDE)
     else:
-        upstream = load_upstream(upstream_ptr, index, index < n, shape, strides[5], WIDE, ONE_UPSTREAM)
+        upstream = load_upstream(upstream_ptr, index, index < n, shape, strides, WIDE, ONE_UPSTREAM)
         grad = gradient_of(operands, index, index < n, shape, strides, loss_params, scales, SLOPE, WIDE)
-        store(grad_ptr, index, grad * upstream, index < n, shape, strides[4], WIDE)
+        store(grad_ptr, index, grad * upstream, index < n, shape, strides, 4, WIDE)

@@ -9,7 +9,7 @@ from .rows import CHUNK, Rows, load, load_chunks, row_ptr
 
 
 class Target(NamedTuple):
-    """The target of a block of rows; what is None was not given."""
+    """The target of a block of rows; what is None was not given. Triton 3.6 returns no None: kernels make it."""
 
     rows: Rows  # of the probabilities where given, else of the logits
     probabilities: tl.tensor  # None, or anything: whether they are given
@@ -20,14 +20,12 @@ class Target(NamedTuple):
 
 
 @triton.jit
-def target_of(rows, row, inner, targets, strides, share_params):
-    """Return the Target of ``rows``; ``targets`` are the pointers (label, probabilities, weight, bonus weight)."""
-    if targets[1] is None:
-        return Target(rows, None, strides[2], targets[2], targets[3], share_params)
+def rows_of(ptr, rows, row, inner, strides):
+    """Return ``rows`` of the probabilities at ``ptr``, or as they are where it is None."""
+    if ptr is None:
+        return rows
     else:
-        ptr = row_ptr(targets[1], row, inner, strides)
-        of_probabilities = Rows(ptr, rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
-        return Target(of_probabilities, targets[1], strides[2], targets[2], targets[3], share_params)
+        return Rows(row_ptr(ptr, row, inner, strides), rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
 
 
 @triton.jit

@@ -8,9 +8,11 @@ import torch
 from bonus_ops import (
     CrossEntropy,
     LogBonus,
+    bonus_binary_cross_entropy_with_logits,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
+    mixup_cross_entropy,
     reference,
 )
 from tests.conftest import ACCELERATOR
@@ -132,6 +134,42 @@ def test_nothing_waits_for_the_device(n_classes, reduction):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+OTHERS = {
+    "smoothing": lambda z, y, t: bonus_cross_entropy_with_scores(z, y, label_smoothing=0.1),
+    "probabilities": lambda z, y, t: bonus_cross_entropy_with_scores(z, t),
+    "two labels": lambda z, y, t: (mixup_cross_entropy(z, y, y.flip(0), 0.3),),
+    "sigmoid": lambda z, y, t: (bonus_binary_cross_entropy_with_logits(z, t),),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
+def test_other_losses_wait_for_nothing_and_replay(call):
+    logits, target = draw(64, 1003)
+    shares = torch.rand(64, 1003, device="cuda")
+
+    def run():
+        loss, *scores = call(logits, target, shares)
+        (grad,) = torch.autograd.grad(loss, logits)
+        return loss.detach(), *(scores[0] if scores else ()), grad
+
+    expected = run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(100):
+        logits.detach().normal_()
+        shares.uniform_()
+        graph.replay()
+        assert_same(captured, run())
 
 
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(128, 10), (64, 1000), (4, 262144)])

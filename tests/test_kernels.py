@@ -63,7 +63,9 @@ def check(logits, target, bonus=None, softmax=False, ignore_index=-100):
     gap = true_scores.margin.nan_to_num(0.0, 0.0, 0.0).abs()
     row_slack, slack = 8 + 1.5 * gap, 8 + 1.5 * (gap[..., None] + spread)
 
-    assert_within_budget(loss, true_loss, eager_loss, floor=2 * epsilon(dtype) + rounding(dtype), what="loss")
+    # a GPU's exp2 and division err by 2 units, the interpreter's by 1/2
+    units = 2 if ACCELERATOR is None else 6
+    assert_within_budget(loss, true_loss, eager_loss, floor=units * epsilon(dtype) + rounding(dtype), what="loss")
     for name in COLUMNS:
         # confident rows keep their relative accuracy in loss and el2n, the rest holds to one nat
         relative = name in ("loss", "el2n")

@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from bonus_ops import CosineBonus, Focal, LogBonus, SoftmaxSquaredError, bonus_cross_entropy, mixup_cross_entropy
+from tests.conftest import ACCELERATOR
 
 LOSSES = [None, LogBonus(), LogBonus(1.0, clamp=None), CosineBonus(), Focal(2.0)]
 PATHS = ["torch", "triton", "reference"]
+
+
+@pytest.fixture
+def place(path, request) -> str:
+    return request.getfixturevalue("kernel_device") if path == "triton" else "cpu"
 
 
 def truth(logits, a, b, lam, **options):
@@ -21,9 +27,9 @@ def truth(logits, a, b, lam, **options):
     return loss.detach(), x.grad
 
 
-def batch(n_rows=7, n_classes=11, dtype=torch.float32):
-    logits = (3 * torch.randn(n_rows, n_classes, dtype=torch.float64)).to(dtype)
-    a, b = torch.randint(0, n_classes, (2, n_rows))
+def batch(n_rows=7, n_classes=11, dtype=torch.float32, place="cpu"):
+    logits = (3 * torch.randn(n_rows, n_classes, dtype=torch.float64)).to(place, dtype)
+    a, b = torch.randint(0, n_classes, (2, n_rows)).to(place)
     b[0] = a[0]
     logits[1, a[1]] += 20
     logits[2, b[2]] += 20
@@ -33,9 +39,9 @@ def batch(n_rows=7, n_classes=11, dtype=torch.float32):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_is_the_combination_of_two_losses(path, loss, dtype):
-    logits, a, b = batch(dtype=dtype)
-    if dtype == torch.bfloat16 and path == "triton":
+def test_is_the_combination_of_two_losses(path, loss, dtype, place):
+    logits, a, b = batch(dtype=dtype, place=place)
+    if dtype == torch.bfloat16 and path == "triton" and ACCELERATOR is None:
         pytest.skip("the interpreter truncates bfloat16")
     value = mixup_cross_entropy(logits, a, b, 0.3, bonus=loss, implementation=path, reduction="none")
     value.sum().backward()
@@ -48,17 +54,17 @@ def test_is_the_combination_of_two_losses(path, loss, dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("n_classes", [1, 2, 3, 8, 9, 40, 137])
-def test_any_number_of_classes(path, n_classes):
-    logits, a, b = batch(5, n_classes, torch.float64)
+def test_any_number_of_classes(path, n_classes, place):
+    logits, a, b = batch(5, n_classes, torch.float64, place)
     mixup_cross_entropy(logits, a, b, 0.6, implementation=path).backward()
     _, grad = truth(logits, a, b, 0.6, reduction="mean")
     torch.testing.assert_close(logits.grad, grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_labels_anywhere_among_many_classes(path):
+def test_labels_anywhere_among_many_classes(path, place):
     """In one tile of the kernels, in two, in the edge, the same; one label or both ignored."""
-    logits, a, b = batch(8, 4101)
+    logits, a, b = batch(8, 4101, place=place)
     a[:] = torch.tensor([0, 5, 3000, 4100, 7, -100, -100, 2048])
     b[:] = torch.tensor([1, 2500, 5, 3, 7, 9, -100, 2047])
     with torch.no_grad():
@@ -75,20 +81,20 @@ def test_labels_anywhere_among_many_classes(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_ignored_labels_weights_and_a_share_for_each_row(path, reduction, weighted):
-    logits, a, b = batch(6, 9, torch.float64)
+def test_ignored_labels_weights_and_a_share_for_each_row(path, reduction, weighted, place):
+    logits, a, b = batch(6, 9, torch.float64, place)
     a[3], b[4], a[5], b[5] = -100, -100, -100, -100
     with torch.no_grad():
         logits[5] = float("nan")
-    weight = torch.rand(9, dtype=torch.float64) if weighted else None
-    lam = torch.rand(6, dtype=torch.float64)
+    weight = torch.rand(9, dtype=torch.float64, device=place) if weighted else None
+    lam = torch.rand(6, dtype=torch.float64, device=place)
     options = {"reduction": reduction, "weight": weight, "bonus": None}
     value = mixup_cross_entropy(logits, a, b, lam, implementation=path, **options)
     value.sum().backward()
     x = logits.detach().nan_to_num().requires_grad_()
     parts = [F.cross_entropy(x, t, weight=weight, reduction="none") for t in (a, b)]
     if reduction == "mean":
-        ones = torch.ones(9, dtype=torch.float64) if weight is None else weight
+        ones = lam.new_ones(9) if weight is None else weight
         parts = [p / ones[t[t >= 0]].sum() for p, t in zip(parts, (a, b), strict=True)]
     expected = lam * parts[0] + (1 - lam) * parts[1]
     expected = expected if reduction == "none" else expected.sum()
@@ -109,8 +115,8 @@ def test_more_axes_no_batch_and_no_rows():
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
-def test_derivatives_of_any_order(path):
-    logits, a, b = batch(3, 5, torch.float64)
+def test_derivatives_of_any_order(path, place):
+    logits, a, b = batch(3, 5, torch.float64, place)
 
     def f(x):
         return mixup_cross_entropy(x, a, b, 0.3, bonus=LogBonus(0.5), implementation=path)

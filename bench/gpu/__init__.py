@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command of under eight minutes: tests, ceilings, times, goals, launch parameters.
 
     python -m bench gpu                      every step, to bench/results/gpu-<name>.{json,md}, a picture, the README
-    python -m bench gpu --steps speed sweep  some of them, into the same files
+    python -m bench gpu --steps speed sweep  some of them, into files of their own
+    python -m bench gpu --report             Markdown, pictures, the README again, from the JSON: needs no GPU
     python -m bench gpu --dry-run            every path on the CPU at toy sizes with a stand-in clock
 
 Each step is a process of its own with a time limit; what it has saved counts even if it is killed or crashes, and the
@@ -11,6 +12,7 @@ results are written after every step. Nothing is installed: torch, triton and py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -41,11 +43,11 @@ STEPS = {
     "speed": Step("speed", 130),
     "small": Step("small", 40),
     "targets": Step("targets", 40),
-    "sweep": Step("sweep", 90),
     "matrix": Step("matrix", 120),
     "parity": Step("parity", 90),
     "linear": Step("linear", 40),
     "sanitizer": Step("sanitizer", 120),
+    "sweep": Step("sweep", 90),  # last: what the time is short for is the least needed
 }
 
 
@@ -58,12 +60,18 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
     folder = (options.out or results_folder).resolve()
     if options.dry_run and folder.is_relative_to(results_folder.resolve()):
         sys.exit(f"a dry run is no measurement: give --out another folder than {results_folder}")
+    readme = results_folder.parent.parent / "README.md" if folder == results_folder.resolve() else None
+    if options.report:
+        for path in sorted(folder.glob("gpu-*.json")):
+            write(json.loads(path.read_text()), folder, path.stem)
+        if readme is not None:
+            readme.write_text(_report().with_runs(readme.read_text(), folder))
+        return
     if not options.dry_run:
         import torch
 
         if not torch.cuda.is_available():
             sys.exit("no CUDA device here; --dry-run shows that every path runs")
-    readme = results_folder.parent.parent / "README.md" if folder == results_folder.resolve() else None
     results = run(options, folder, " ".join(["python -m bench gpu", *arguments]), commit(), readme)
     print(_report().summary(results))
     if any(step["status"] != "done" for step in results["steps"].values()):
@@ -79,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="where to write; default bench/results")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all steps together")
     parser.add_argument("--dry-run", action="store_true", help="no GPU, no measurement: show that every path runs")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write again what is made from the JSON")
     parser.add_argument("--step", help=argparse.SUPPRESS)  # the one that a child process runs
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -114,11 +123,17 @@ def run(
         print(f"=== {name}: {results['steps'][name]['status']}", flush=True)
         if stem is None:
             device = results["steps"].get("ceilings", {}).get("device", {})
-            stem = "gpu-" + re.sub(r"\W+", "-", device["gpu"]).strip("-").lower() if "gpu" in device else None
+            stem = stem_of(device["gpu"], options.steps) if "gpu" in device else None
         write(results, folder, stem or "gpu-unknown")
         if readme is not None:
             readme.write_text(_report().with_runs(readme.read_text(), folder))
     return results
+
+
+def stem_of(gpu: str, steps: list[str]) -> str:
+    """Return the name of a run's files: some steps alone must not take the place of a whole run."""
+    some = [] if set(steps) == set(STEPS) else steps
+    return "-".join(re.sub(r"\W+", "-", x).strip("-").lower() for x in ("gpu", gpu, *some))
 
 
 def rehearse(name: str) -> dict[str, Any]:
@@ -150,8 +165,9 @@ def in_process(name: str, limit_s: float, command: list[str] | None = None) -> d
             code: int | None = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # and what it started
-            child.wait()
+        child.wait()
         found: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
     found["seconds"] = round(time.monotonic() - start, 1)
     found["status"] = "timed out" if code is None else "done" if code == 0 else "failed"

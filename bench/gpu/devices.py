@@ -17,6 +17,8 @@ from bonus_ops.operators import implementation
 
 from .. import measure
 
+PEERS_PACKAGES = ("liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
+
 
 class Gpu:
     """The current CUDA device."""
@@ -69,7 +71,7 @@ class Gpu:
         return statistics.median(rounds)
 
     def replay_us(self, step: Callable[[], object], n: int = 200) -> float:
-        """Return the GPU's time of a call captured in a graph."""
+        """Return the GPU's time of a call, ten to a graph: starting a graph takes as long as a small call."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -78,13 +80,14 @@ class Gpu:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            for _ in range(10):
+                step()
         rounds = []
         for _ in range(7):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             begin.record()
-            for _ in range(n):
+            for _ in range(n // 10):
                 graph.replay()
             end.record()
             torch.cuda.synchronize()
@@ -169,4 +172,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": version("triton")}
+    peers = {name: version(name) for name in PEERS_PACKAGES}
+    return found | {name: number for name, number in peers.items() if number != "not installed"}

@@ -52,8 +52,12 @@ BEGIN, END = "<!-- from bench/results/gpu-*.json, by `python -m bench gpu` -->",
 def with_runs(readme: str, folder: Path) -> str:
     """Return the README with a table of every measured run in ``folder`` between its markers."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
-    tables = [readme_table(run) for run in runs if not run["dry"] and "copy_gb_per_s" in run["steps"]["ceilings"]]
+    tables = [readme_table(run) for run in runs if not run["dry"] and _is_timed(run["steps"])]
     return between(readme, BEGIN, END, "\n".join(tables) or NO_RUN)
+
+
+def _is_timed(steps: dict[str, Any]) -> bool:
+    return "copy_gb_per_s" in steps["ceilings"] and bool(steps.get("speed", {}).get("rows"))
 
 
 def readme_table(results: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,16 +81,23 @@ def _pytest(device: Gpu, save: Save, *files: str) -> None:
     # the checkout's options ask for a plugin that may not be there
     command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "-rf", "--tb=short"]
     command += ["-p", "no:cacheprovider", *files]
+    env = dict(os.environ)
     if device.dry:
-        command.append("--collect-only")
+        env["TRITON_INTERPRET"] = "0"  # tests of kernels are skipped; one that forgets the device fails
     elif importlib.util.find_spec("xdist"):
         command += ["-n", str(min(os.cpu_count() or 1, 8))]  # compiling is what takes the time
-    lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    lines, marks = [], collections.Counter[str]()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
         assert run.stdout is not None
         for line in run.stdout:
             print(line, end="", flush=True)
             lines.append(line.rstrip())
+            if re.fullmatch(r"[.sFExX]+( *\[ *\d+%\])?", lines[-1]):
+                marks.update(lines[-1])  # what counts if the time runs out
+                failed = marks["F"] + marks["E"]
+                save({"summary": f"so far {marks['.']} passed, {failed} failed, {marks['s']} skipped"})
     save({"command": " ".join(command[1:]), "exit": run.returncode, **counts(lines)})
     if run.returncode:
         raise RuntimeError(f"pytest: exit {run.returncode}")
@@ -107,25 +116,45 @@ def sanitizer(device: Gpu, save: Save) -> None:
     if not device.dry and not os.path.exists(binary):
         save({"skipped": "compute-sanitizer is not installed"})
         return
+    program = [sys.executable, "-m", "bench.gpu.launches", *(["--cpu"] if device.dry else [])]
+    # freed memory is returned, so that a stray access is seen
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    end = time.monotonic() + SANITIZER_S
     found: dict[str, Any] = {}
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        program = [sys.executable, "-m", "bench.gpu.launches", *(["--cpu"] if device.dry else [])]
+    runs = {}
+    for tool in TOOLS[:1] if device.dry else TOOLS:  # at once: nothing is timed
         command = program if device.dry else [binary, "--tool", tool, "--error-exitcode", "9", *program]
-        # freed memory is returned, so that a stray access is seen
-        env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        runs[tool] = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    for tool, run in runs.items():
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=90)
+            said, _ = run.communicate(timeout=max(end - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
+            run.kill()
             found[tool] = {"verdict": "timed out"}
         else:
-            tail = (done.stdout + done.stderr).strip().splitlines()[-3:]
-            launches = re.search(r"(\d+) launches", done.stdout)
-            verdict = {0: "clean", 9: "errors"}.get(done.returncode, f"exit {done.returncode}")
-            found[tool] = {"verdict": verdict, "launches": int(launches[1]) if launches else 0, "tail": tail}
+            found[tool] = said_by_a_tool(run.returncode, said)
         print(f"{tool}: {found[tool]}", flush=True)
         save({"tools": found})
-        if device.dry:
-            break
+    if wrong := [tool for tool in found if found[tool]["verdict"] not in ("clean", NOT_SUPPORTED)]:
+        raise RuntimeError(f"compute-sanitizer: {', '.join(wrong)}")
+
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZER_S = 100.0
+NOT_SUPPORTED = "device not supported"
+
+
+def said_by_a_tool(code: int, said: str) -> dict[str, Any]:
+    """Return the verdict of a tool, how many launches it saw, and its last lines."""
+    launches = re.search(r"(\d+) launches", said)
+    verdict = {0: "clean", 9: "errors"}.get(code, f"exit {code}")
+    if NOT_SUPPORTED in said.lower():
+        verdict = NOT_SUPPORTED
+    elif verdict == "clean" and launches is None:
+        verdict = "nothing ran"
+    return {"verdict": verdict, "launches": int(launches[1]) if launches else 0, "tail": said.splitlines()[-3:]}
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -142,26 +171,27 @@ class Bench:
         self.batches = [first] + [
             (first[0].detach().clone().requires_grad_(), first[1]) for _ in range(device.copies(size) - 1)
         ]
-        self.upstream = torch.full((), 0.5, device=device.name)
+        # one turn for all steps: the next one never finds in L2 what the last one read
+        self.turn = itertools.cycle(self.batches)
+        self.upstream = {dtype: torch.full((), 0.5, device=device.name, dtype=dtype) for dtype in DTYPES.values()}
 
     def step(self, loss: Loss, trains: bool, overwrites: bool = False) -> measure.Step:
-        batches = self.batches
-        pristine = batches[0][0].detach().clone() if overwrites else None
-        if pristine is not None:
-            batches = [(pristine.clone().requires_grad_(), batches[0][1])]
-        turn = itertools.cycle(batches)
-        now: list[tuple[Tensor, Tensor]] = [batches[0]]
+        own = self.batches[0][0].detach().clone().requires_grad_() if overwrites else None
+        now: list[tuple[Tensor, Tensor]] = [self.batches[0]]
 
         def prepare() -> None:
-            now[0] = next(turn)
-            if pristine is not None:
-                now[0][0].detach().copy_(pristine)
+            now[0] = next(self.turn)
+            if own is not None:
+                own.detach().copy_(now[0][0].detach())
+                for z, _ in self.batches:  # so that L2 holds nothing of what was just written
+                    z.detach().amax()
+                now[0] = own, now[0][1]
 
         def run() -> None:
             z, y = now[0]
             if trains:
                 value = loss(z, y)
-                torch.autograd.grad(value, z, self.upstream.to(value.dtype))  # not 1: a peer may do nothing then
+                torch.autograd.grad(value, z, self.upstream[value.dtype])  # not 1: a peer may do nothing then
             else:
                 with torch.no_grad():
                     loss(z.detach(), y)
@@ -284,7 +314,7 @@ def linear(device: Gpu, save: Save) -> None:
     """Time hidden states to loss and gradients: a product and ours beside Cut Cross-Entropy, which takes no logits."""
     n_rows, n_classes, n_hidden = (4, 40, 8) if device.dry else (8192, 128256, 2048)
     try:
-        theirs = None if device.dry else cut_cross_entropy()
+        theirs = (lambda x, w, y: F.cross_entropy(x @ w.t(), y)) if device.dry else cut_cross_entropy()
     except Exception as error:
         save({"skipped": _reason(error)})
         return
@@ -294,9 +324,16 @@ def linear(device: Gpu, save: Save) -> None:
     target = torch.randint(n_classes, (n_rows,), device=device.name)
     hidden.requires_grad_()
     weight.requires_grad_()
-    losses = {OURS: lambda: bonus_cross_entropy_with_scores(hidden @ weight.t(), target)[0]}
-    if theirs is not None:
-        losses["Cut Cross-Entropy"] = lambda: theirs(hidden, weight, target)
+    with torch.no_grad():
+        few, labels = hidden[:64], target[:64]
+        error = float((theirs(few, weight, labels) - F.cross_entropy((few @ weight.t()).float(), labels)).abs())
+    if not error < 0.02:  # of some 11.8, in bfloat16
+        save({"skipped": f"wrong result: loss off by {error:.1e}"})
+        return
+    losses = {
+        OURS: lambda: bonus_cross_entropy_with_scores(hidden @ weight.t(), target)[0],
+        "Cut Cross-Entropy": lambda: theirs(hidden, weight, target),
+    }
 
     def step(loss: Callable[[], Tensor]) -> measure.Step:
         return measure.Step(lambda: None, lambda: torch.autograd.grad(loss(), (hidden, weight)))

@@ -27,11 +27,12 @@ def _layout(of: Elements, *others: Tensor | None) -> dict[str, Any]:
     shape, merged = common_axes(of.input.shape, strides)
     in_order = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     extents = [sum((n - 1) * s for n, s in zip(shape, m, strict=True)) for m in merged]
-    known = iter(None if m == in_order else tuple(m) for m in merged)
+    no_strides = (None,) * len(shape)
+    known = iter(no_strides if m == in_order else m for m in merged)
     n = of.input.numel()
     return {
         "operands": of[:4], "n": n, "shape": tuple(shape),
-        "strides": tuple(None if x is None else next(known) for x in expanded),
+        "strides": tuple(s for x in expanded for s in (no_strides if x is None else next(known))),
         "loss_params": launching.loss_params(of.loss), "scales": launching.halved(of.scales),
         "WIDE": max(n, *extents) >= 2**31 - 2**16,
     }  # fmt: skip
