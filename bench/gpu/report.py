@@ -29,7 +29,7 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
                NOT_MEASURED if r["outcome"] is None else f"{r['outcome']:.3f}", r["verdict"]] for r in rows)),
         "Published by others, on other machines:\n",
         _table(["at", "ms, published", "ours, ms"], ([f"{a[0]} x {a[1]}: {what}", ms,
-               _ms(Times(steps).ms(a, OURS, "train"))] for a, ms, what in ANCHORS)),
+               _ms(Times(steps).ms(a, OURS, mode))] for a, mode, ms, what in ANCHORS)),
         f"![Goals]({picture})\n" if picture else "",
         "## Steps\n",
         _table(["step", "status", "seconds", "what"], ([name, step["status"], f"{step['seconds']:.0f}", _note(step)]
