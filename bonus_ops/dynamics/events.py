@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic, seen_only
+from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
 
 __all__ = ["Correctness", "FirstLearned", "Forgetting", "LearnedFor", "LearnedForever", "SecondSplit"]
 
@@ -148,6 +148,7 @@ class LearnedFor(Field):
     k: int = 3
 
     def __post_init__(self) -> None:
+        check_int("LearnedFor: k", self.k)
         if not 1 <= self.k <= 255:
             raise ValueError(f"LearnedFor: k must be in 1 .. 255, got {self.k}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scores import SCORES, Scores
-from .field import Batch, Column, Field, State, Statistic, seen_only
+from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
 
 __all__ = ["Confidence", "Mean"]
 
@@ -38,6 +38,10 @@ class Mean(Field):
         if self.score not in allowed:
             raise ValueError(f"Mean: score must be one of {', '.join(allowed)}, got {self.score!r}")
         if self.epochs is not None:
+            if not isinstance(self.epochs, (tuple, list)):
+                raise TypeError(f"Mean: epochs must be (first, last) or None, got {type(self.epochs).__name__}")
+            for epoch in self.epochs:
+                check_int("Mean: each of epochs", epoch)
             object.__setattr__(self, "epochs", tuple(self.epochs))
             if len(self.epochs) != 2 or not 1 <= self.epochs[0] <= self.epochs[1]:
                 raise ValueError(f"Mean: epochs must be (first, last) with 1 <= first <= last, got {self.epochs}")

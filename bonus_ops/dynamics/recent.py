@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State, Statistic, check_int
 
 __all__ = ["RecentLosses"]
 
@@ -33,6 +33,7 @@ class RecentLosses(Field):
     window: int = 2
 
     def __post_init__(self) -> None:
+        check_int("RecentLosses: window", self.window)
         if not 1 <= self.window <= KEPT:
             raise ValueError(f"RecentLosses: window must be in 1 .. {KEPT}, got {self.window}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State, Statistic, check_number
 
 __all__ = ["ExponentiatedGradient"]
 
@@ -32,6 +32,8 @@ class ExponentiatedGradient(Field):
     max_loss: float = 100.0
 
     def __post_init__(self) -> None:
+        check_number("ExponentiatedGradient: eta", self.eta)
+        check_number("ExponentiatedGradient: max_loss", self.max_loss)
         if not 0 < self.eta < math.inf:
             raise ValueError(f"ExponentiatedGradient: eta must be positive and finite, got {self.eta}")
         if not 0 < self.max_loss < math.inf:
