@@ -20,6 +20,9 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     ``.to()`` moves them.
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
+    Raises:
+        TypeError: ``bonus`` is no loss, at once; the rest as `bonus_cross_entropy`, when called.
+
     Shape:
         input [C], [N, C] or [N, C, d1, ...]; target as in `bonus_cross_entropy`; output a scalar, or the shape of the
         target for ``reduction="none"``.

@@ -116,6 +116,9 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
     buffers, so ``.to()`` moves them. ``normalizer`` may also be given to each call, where it changes by the batch.
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
+    Raises:
+        TypeError, ValueError: ``bonus`` is no `GapLoss`, or ``alpha`` out of range, at once; the rest when called.
+
     Shape:
         input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.
 

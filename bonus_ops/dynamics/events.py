@@ -142,6 +142,9 @@ class LearnedFor(Field):
     Args:
         k: observations in a row, 1 to 255. Late Stopping uses 1 to 3; k = 3 separates label noise best here.
 
+    Raises:
+        TypeError, ValueError: ``k`` is no int, or out of range.
+
     Memory: 3 bytes an example.
     """
 

@@ -27,6 +27,10 @@ class Mean(Field):
         epochs: first and last epoch of the window, both included and counted from 1, or None for all of training. The
             statistic is then called ``early_...`` and no later epoch changes it.
 
+    Raises:
+        TypeError: ``epochs`` is no pair of ints.
+        ValueError: the score is none of these, or the window is empty or begins before epoch 1.
+
     Memory: 4 bytes an example, 6 with a window. Infinite scores (a label at logit -inf) make the mean infinite.
     """
 

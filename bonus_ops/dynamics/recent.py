@@ -27,6 +27,9 @@ class RecentLosses(Field):
     Args:
         window: losses averaged by ``recent_loss``, 1 to 5.
 
+    Raises:
+        TypeError, ValueError: ``window`` is no int, or out of range.
+
     Memory: 20 bytes an example.
     """
 

@@ -25,6 +25,9 @@ class ExponentiatedGradient(Field):
             uses 0.01 for 200.
         max_loss: a single loss takes no more than this, in nats; keeps weights finite where a loss is infinite.
 
+    Raises:
+        TypeError, ValueError: a parameter is no number, or not positive and finite.
+
     Memory: 4 bytes an example.
     """
 

@@ -23,6 +23,9 @@ def co_teaching_keep(epoch: int, *, noise_rate: float = 0.2, warmup_epochs: int 
         warmup_epochs: T_k >= 1, default 10.
         exponent: c > 0, default 1.
 
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or range.
+
     References:
         Han et al., Co-teaching, NeurIPS 2018, arXiv 1804.06872, section 3.
     """

@@ -186,7 +186,11 @@ def exponentiated_gradient(
 
 
 def exponentiated_weight(log_weight: Tensor) -> Tensor:
-    """Return ``M softmax(log_weight)`` [M]: positive, of mean 1."""
+    """Return ``M softmax(log_weight)`` [M]: positive, of mean 1, of the dtype of ``log_weight`` [M].
+
+    Raises:
+        TypeError, RuntimeError: ``log_weight`` is no floating point tensor, or has another shape.
+    """
     check_vector("exponentiated_weight", "log_weight", log_weight)
     return len(log_weight) * torch.softmax(log_weight, 0)
 
