@@ -403,6 +403,25 @@ def test_kl_to_reference_gradcheck():
         assert torch.autograd.gradgradcheck(lambda z: kl_to_reference(z, ref, temperature=1.5), z)
 
 
+def test_kl_to_reference_under_transforms():
+    z, ref = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator())
+
+    def plain(z, ref):
+        return (ref.softmax(-1) * (ref.log_softmax(-1) - z.log_softmax(-1))).sum(-1)
+
+    results = [
+        (
+            torch.func.vmap(f)(z, ref),
+            torch.func.grad(lambda z, f=f: f(z, ref).sum())(z),
+            torch.func.jacrev(torch.func.jacrev(lambda z, f=f: f(z, ref).sum()))(z),
+        )
+        for f in (kl_to_reference, plain)
+    ]
+    torch.testing.assert_close(*results)
+    with pytest.raises(NotImplementedError, match="jvp"):  # never a wrong tangent
+        torch.func.jvp(lambda z: kl_to_reference(z, ref), (z,), (z,))
+
+
 def test_kl_to_reference_is_accurate_where_models_agree():
     # error budget: the difference of the logits is known to the rounding of the inputs only, so take both as given
     ref = torch.randn(64, 10, generator=generator()) * 5
