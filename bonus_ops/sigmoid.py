@@ -183,7 +183,8 @@ class PositiveCount(nn.Module):
     """Moving average of the number of positives in a batch, what detectors divide their loss by.
 
     ``average = momentum average + (1 - momentum) max(count, 1)``, updated by each call in training mode. The average
-    is a buffer, so checkpoints keep it; nothing waits for the device.
+    is a buffer, so checkpoints keep it; nothing waits for the device. Each process counts its own batches; inside a
+    `DistributedDataParallel` model all begin a step with the average of rank 0.
 
     Args:
         momentum: in [0, 1). Default .9.
