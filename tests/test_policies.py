@@ -726,6 +726,16 @@ def test_an_index_may_be_any_integer(dtype):
     torch.testing.assert_close(step, exponentiated_gradient(state, LOSS, eta=0.1, index=group))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_large_batches(dtype):
+    loss, group = torch.ones(70_000, dtype=dtype), torch.zeros(70_000, dtype=torch.int64)
+    state = torch.zeros(2, requires_grad=True)
+    weight = group_weight(state, loss, group)
+    torch.testing.assert_close(weight.double().sum(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert group_mean_loss(loss, group, 1).item() == 1 and not weight.requires_grad
+    assert flow_weight(0 * loss, normalize=True).eq(1).all()  # a sum of float16 would be infinite
+
+
 def test_a_threshold_outlives_an_empty_batch():
     assert self_paced_threshold(torch.tensor(2.0), LOSS[:0]).item() == 2
     assert self_paced_threshold(None, LOSS[:0]).isnan()

@@ -128,7 +128,10 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
         tau = torch.full((), temperature, dtype=loss.dtype, device=loss.device)
     weight = torch.where(tau > 0, torch.exp(-loss / tau), (loss == 0).to(loss.dtype))
     weight = torch.where(loss.isnan(), 0.0, weight)
-    return (weight / (weight.sum() / (~loss.isnan()).sum())).nan_to_num(nan=0.0) if normalize else weight
+    if not normalize:
+        return weight
+    mean = weight.sum(dtype=torch.float64) / (~loss.isnan()).sum()  # float16 sums to 65504
+    return (weight / mean).nan_to_num(nan=0.0)
 
 
 def exponentiated_gradient(
@@ -196,7 +199,7 @@ def exponentiated_weight(log_weight: Tensor) -> Tensor:
 
 
 def group_mean_loss(loss: Tensor, group: Tensor, n_groups: int) -> Tensor:
-    """Return the mean loss of each group in the batch, [n_groups]; NaN for a group that is not in it.
+    """Return the mean loss of each group in the batch, [n_groups], at least float32; NaN for a group not in it.
 
     Args:
         loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
@@ -222,7 +225,7 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
         group: integers [N] in [0, G).
 
     Returns:
-        Weights [N], detached; they sum to the share of the groups that are in the batch.
+        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
@@ -233,7 +236,7 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
     """
     check_vector("group_weight", "log_weight", log_weight)
     _, count = _group_sums("group_weight", loss, group, len(log_weight))
-    share = torch.softmax(log_weight, 0)
+    share = torch.softmax(log_weight.detach(), 0)
     return torch.where(loss.isnan(), 0.0, (share / count)[group.to(torch.int64)])
 
 
@@ -241,7 +244,8 @@ def _group_sums(function: str, loss: Tensor, group: Tensor, n_groups: int) -> tu
     check_vector(function, "loss", loss)
     check_integer(function, "n_groups", n_groups, 1)
     check_index(function, "group", group, loss, n_groups)
-    loss, group = loss.detach(), group.to(torch.int64)  # a uint8 index would be a mask
+    group = group.to(torch.int64)  # a uint8 index would be a mask
+    loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 counts to 256
     valid = ~loss.isnan()
     zeros = loss.new_zeros(n_groups)
     return zeros.index_add(0, group, torch.where(valid, loss, 0.0)), zeros.index_add(0, group, valid.to(loss.dtype))
