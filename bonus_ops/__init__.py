@@ -1,5 +1,7 @@
 """bonus_ops: cross-entropy with a bonus for well-classified examples, and difficulty scores, in one pass."""
 
+from . import causal_lm as causal_lm
+from . import policies as policies
 from .dynamics import ExampleTracker
 from .functional import (
     bonus_cross_entropy,
@@ -69,3 +71,5 @@ __all__ = [
     "mixup_cross_entropy",
     "patch_cross_entropy",
 ]
+
+__version__ = "0.1.0"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import checked_ignore_index
 from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import ClassLoss, GapLoss, LogBonus
 from .scores import Scores
@@ -150,7 +151,7 @@ def trainer_loss(
 
     Raises:
         TypeError: for an option that `causal_lm_loss` does not name.
-        ValueError: for a tuple whose first member is a loss.
+        ValueError: for a tuple whose first member is a loss, or outputs without logits.
         Otherwise as `causal_lm_loss`.
 
     Example:
@@ -164,11 +165,15 @@ def trainer_loss(
             f"{', '.join(_OPTIONS)}."
         )
     if isinstance(outputs, dict):
+        if "logits" not in outputs:
+            raise ValueError(f"expected outputs with the key 'logits', got the keys {', '.join(map(repr, outputs))}")
         logits = outputs["logits"]
     elif hasattr(outputs, "logits"):
         logits = outputs.logits
     elif not isinstance(outputs, (tuple, list)):
         raise TypeError(f"expected outputs with logits, or a tuple that begins with them, got {type(outputs).__name__}")
+    elif not outputs:
+        raise ValueError("expected a tuple that begins with the logits, got an empty one")
     else:
         logits = outputs[0]
         if isinstance(logits, Tensor) and logits.dim() == 0:
@@ -211,6 +216,7 @@ def _aligned(
         raise ValueError("expected logits [..., V], got shape []")
     if vocab_size is not None and logits.shape[-1] != vocab_size:
         raise ValueError(f"expected logits [..., vocab_size = {vocab_size}], got shape {list(logits.shape)}")
+    ignore_index = checked_ignore_index(ignore_index)
     target = shift_labels
     if target is None:
         if labels is None:

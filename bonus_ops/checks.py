@@ -153,7 +153,8 @@ def check_call(
 def _types(input: Any, target: Any, weight: Any) -> str | None:
     for name, x in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(x, Tensor) and not (name == "weight" and x is None):
-            return f"Expected {name} to be a Tensor, got {type(x).__name__}."
+            by_keyword = " A loss goes by keyword: bonus=." if isinstance(x, (GapLoss, ClassLoss)) else ""
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword}"
         if isinstance(x, Tensor) and x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:

@@ -169,6 +169,12 @@ def bonus_cross_entropy_with_softmax(
 
     Raises:
         As `bonus_cross_entropy_with_scores`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import bonus_cross_entropy_with_softmax
+        >>> bonus_cross_entropy_with_softmax(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))[2]
+        tensor([[0.8808, 0.1192]])
     """
     call = _Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, implementation, validate)  # fmt: skip
@@ -192,6 +198,13 @@ def difficulty_scores(
 
     Raises:
         As `bonus_cross_entropy_with_scores`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import difficulty_scores
+        >>> scores = difficulty_scores(torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([0, -100]))
+        >>> scores.el2n
+        tensor([0.1686,    nan])
     """
     call = _Call(input.detach() if isinstance(input, Tensor) else input, target, None, None, ignore_index, None,
                  "none", 0.0, None, None, None, implementation, validate)  # fmt: skip

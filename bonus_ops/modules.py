@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
+from .checks import check_bonus
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .losses import ClassLoss, GapLoss
 from .schedules import KeepsEpoch
@@ -18,6 +19,9 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     Args: as in `bonus_cross_entropy`, without input and target. ``weight`` and ``bonus_weight`` are buffers, so
     ``.to()`` moves them.
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
+
+    Raises:
+        TypeError: ``bonus`` is no loss, at once; the rest as `bonus_cross_entropy`, when called.
 
     Shape:
         input [C], [N, C] or [N, C, d1, ...]; target as in `bonus_cross_entropy`; output a scalar, or the shape of the
@@ -50,6 +54,7 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         super().__init__(weight, size_average, reduce, reduction)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        check_bonus(bonus)
         self.bonus = bonus
         self.bonus_smoothing = bonus_smoothing
         self.register_buffer("bonus_weight", bonus_weight)
@@ -76,5 +81,6 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
         options = f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
-        own = "" if self.bonus_smoothing is None else f", bonus_smoothing={self.bonus_smoothing}"
-        return f"{options}, label_smoothing={self.label_smoothing}{own}"
+        own = {"bonus_smoothing": self.bonus_smoothing, "implementation": self.implementation}
+        given = "".join(f", {name}={x!r}" for name, x in own.items() if x is not None)
+        return f"{options}, label_smoothing={self.label_smoothing}{given}{', validate=True' * self.validate}"

@@ -72,6 +72,9 @@ class patch_cross_entropy(contextlib.ContextDecorator):
         _try(self.options)
         self._replaced: list[Callable[..., Any]] = []
 
+    def __repr__(self) -> str:
+        return f"patch_cross_entropy({', '.join(f'{name}={x!r}' for name, x in self.options.items())})"
+
     def __enter__(self) -> patch_cross_entropy:
         replaced, options = functional.cross_entropy, self.options
 

@@ -1,8 +1,9 @@
 """Schedules: a loss whose strength, or any other field, follows the epoch.
 
 A schedule is a function of the epoch that returns a factor: `Linear`, `Exponential`, `Cosine` and `Deferred`, or any
-callable ``int -> float`` (pickled only if it can be), say the ``__getitem__`` of a list. `Scheduled` multiplies
-fields of a loss by such factors.
+callable ``int -> float`` (pickled only if it can be). `Scheduled` multiplies fields of a loss by such factors. A list
+of factors is ``lambda epoch: factors[min(epoch, len(factors) - 1)]``: the `Scheduled.step` after the last epoch of
+training asks for one more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -161,7 +163,7 @@ class Scheduled(GapLoss):
             ``strength=Cosine(epochs=100)``, ``log_end=Linear(epochs=100)``.
 
     Raises:
-        TypeError: ``loss`` is no `GapLoss`, or a schedule cannot be called.
+        TypeError: ``loss`` is no `GapLoss`, or a schedule cannot be called or returns no number.
         ValueError: ``loss`` has no such field, or it is None or 0; at any epoch, the field leaves its range: a ramp
             from 0 fits only fields that may be 0.
 
@@ -211,9 +213,19 @@ class Scheduled(GapLoss):
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, an int >= 0; raise ValueError and change nothing where a field would leave its range."""
+        """Set the epoch, an int >= 0; raise and change nothing where a field would leave its range.
+
+        Raises:
+            TypeError: the epoch is no int, or a schedule returns no number.
+            ValueError: the epoch is negative, or a field would leave its range.
+        """
         _checked_count("Scheduled: epoch", epoch, 0)
-        fields = {name: getattr(self.loss, name) * schedule(epoch) for name, schedule in self.schedules.items()}
+        factors = {name: schedule(epoch) for name, schedule in self.schedules.items()}
+        for name, factor in factors.items():
+            if isinstance(factor, bool) or not isinstance(factor, Real):
+                came = f"{type(factor).__name__} at epoch {epoch}"
+                raise TypeError(f"Scheduled: the schedule of {name} must return a number, got {came}")
+        fields = {name: getattr(self.loss, name) * factor for name, factor in factors.items()}
         current = dataclasses.replace(self.loss, **fields)  # type: ignore[type-var]
         # a new tensor: a backward that is still to come has kept the old one
         self._epoch, self._current, self._fields = epoch, current, encode(current)[1]

@@ -58,7 +58,8 @@ class Scores(NamedTuple):
     Six columns are stored, float32 but for ``runner_up`` (int32); the properties and methods derive the rest. All are
     of the plain softmax: never smoothed, weighted or with the bonus. Ignored positions hold NaN (``runner_up`` and
     ``prediction`` -1, ``correct`` False); derived scores that need the top logit are NaN where the label's is -inf.
-    `SCORES` tells unit, range, direction and source of each.
+    `SCORES` tells unit, range, direction and source of each. A named tuple: ``torch.save(scores._asdict(), path)`` and
+    ``Scores(**torch.load(path))`` keep it, ``Scores(*map(torch.cat, zip(*batches)))`` joins batches.
 
     Attributes:
         loss: cross-entropy -log p in nats, [0, inf); higher is harder.
@@ -181,11 +182,14 @@ class Scores(NamedTuple):
         Args:
             name: a key of `SCORES` whose direction is not 0.
             target: unused by ordered scores; accepted so that callers need not know.
-            bonus: the loss for ``grad_norm``.
+            bonus: the loss for ``grad_norm``; unused by the others.
+
+        Returns:
+            float32, shaped like the scores; higher is harder, NaN where ignored.
 
         Raises:
             ValueError: the name is unknown or the score orders nothing.
-            TypeError: ``bonus`` is no `GapLoss` instance.
+            TypeError: ``bonus`` is no `GapLoss` instance, where it is used.
         """
         ordered = [s.name for s in SCORES.values() if s.direction]
         if name not in ordered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -86,10 +87,7 @@ def bonus_binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    check_bonus(bonus)
-    if isinstance(bonus, ClassLoss):
-        name = type(bonus).__name__
-        raise TypeError(f"bonus must be a GapLoss such as SquaredError() or AbsoluteError(), or None, not {name}")
+    _check_bonus(bonus)
     _check_call(input, target, weight, reduction, pos_weight)
     reduction = "mean" if reduction == "elementwise_mean" else reduction
     divisor = _divisor(normalizer, reduction, input)
@@ -117,6 +115,9 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
     Args: as in `bonus_binary_cross_entropy_with_logits`, without input and target. ``weight`` and ``pos_weight`` are
     buffers, so ``.to()`` moves them. ``normalizer`` may also be given to each call, where it changes by the batch.
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
+
+    Raises:
+        TypeError, ValueError: ``bonus`` is no `GapLoss`, or ``alpha`` out of range, at once; the rest when called.
 
     Shape:
         input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.
@@ -150,6 +151,8 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
         self.reduction = reduction
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
+        _check_bonus(bonus)
+        _scales(alpha)
         self.bonus = bonus
         self.alpha = alpha
         self.normalizer = normalizer
@@ -171,14 +174,17 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
-        return f"bonus={self.bonus}, alpha={self.alpha}, reduction={self.reduction!r}"
+        own = {"normalizer": self.normalizer, "implementation": self.implementation}
+        given = "".join(f", {name}={x!r}" for name, x in own.items() if x is not None)
+        return f"bonus={self.bonus}, alpha={self.alpha}, reduction={self.reduction!r}{given}"
 
 
 class PositiveCount(nn.Module):
     """Moving average of the number of positives in a batch, what detectors divide their loss by.
 
     ``average = momentum average + (1 - momentum) max(count, 1)``, updated by each call in training mode. The average
-    is a buffer, so checkpoints keep it; nothing waits for the device.
+    is a buffer, so checkpoints keep it; nothing waits for the device. Each process counts its own batches; inside a
+    `DistributedDataParallel` model all begin a step with the average of rank 0.
 
     Args:
         momentum: in [0, 1). Default .9.
@@ -203,18 +209,20 @@ class PositiveCount(nn.Module):
     def __init__(self, momentum: float = 0.9, initial: float = 100.0) -> None:
         super().__init__()
         for name, value in (("momentum", momentum), ("initial", initial)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"PositiveCount: {name} must be a number, got {type(value).__name__}")
         if not 0 <= momentum < 1:
             raise ValueError(f"PositiveCount: momentum must be in [0, 1), got {momentum!r}")
         if not 0 < initial < math.inf:
             raise ValueError(f"PositiveCount: initial must be a positive finite number, got {initial!r}")
-        self.momentum = momentum
+        self.momentum = float(momentum)
         self.register_buffer("average", torch.tensor(float(initial), dtype=torch.float32))
 
     @torch.no_grad()
     def forward(self, target: Tensor) -> Tensor:
         """Count ``target`` into the average and return it."""
+        if not isinstance(target, Tensor):
+            raise TypeError(f"PositiveCount: target must be a Tensor, got {type(target).__name__}")
         if self.training:
             count = (target > 0.5).sum().clamp(min=1).float()
             # a new tensor: the last one may be awaiting its backward
@@ -227,6 +235,13 @@ class PositiveCount(nn.Module):
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_bonus(bonus: Any) -> None:
+    check_bonus(bonus)
+    if isinstance(bonus, ClassLoss):
+        name = type(bonus).__name__
+        raise TypeError(f"bonus must be a GapLoss such as SquaredError() or AbsoluteError(), or None, not {name}")
 
 
 def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight: Any) -> None:
@@ -285,9 +300,9 @@ def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:
 def _scales(alpha: float | None) -> tuple[float, float]:
     if alpha is None:
         return 1.0, 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not 0 <= alpha <= 1:
+    if not 0 <= float(alpha) <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha!r}")
     return float(alpha), 1 - float(alpha)
 
@@ -305,9 +320,9 @@ def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
         if known and not 0 < normalizer.item() < math.inf:
             raise ValueError(f"normalizer must be a positive finite number, got {normalizer.item()!r}")
         return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+    if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
         raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")
-    if not 0 < normalizer < math.inf:
+    if not 0 < float(normalizer) < math.inf:
         raise ValueError(f"normalizer must be a positive finite number, got {normalizer!r}")
     return float(normalizer)
 

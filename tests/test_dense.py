@@ -900,4 +900,6 @@ def test_the_module_shows_what_differs():
     shown = repr(BonusCrossEntropyLoss(label_smoothing=0.1, bonus_smoothing=0.3, bonus_weight=torch.ones(4)))
     for part in ("label_smoothing=0.1", "bonus_smoothing=0.3"):
         assert part in shown
-    assert "bonus_smoothing" not in repr(BonusCrossEntropyLoss())
+    shown = repr(BonusCrossEntropyLoss(implementation="torch", validate=True))
+    assert shown.endswith("label_smoothing=0.0, implementation='torch', validate=True)")
+    assert not any(name in repr(BonusCrossEntropyLoss()) for name in ("bonus_smoothing", "implementation", "validate"))

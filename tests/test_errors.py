@@ -288,6 +288,13 @@ def test_an_unknown_reduction_says_which_there_are():
 def test_a_bonus_must_be_an_instance_of_a_gap_loss(function, bonus, came):
     with pytest.raises(TypeError, match=f"^bonus must be a GapLoss instance .*, not {came}$"):
         function(logits(), labels(), bonus=bonus)
+    with pytest.raises(TypeError, match=f"^bonus must be a GapLoss instance .*, not {came}$"):
+        BonusCrossEntropyLoss(bonus=bonus)
+
+
+def test_a_loss_in_the_place_of_weights_is_told_where_to_go():
+    with pytest.raises(TypeError, match="Expected weight to be a Tensor, got LogBonus. A loss goes by keyword: bonus="):
+        bonus_cross_entropy(logits(), labels(), LogBonus())
 
 
 @pytest.mark.parametrize("name", ["label C", "target (N + 1)", "input int64", "target int32", "ignore_index float"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import bonus_ops
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SOURCES = [path for folder in ("bonus_ops", "kernels", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -147,6 +149,16 @@ def test_the_wheel_asks_for_no_exact_version(wheel):
     assert not any("==" in line.partition(";")[0] for line in needs)
     (triton,) = (line for line in needs if line.startswith("Requires-Dist: triton"))
     assert "Linux" in triton
+
+
+def test_the_wheel_has_the_version_that_the_package_says(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    assert f"\nVersion: {bonus_ops.__version__}\n" in wheel.read(name).decode()
+
+
+def test_importing_the_package_is_enough_for_its_parts(tmp_path):
+    code = "import sys, bonus_ops as b; b.causal_lm.trainer_loss, b.policies.infobatch, b.dynamics.Mean"
+    assert run(code + "; print('torch.distributed.tensor' in sys.modules)", tmp_path) == "False\n"  # half a second
 
 
 def blocks_of_python() -> list[str]:

@@ -403,6 +403,25 @@ def test_kl_to_reference_gradcheck():
         assert torch.autograd.gradgradcheck(lambda z: kl_to_reference(z, ref, temperature=1.5), z)
 
 
+def test_kl_to_reference_under_transforms():
+    z, ref = torch.randn(2, 4, 3, dtype=torch.float64, generator=generator())
+
+    def plain(z, ref):
+        return (ref.softmax(-1) * (ref.log_softmax(-1) - z.log_softmax(-1))).sum(-1)
+
+    results = [
+        (
+            torch.func.vmap(f)(z, ref),
+            torch.func.grad(lambda z, f=f: f(z, ref).sum())(z),
+            torch.func.jacrev(torch.func.jacrev(lambda z, f=f: f(z, ref).sum()))(z),
+        )
+        for f in (kl_to_reference, plain)
+    ]
+    torch.testing.assert_close(*results)
+    with pytest.raises(NotImplementedError, match="jvp"):  # never a wrong tangent
+        torch.func.jvp(lambda z: kl_to_reference(z, ref), (z,), (z,))
+
+
 def test_kl_to_reference_is_accurate_where_models_agree():
     # error budget: the difference of the logits is known to the rounding of the inputs only, so take both as given
     ref = torch.randn(64, 10, generator=generator()) * 5
@@ -594,6 +613,24 @@ def test_sampler_refuses():
     ):
         with pytest.raises(ValueError, match=match):
             sampler.load_state_dict(fault)
+    other = state | {"seed": 9, "epoch": 9}
+    for fault, match in (
+        (None, "expected a dict, got NoneType"),
+        (other | {"order": state["order"].tolist()}, "order must be an int64 tensor .* got list"),
+        (other | {"order": state["order"].float()}, "order must be an int64 tensor .* got torch.float32"),
+        (other | {"weight": state["weight"].tolist()}, "weight must be a Tensor, got list"),
+        (other | {"seed": "1"}, "seed must be an int, got str"),
+        (other | {"position": None}, "position must be an int, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            sampler.load_state_dict(fault)
+    for fault, match in (
+        (other | {"position": 99}, f"position must be at most {len(state['order'])}, got 99"),
+        (other | {"order": state["order"] + 6}, "order must be of examples below 6, got"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sampler.load_state_dict(fault)
+    assert (sampler.seed, sampler.epoch, list(sampler)) == (before["seed"], before["epoch"], before["order"].tolist())
     assert sampler.state_dict().keys() == before.keys() and torch.equal(sampler.state_dict()["order"], before["order"])
     with pytest.raises(RuntimeError, match=r"shape \[6\], got \[2\]"):
         list(DifficultySampler(difficulty, lambda d, g: d[:2]))
@@ -667,11 +704,41 @@ INT, FLAGS = torch.ones(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
         (lambda: group_weight(LOSS, LOSS, -INT), IndexError, r"group_weight: group must be in \[0, 6\), got -1"),
         (lambda: exponentiated_gradient(LOSS, LOSS, eta=1, index=INT * 6), IndexError, r"in \[0, 6\), got 6"),
         (lambda: rank_selection_is_due(0.5, 0, end=0.2), ValueError, r"end must be in \[0.5, 1\], got 0.2"),
+        (lambda: noise_mask(LOSS, LOSS[:, None]), RuntimeError, r"a number or a scalar tensor, got shape \[6, 1\]"),
+        (lambda: self_paced_weight(LOSS, LOSS[:, None]), RuntimeError, r"scalar tensor, got shape \[6, 1\]"),
+        (lambda: superloss_weight(LOSS, threshold=LOSS[:1]), RuntimeError, r"scalar tensor, got shape \[1\]"),
+        (lambda: self_paced_threshold(LOSS[:2], LOSS), RuntimeError, r"previous must be .* got shape \[2\]"),
+        (lambda: self_paced_threshold("1", LOSS), TypeError, "previous must be a number, got str"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_says_what_was_expected_and_what_came(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_an_index_may_be_any_integer(dtype):
+    group = torch.tensor([0, 1, 1, 0, 2, 2])
+    given, state = group.to(dtype), torch.tensor([0.1, -0.2, 0.3])
+    torch.testing.assert_close(group_mean_loss(LOSS, given, 3), group_mean_loss(LOSS, group, 3))
+    torch.testing.assert_close(group_weight(state, LOSS, given), group_weight(state, LOSS, group))
+    step = exponentiated_gradient(state, LOSS, eta=0.1, index=given)
+    torch.testing.assert_close(step, exponentiated_gradient(state, LOSS, eta=0.1, index=group))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_large_batches(dtype):
+    loss, group = torch.ones(70_000, dtype=dtype), torch.zeros(70_000, dtype=torch.int64)
+    state = torch.zeros(2, requires_grad=True)
+    weight = group_weight(state, loss, group)
+    torch.testing.assert_close(weight.double().sum(), torch.tensor(0.5, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert group_mean_loss(loss, group, 1).item() == 1 and not weight.requires_grad
+    assert flow_weight(0 * loss, normalize=True).eq(1).all()  # a sum of float16 would be infinite
+
+
+def test_a_threshold_outlives_an_empty_batch():
+    assert self_paced_threshold(torch.tensor(2.0), LOSS[:0]).item() == 2
+    assert self_paced_threshold(None, LOSS[:0]).isnan()
 
 
 def test_policies_never_read_a_device_tensor_on_the_host():

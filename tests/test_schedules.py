@@ -84,6 +84,8 @@ def test_a_factor_stays_within_its_ends():
         (lambda: Scheduled(LogBonus(1.0, clamp=None), clamp=Linear(2)), ValueError, "has no number 'clamp'"),
         (lambda: Scheduled(LogBonus(), strength=0.5), TypeError, "strength must be a schedule, got float"),
         (lambda: Scheduled(PowerBonus(), gamma=Linear(2)), ValueError, "PowerBonus: gamma must be a positive"),
+        (lambda: Scheduled(LogBonus(), strength=lambda t: "1"), TypeError, "of strength must return a number, got str"),
+        (lambda: Scheduled(LogBonus(), strength=lambda t: None), TypeError, "number, got NoneType at epoch 0"),
         (lambda: Scheduled(LogBonus(), strength=lambda t: math.nan), ValueError, "LogBonus: strength must be finite"),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -375,6 +376,21 @@ def test_bad_calls_raise_what_torch_raises(name):
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         bonus_bce(X, T, **options)
+
+
+def test_a_module_refuses_its_options_at_once():
+    for options, error, message in (
+        ({"bonus": 0.75}, TypeError, "bonus must be a GapLoss instance"),
+        ({"bonus": SoftmaxSquaredError()}, TypeError, "not SoftmaxSquaredError"),
+        ({"alpha": 2.0}, ValueError, r"alpha must be in \[0, 1\]"),
+    ):
+        with pytest.raises(error, match=message):
+            BonusBCEWithLogitsLoss(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = bonus_bce(X, T, alpha=0.25, normalizer=3)
+    assert torch.equal(bonus_bce(X, T, alpha=np.float32(0.25), normalizer=np.int64(3)), ours)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -776,6 +792,8 @@ def test_positive_count_averages_and_is_kept_by_checkpoints():
         PositiveCount("a")
     with pytest.raises(TypeError, match="PositiveCount: initial must be a number, got Tensor"):
         PositiveCount(initial=torch.ones(2))
+    with pytest.raises(TypeError, match="PositiveCount: target must be a Tensor, got list"):
+        positives([1.0])
     assert repr(PositiveCount(0.75)) == "PositiveCount(momentum=0.75)"
 
 

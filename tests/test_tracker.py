@@ -7,6 +7,7 @@ import io
 import math
 import statistics as stats
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -520,6 +521,20 @@ def test_states_that_do_not_fit_are_refused_and_leave_the_state(story, change, e
         (lambda: Mean("loss", (4, 3)), ValueError, r"got \(4, 3\)"),
         (lambda: LearnedFor(0), ValueError, "k must be in 1 .. 255, got 0"),
         (lambda: RecentLosses(6), ValueError, "window must be in 1 .. 5, got 6"),
+        (lambda: ExampleTracker(2, None), TypeError, "expected 'all' or names and Field objects, got NoneType"),
+        (lambda: Mean("loss", 3), TypeError, r"epochs must be \(first, last\) or None, got int"),
+        (lambda: Mean("loss", (1.5, 2)), TypeError, "each of epochs must be an int, got float"),
+        (lambda: LearnedFor(2.5), TypeError, "k must be an int, got float"),
+        (lambda: RecentLosses(2.5), TypeError, "window must be an int, got float"),
+        (lambda: RecentLosses(True), TypeError, "window must be an int, got bool"),
+        (lambda: ExponentiatedGradient("0.1"), TypeError, "eta must be a number, got str"),
+        (lambda: ExponentiatedGradient(max_loss=None), TypeError, "max_loss must be a number, got NoneType"),
+        (lambda: label_free_scores([1.0]), TypeError, "logits must be a Tensor, got list"),
+        (lambda: label_free_scores(torch.tensor(1.0)), RuntimeError, r"logits must have shape .* got \[\]"),
+        (lambda: random_label_loss([1.0], INDEX, GOOD), TypeError, "logits must be Tensor, got list"),
+        (lambda: random_label_loss(torch.zeros(3, 4), [0], GOOD), TypeError, "target must be Tensor, got list"),
+        (lambda: random_label_loss(torch.zeros(3, 4), INDEX, tuple(GOOD)), TypeError, "scores must be Scores, got"),
+        (lambda: random_label_loss(torch.zeros(3, 4), INDEX / 1, GOOD), RuntimeError, "class indices, got torch.float"),
         (lambda: ExponentiatedGradient(eta=0), ValueError, "eta must be positive"),
         (lambda: ExponentiatedGradient(max_loss=math.inf), ValueError, "max_loss must be positive and finite"),
         (lambda: random_label_loss(torch.zeros(2, 1), INDEX[:2] * 0, GOOD), RuntimeError, "expected logits"),
@@ -533,6 +548,17 @@ def test_states_that_do_not_fit_are_refused_and_leave_the_state(story, change, e
 def test_bad_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_size_may_be_an_int_of_numpy():
+    tracker = ExampleTracker(np.int64(3))
+    assert type(tracker.state_dict()["num_examples"]) is int and len(tracker.count) == 3
+
+
+def test_label_free_scores_of_one_row():
+    row = torch.tensor([1.0, 3.0, 0.0])
+    scores, rows = label_free_scores(row), label_free_scores(row[None])
+    assert scores.entropy.shape == () and scores.entropy == rows.entropy[0] and scores.loss.isnan()
 
 
 def test_epochs_are_counted_as_far_as_they_are_stored():

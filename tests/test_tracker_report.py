@@ -109,6 +109,8 @@ def test_plot_marks_the_examples_to_look_at(tmp_path, monkeypatch):
     )
     with pytest.raises(TypeError, match=r"suspect must be a number in \[0, 1\], got str"):
         tracked().report(suspect="0.3")
+    with pytest.raises(TypeError, match="shown must be an int, got float"):
+        tracked().report().plot(tmp_path / "map.png", shown=1.5)
     report = tracked().report(suspect=0.3, uncertain=0.6)
     labels, inputs = report.of_kind("suspect_label"), report.of_kind("suspect_input")
     assert len(labels) > 3 and len(inputs) > 3
@@ -128,6 +130,7 @@ def test_plot_marks_the_examples_to_look_at(tmp_path, monkeypatch):
         (lambda: tracked().report(uncertain=-0.1), r"uncertain must be in \[0, 1\], got -0.1"),
         (lambda: tracked().report(suspect=math.nan), "suspect must be in"),
         (lambda: tracked().report().of_kind("noisy"), "expected one of easy, hard, .*got 'noisy'"),
+        (lambda: tracked().report().plot("never.png", shown=-1), "shown must be at least 0, got -1"),
         (lambda: ExampleTracker(3, "mean_el2n").report(), "needs the field early_entropy, kept are mean_el2n"),
         (lambda: ExampleTracker(3).report(), "no example has mean entropy in epochs 6 to 6: .* no update"),
     ],

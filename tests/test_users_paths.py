@@ -307,6 +307,12 @@ def test_trainer_loss_says_that_the_logits_come_first() -> None:
         trainer_loss((logits.sum(), logits), labels)
     with pytest.raises(TypeError, match="expected outputs with logits, or a tuple that begins with them, got Tensor"):
         trainer_loss(logits, labels)
+    with pytest.raises(ValueError, match="expected outputs with the key 'logits', got the keys 'loss', 'logit'"):
+        trainer_loss({"loss": logits.sum(), "logit": logits}, labels)
+    with pytest.raises(ValueError, match="begins with the logits, got an empty one"):
+        trainer_loss((), labels)
+    with pytest.raises(TypeError, match="argument 'ignore_index' .* must be int, not str"):
+        trainer_loss((logits,), labels, ignore_index="pad")
     with pytest.raises(TypeError, match="num_items_in_batch must be a number or a Tensor, got str"):
         trainer_loss((logits,), labels, "7")
 
@@ -535,6 +541,10 @@ def test_patch_says_that_the_bonus_is_by_keyword() -> None:
     with pytest.raises(TypeError, match=r"got function.\n.*as a decorator, @patch_cross_entropy\(\)"):
         patch_cross_entropy(with_bonus)
     assert_restored()
+
+
+def test_patch_says_what_it_is() -> None:
+    assert repr(patch_cross_entropy(bonus=None, validate=True)) == "patch_cross_entropy(bonus=None, validate=True)"
 
 
 def test_patch_takes_options_that_need_another_device() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic, seen_only
+from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
 
 __all__ = ["Correctness", "FirstLearned", "Forgetting", "LearnedFor", "LearnedForever", "SecondSplit"]
 
@@ -142,12 +142,16 @@ class LearnedFor(Field):
     Args:
         k: observations in a row, 1 to 255. Late Stopping uses 1 to 3; k = 3 separates label noise best here.
 
+    Raises:
+        TypeError, ValueError: ``k`` is no int, or out of range.
+
     Memory: 3 bytes an example.
     """
 
     k: int = 3
 
     def __post_init__(self) -> None:
+        check_int("LearnedFor: k", self.k)
         if not 1 <= self.k <= 255:
             raise ValueError(f"LearnedFor: k must be in 1 .. 255, got {self.k}")
 

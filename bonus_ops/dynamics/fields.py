@@ -53,6 +53,8 @@ def resolve(fields: str | Iterable[str | Field]) -> tuple[Field, ...]:
     """
     if isinstance(fields, (str, Field)):
         fields = tuple(FIELDS) if fields == "all" else (fields,)
+    if not isinstance(fields, Iterable):
+        raise TypeError(f"fields: expected 'all' or names and Field objects, got {type(fields).__name__}")
     resolved = []
     for field in fields:
         if isinstance(field, str):

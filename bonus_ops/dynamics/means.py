@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scores import SCORES, Scores
-from .field import Batch, Column, Field, State, Statistic, seen_only
+from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
 
 __all__ = ["Confidence", "Mean"]
 
@@ -27,6 +27,10 @@ class Mean(Field):
         epochs: first and last epoch of the window, both included and counted from 1, or None for all of training. The
             statistic is then called ``early_...`` and no later epoch changes it.
 
+    Raises:
+        TypeError: ``epochs`` is no pair of ints.
+        ValueError: the score is none of these, or the window is empty or begins before epoch 1.
+
     Memory: 4 bytes an example, 6 with a window. Infinite scores (a label at logit -inf) make the mean infinite.
     """
 
@@ -38,6 +42,10 @@ class Mean(Field):
         if self.score not in allowed:
             raise ValueError(f"Mean: score must be one of {', '.join(allowed)}, got {self.score!r}")
         if self.epochs is not None:
+            if not isinstance(self.epochs, (tuple, list)):
+                raise TypeError(f"Mean: epochs must be (first, last) or None, got {type(self.epochs).__name__}")
+            for epoch in self.epochs:
+                check_int("Mean: each of epochs", epoch)
             object.__setattr__(self, "epochs", tuple(self.epochs))
             if len(self.epochs) != 2 or not 1 <= self.epochs[0] <= self.epochs[1]:
                 raise ValueError(f"Mean: epochs must be (first, last) with 1 <= first <= last, got {self.epochs}")

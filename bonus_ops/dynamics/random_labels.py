@@ -43,18 +43,24 @@ def random_label_loss(
         float32 shaped like ``target``, in nats, [0, inf]; NaN where ignored.
 
     Raises:
+        TypeError: ``logits`` or ``target`` is no Tensor, or ``scores`` no `Scores`.
         ValueError: a single class leaves no other.
-        RuntimeError: the shapes do not go together.
+        RuntimeError: the shapes do not go together, or ``target`` holds no class indices.
 
     References:
         Song et al., Robust and On-the-fly Dataset Denoising for Image Classification, 2020, arXiv 2003.10647, which
         simulates the logits from random features; the training logits stand in for them here.
     """
+    for name, x, kind in (("logits", logits, Tensor), ("target", target, Tensor), ("scores", scores, Scores)):
+        if not isinstance(x, kind):
+            raise TypeError(f"random_label_loss: {name} must be {kind.__name__}, got {type(x).__name__}")
     if logits.dim() < 2 or logits.shape[:1] + logits.shape[2:] != target.shape or target.shape != scores.energy.shape:
         raise RuntimeError(
             f"expected logits [N, C, ...] with target and scores [N, ...], got {list(logits.shape)}, "
             f"{list(target.shape)} and {list(scores.energy.shape)}"
         )
+    if target.is_floating_point():
+        raise RuntimeError(f"random_label_loss: target must hold class indices, got {target.dtype}")
     n_classes = logits.shape[1]
     if n_classes - exclude_target < 1:
         raise ValueError("random_label_loss: a single class leaves no other label to draw; use exclude_target=False")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State, Statistic, check_int
 
 __all__ = ["RecentLosses"]
 
@@ -27,12 +27,16 @@ class RecentLosses(Field):
     Args:
         window: losses averaged by ``recent_loss``, 1 to 5.
 
+    Raises:
+        TypeError, ValueError: ``window`` is no int, or out of range.
+
     Memory: 20 bytes an example.
     """
 
     window: int = 2
 
     def __post_init__(self) -> None:
+        check_int("RecentLosses: window", self.window)
         if not 1 <= self.window <= KEPT:
             raise ValueError(f"RecentLosses: window must be in 1 .. {KEPT}, got {self.window}")
 

@@ -149,8 +149,12 @@ class Report:
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
-            ValueError: an image has another shape.
+            TypeError, ValueError: ``shown`` is no int or negative; an image has another shape.
         """
+        if isinstance(shown, bool) or not isinstance(shown, int):
+            raise TypeError(f"plot: shown must be an int, got {type(shown).__name__}")
+        if shown < 0:
+            raise ValueError(f"plot: shown must be at least 0, got {shown}")
         from matplotlib.figure import Figure
 
         marked = {kind: self.of_kind(kind)[:shown].tolist() for kind in KINDS[2:4]}

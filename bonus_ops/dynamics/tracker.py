@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +75,7 @@ class ExampleTracker:
         step: updates so far, on the rank that made most.
 
     Raises:
+        TypeError: ``num_examples`` is no int, or ``fields`` holds something else than names and fields.
         ValueError: ``num_examples`` is not positive, or a field is unknown.
     """
 
@@ -84,11 +85,11 @@ class ExampleTracker:
         fields: str | Iterable[str | Field] = DEFAULT_FIELDS,
         device: torch.device | str | None = None,
     ) -> None:
-        if isinstance(num_examples, bool) or not isinstance(num_examples, int):
+        if isinstance(num_examples, bool) or not isinstance(num_examples, (int, Integral)):
             raise TypeError(f"num_examples: expected an int, got {type(num_examples).__name__}")
         if num_examples < 1:
             raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
-        self.num_examples = num_examples
+        self.num_examples = num_examples = int(num_examples)
         self.fields = resolve(fields)
         self.statistics: dict[str, Statistic] = {s.name: s for field in self.fields for s in field.statistics}
         self.epoch, self.step = 1, 0

@@ -17,11 +17,18 @@ def label_free_scores(logits: Tensor) -> Scores:
     An `ExampleTracker` takes such rows for its label-free statistics only.
 
     Args:
-        logits: [N, C] or [N, C, d1, ...].
+        logits: [C], [N, C] or [N, C, d1, ...], as in `difficulty_scores`.
 
     Returns:
-        `Scores` shaped [N, d1, ...], ``runner_up`` -1.
+        `Scores` shaped [], [N] or [N, d1, ...], ``runner_up`` -1.
+
+    Raises:
+        As `difficulty_scores`.
     """
-    scores = difficulty_scores(logits, logits.detach().argmax(1))
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"label_free_scores: logits must be a Tensor, got {type(logits).__name__}")
+    if logits.dim() == 0:
+        raise RuntimeError("label_free_scores: logits must have shape [C], [N, C] or [N, C, d1, ...], got []")
+    scores = difficulty_scores(logits, logits.detach().argmax(min(1, logits.dim() - 1)))
     unknown = torch.full_like(scores.loss, torch.nan)
     return scores._replace(loss=unknown, el2n=unknown, margin=unknown, runner_up=torch.full_like(scores.runner_up, -1))

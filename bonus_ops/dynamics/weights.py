@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State, Statistic, check_number
 
 __all__ = ["ExponentiatedGradient"]
 
@@ -25,6 +25,9 @@ class ExponentiatedGradient(Field):
             uses 0.01 for 200.
         max_loss: a single loss takes no more than this, in nats; keeps weights finite where a loss is infinite.
 
+    Raises:
+        TypeError, ValueError: a parameter is no number, or not positive and finite.
+
     Memory: 4 bytes an example.
     """
 
@@ -32,6 +35,8 @@ class ExponentiatedGradient(Field):
     max_loss: float = 100.0
 
     def __post_init__(self) -> None:
+        check_number("ExponentiatedGradient: eta", self.eta)
+        check_number("ExponentiatedGradient: max_loss", self.max_loss)
         if not 0 < self.eta < math.inf:
             raise ValueError(f"ExponentiatedGradient: eta must be positive and finite, got {self.eta}")
         if not 0 < self.max_loss < math.inf:

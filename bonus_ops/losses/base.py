@@ -64,7 +64,28 @@ class Loss:
 
 
 class GapLoss(Loss):
-    """A loss that is a scalar function of the gap."""
+    """A loss that is a scalar function of the gap ``z_y - logsumexp(z_k, k != y)``, so of ``p = sigmoid(gap)``.
+
+    A loss of your own is a frozen dataclass of numbers with two formulas; for the GPU `kernel` is a pair of
+    ``@triton.jit`` functions ``(gap, params) -> tensor``, fed by `parameters`. Without it the formulas run.
+
+    Raises:
+        NotImplementedError: when called without a formula it needs.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from bonus_ops import GapLoss, bonus_cross_entropy
+        >>> @dataclass(frozen=True)
+        ... class Square(GapLoss):
+        ...     scale: float = 1.0
+        ...     def value(self, gap):
+        ...         return self.scale * torch.sigmoid(-gap) ** 2
+        ...     def slope(self, gap):  # -d value / d gap
+        ...         return 2 * self.scale * torch.sigmoid(gap) * torch.sigmoid(-gap) ** 2
+        >>> bonus_cross_entropy(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), bonus=Square(scale=100.0))
+        tensor(1.4209)
+    """
 
     def value(self, gap: Tensor) -> Tensor:
         """Return the loss in nats, shaped like ``gap``."""

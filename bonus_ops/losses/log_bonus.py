@@ -33,13 +33,21 @@ class LogBonus(Bonus):
     Args:
         log_end: in [0, 1]; the paper uses .75 (images) and .5 (graphs, translation). Default .75.
         clamp: lower bound of 1 - p inside the logarithm at ``log_end=1``, or None. Default 1e-5, the paper's.
-        strength: factor on the bonus, the paper's bonus_rho. Default 1. Keyword only, like the next two.
-        start: no bonus below this p; the bonus is shifted to start at 0 there. Default 0, off.
-        abrupt: no bonus above this p (the paper's ablation). Default 1, off.
+        strength: finite factor on the bonus, the paper's bonus_rho; 0 is cross-entropy. Default 1. Keyword only, like
+            the next two.
+        start: in [0, 1), below ``abrupt``: no bonus below this p, and shifted to start at 0 there. Default 0, off.
+        abrupt: in (0, 1]: no bonus above this p (the paper's ablation). Default 1, off.
 
     Raises:
         ValueError: a parameter is outside its range.
         TypeError: a parameter is not a number.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import LogBonus, bonus_cross_entropy
+        >>> logits, target = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0])
+        >>> bonus_cross_entropy(logits, target, bonus=LogBonus(log_end=0.75), reduction="none")
+        tensor([-1.7826,  2.0000])
 
     References:
         Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,

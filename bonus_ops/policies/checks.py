@@ -14,6 +14,7 @@ __all__ = [
     "check_mask",
     "check_number",
     "check_shape",
+    "check_threshold",
     "check_vector",
 ]
 
@@ -70,6 +71,14 @@ def check_index(function: str, name: str, index: Any, like: Tensor, size: int) -
     for extreme in (int(index.min()), int(index.max())):
         if not 0 <= extreme < size:
             raise IndexError(f"{function}: {name} must be in [0, {size}), got {extreme}")
+
+
+def check_threshold(function: str, name: str, value: Any, interval: str) -> None:
+    """Raise unless ``value`` is a number in ``interval`` or a tensor of one: another shape would broadcast."""
+    if not isinstance(value, Tensor):
+        check_number(function, name, value, interval)
+    elif value.dim() > 0:
+        raise RuntimeError(f"{function}: {name} must be a number or a scalar tensor, got shape {list(value.shape)}")
 
 
 def check_generator(function: str, generator: Any) -> None:

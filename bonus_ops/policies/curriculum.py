@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_vector
+from .checks import check_integer, check_number, check_threshold, check_vector
 
 __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "small_loss"]
 
@@ -20,6 +22,9 @@ def co_teaching_keep(epoch: int, *, noise_rate: float = 0.2, warmup_epochs: int 
         noise_rate: tau in [0, 1], which the user must know; default 0.2.
         warmup_epochs: T_k >= 1, default 10.
         exponent: c > 0, default 1.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or range.
 
     References:
         Han et al., Co-teaching, NeurIPS 2018, arXiv 1804.06872, section 3.
@@ -82,8 +87,7 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
         Kumar et al., Self-Paced Learning, NeurIPS 2010; Jiang et al., MentorNet, ICML 2018, arXiv 1712.05055.
     """
     check_vector("self_paced_weight", "loss", loss)
-    if not isinstance(threshold, Tensor):
-        check_number("self_paced_weight", "threshold", threshold, "[-inf, inf]")
+    check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]")
     loss = loss.detach()
     if gamma is None:
         return (loss < threshold).to(loss.dtype)
@@ -99,12 +103,15 @@ def self_paced_threshold(
     Args:
         previous: the last threshold, a scalar tensor, or None at the start.
         loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            NaN takes no part (a batch of NaN alone leaves the threshold).
+            NaN takes no part (a batch of NaN alone, or of nothing, leaves the threshold; at the start it gives NaN).
         percentile: in [0, 1], default 0.7.
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 
     Returns:
         A scalar tensor on the device of ``loss``; no host sync.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
 
     References:
         arXiv 1712.05055, section 3.2; google/mentornet.
@@ -112,7 +119,9 @@ def self_paced_threshold(
     check_vector("self_paced_threshold", "loss", loss)
     check_number("self_paced_threshold", "percentile", percentile, "[0, 1]")
     check_number("self_paced_threshold", "momentum", momentum, "[0, 1)")
-    now = loss.detach().float().nanquantile(percentile)
+    loss = loss.detach().float()
+    now = loss.nanquantile(percentile) if len(loss) else loss.new_full((), math.nan)
     if previous is None:
         return now
+    check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]")
     return torch.where(now.isnan(), previous, momentum * previous + (1 - momentum) * now)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .checks import check_integer, check_mask, check_number, check_shape, check_vector
+from .checks import check_integer, check_mask, check_number, check_shape, check_threshold, check_vector
 
 __all__ = ["guarded", "late_stopping_mask", "mastered_mask", "noise_mask"]
 
@@ -43,8 +43,7 @@ def noise_mask(
     """
     check_vector("noise_mask", "recent_loss", recent_loss)
     check_integer("noise_mask", "min_observations", min_observations, 0)
-    if not isinstance(threshold, Tensor):
-        check_number("noise_mask", "threshold", threshold, "[-inf, inf]")
+    check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]")
     suspect = recent_loss.detach() > threshold
     if observations is None:
         return suspect

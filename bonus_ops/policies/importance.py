@@ -109,7 +109,11 @@ def importance_gain(difficulty: Tensor) -> Tensor:
     """Return ``tau = sqrt(B sum s^2) / sum s``, a scalar in [1, sqrt B]: how unequal the scores are.
 
     Drawing by s has the variance of a uniform draw of ``tau^2`` times the examples (to first order in the paper's
-    bound). Smooth it over steps: ``tau = 0.9 * tau + 0.1 * importance_gain(el2n)``. NaN takes no part; all 0 gives 1.
+    bound). Smooth it over steps: ``tau = 0.9 * tau + 0.1 * importance_gain(el2n)``. NaN takes no part; all 0 gives 1,
+    all NaN (or nothing) NaN.
+
+    Raises:
+        TypeError, RuntimeError: an argument of a wrong type or shape.
 
     References:
         arXiv 1803.00942, Eq. 26, simplified: ``1 - ||g - u||^2 / ||g||^2 = 1 / tau^2``.
@@ -125,6 +129,9 @@ def importance_pays(gain: Tensor, presample: int, size: int) -> Tensor:
         gain: tau, best a running mean of `importance_gain`.
         presample: B, examples scored by a forward pass; the paper's 3 b makes the bar 2.
         size: b, examples drawn for forward and backward (a backward costs two forwards).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or range.
 
     References:
         arXiv 1803.00942, section 3.3.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_index, check_integer, check_number, check_shape, check_vector
+from .checks import check_index, check_integer, check_number, check_shape, check_threshold, check_vector
 
 __all__ = [
     "exponentiated_gradient",
@@ -75,8 +75,7 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
     """
     check_vector("superloss_weight", "loss", loss)
     check_number("superloss_weight", "regularization", regularization, "(0, inf)")
-    if not isinstance(threshold, Tensor):
-        check_number("superloss_weight", "threshold", threshold, "(-inf, inf)")
+    check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)")
     beta = (loss.detach() - threshold) / regularization
     weight = torch.exp(-_lambert_w(beta.clamp(min=-2 / math.e) / 2))
     return torch.where(beta.isnan(), 0.0, weight)
@@ -129,7 +128,10 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
         tau = torch.full((), temperature, dtype=loss.dtype, device=loss.device)
     weight = torch.where(tau > 0, torch.exp(-loss / tau), (loss == 0).to(loss.dtype))
     weight = torch.where(loss.isnan(), 0.0, weight)
-    return (weight / (weight.sum() / (~loss.isnan()).sum())).nan_to_num(nan=0.0) if normalize else weight
+    if not normalize:
+        return weight
+    mean = weight.sum(dtype=torch.float64) / (~loss.isnan()).sum()  # float16 sums to 65504
+    return (weight / mean).nan_to_num(nan=0.0)
 
 
 def exponentiated_gradient(
@@ -157,7 +159,7 @@ def exponentiated_gradient(
         loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
             higher is harder; NaN changes nothing.
         eta: >= 0, per nat.
-        index: int64 [N], the entry each loss belongs to, duplicates add up; None where loss i belongs to entry i.
+        index: integers [N], the entry each loss belongs to, duplicates add up; None where loss i belongs to entry i.
         ascent: raise the weight of what is hard instead of lowering it.
         max_loss: losses are capped here, > 0; default no cap. (Not of the paper.)
 
@@ -183,22 +185,26 @@ def exponentiated_gradient(
         check_shape("exponentiated_gradient", "loss", loss, log_weight)
         return log_weight + step
     check_index("exponentiated_gradient", "index", index, loss, len(log_weight))
-    return log_weight.index_add(0, index, step)
+    return log_weight.index_add(0, index.to(torch.int64), step)
 
 
 def exponentiated_weight(log_weight: Tensor) -> Tensor:
-    """Return ``M softmax(log_weight)`` [M]: positive, of mean 1."""
+    """Return ``M softmax(log_weight)`` [M]: positive, of mean 1, of the dtype of ``log_weight`` [M].
+
+    Raises:
+        TypeError, RuntimeError: ``log_weight`` is no floating point tensor, or has another shape.
+    """
     check_vector("exponentiated_weight", "log_weight", log_weight)
     return len(log_weight) * torch.softmax(log_weight, 0)
 
 
 def group_mean_loss(loss: Tensor, group: Tensor, n_groups: int) -> Tensor:
-    """Return the mean loss of each group in the batch, [n_groups]; NaN for a group that is not in it.
+    """Return the mean loss of each group in the batch, [n_groups], at least float32; NaN for a group not in it.
 
     Args:
         loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
             NaN takes no part.
-        group: int64 [N] in [0, n_groups).
+        group: integers [N] in [0, n_groups).
         n_groups: >= 1.
 
     Raises:
@@ -216,10 +222,10 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
         log_weight: [G], the state of `exponentiated_gradient` over groups.
         loss: [N], ``scores.loss``, the plain cross-entropy; NaN weighs 0 and does not count in
             n_g, the number of the group's examples in the batch.
-        group: int64 [N] in [0, G).
+        group: integers [N] in [0, G).
 
     Returns:
-        Weights [N], detached; they sum to the share of the groups that are in the batch.
+        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
@@ -230,15 +236,16 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
     """
     check_vector("group_weight", "log_weight", log_weight)
     _, count = _group_sums("group_weight", loss, group, len(log_weight))
-    share = torch.softmax(log_weight, 0)
-    return torch.where(loss.isnan(), 0.0, (share / count)[group])
+    share = torch.softmax(log_weight.detach(), 0)
+    return torch.where(loss.isnan(), 0.0, (share / count)[group.to(torch.int64)])
 
 
 def _group_sums(function: str, loss: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     check_vector(function, "loss", loss)
     check_integer(function, "n_groups", n_groups, 1)
     check_index(function, "group", group, loss, n_groups)
-    loss = loss.detach()
+    group = group.to(torch.int64)  # a uint8 index would be a mask
+    loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 counts to 256
     valid = ~loss.isnan()
     zeros = loss.new_zeros(n_groups)
     return zeros.index_add(0, group, torch.where(valid, loss, 0.0)), zeros.index_add(0, group, valid.to(loss.dtype))

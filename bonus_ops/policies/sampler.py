@@ -145,8 +145,8 @@ class DifficultySampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if self._iterated:
             self.set_epoch(self.epoch + 1)
+        order = self._plan()  # may raise: the epoch is not begun then
         self._iterated, self._resumed = True, False
-        order = self._plan()
         while self._position < len(order):
             self._position += 1
             yield int(order[self._position - 1])
@@ -167,10 +167,14 @@ class DifficultySampler(Sampler[int]):
         """Go on where `state_dict` was taken; the sampler must have the same rank, world size and number of examples.
 
         Raises:
-            ValueError: they differ, or an entry is missing; nothing is changed.
+            TypeError: ``state`` or an entry is of another type; nothing is changed.
+            ValueError: they differ, or an entry is missing or out of range; nothing is changed.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"DifficultySampler.load_state_dict: expected a dict, got {type(state).__name__}")
         if missing := [key for key in STATE if key not in state]:
             raise ValueError(f"DifficultySampler.load_state_dict: expected {', '.join(STATE)}, lacks {missing}")
+        _check_state(state)
         known = {"rank": self.rank, "world_size": self.world_size, "num_examples": len(self._read())}
         came = {"rank": state["rank"], "world_size": state["world_size"], "num_examples": len(state["weight"])}
         if known != came:
@@ -229,3 +233,20 @@ class DifficultySampler(Sampler[int]):
         if len(wrong):
             raise ValueError(f"DifficultySampler: policy must return finite weights >= 0, got {float(wrong[0])}")
         return weight
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raise unless the entries are what `state_dict` gives."""
+    name = "DifficultySampler.load_state_dict"
+    for key in ("seed", "epoch", "rank", "world_size", "position"):
+        check_integer(name, key, state[key], 0)
+    check_vector(name, "weight", state["weight"])
+    order, n_examples = state["order"], len(state["weight"])
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
+        came = f"{order.dtype} {list(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+        raise TypeError(f"{name}: order must be an int64 tensor [N], got {came}")
+    if state["position"] > len(order):
+        raise ValueError(f"{name}: position must be at most {len(order)}, got {state['position']}")
+    if len(order) and not 0 <= int(order.min()) <= int(order.max()) < n_examples:
+        came = f"{int(order.min())} to {int(order.max())}"
+        raise ValueError(f"{name}: order must be of examples below {n_examples}, got {came}")
