@@ -14,6 +14,14 @@ from .spread import write_rows
 
 
 @triton.jit
+def slope_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE: tl.constexpr):
+    """Return A of each row: a row with no rest teaches nothing, an ignored one nothing whatever it holds."""
+    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
+    slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
+    return tl.where(rows.ignored, 0.0, slope)
+
+
+@triton.jit
 def backward_kernel(
     logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, shape, strides, grad_strides, grad_loss_stride,
     ignore_index, loss_params, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -27,12 +35,8 @@ def backward_kernel(
     sum_exp = tl.load(saved_ptr + row + shape[0] + shape[0], inside, 1.0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride, inside, 0.0).to(gap.dtype)
 
-    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
-    # a row with no rest teaches nothing, an ignored one nothing whatever it holds
-    slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
-    slope = tl.where(rows.ignored, 0.0, slope)
+    slope = slope_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE)
     scale = slope / tl.where(sum_exp == 0.0, 1.0, sum_exp)
-
     part, n_parts = tl.program_id(1), tl.num_programs(1)
     n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
     share = tl.cdiv(n_tiles, n_parts)

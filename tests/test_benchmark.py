@@ -259,7 +259,7 @@ def test_a_dry_run_passes_every_step(dry_run):
     for name in ("gpu tests", "matrix", "parity"):  # without a GPU and an interpreter
         assert steps[name]["skipped"] > 50 and not {"failed", "error", "errors"} & set(steps[name]), name
     assert {row["provider"] for row in steps["speed"]["rows"]} == {
-        "ours", "ours, loss only", "F.cross_entropy", "difficulty_scores",
+        "ours", "ours, loss only", "ours, gradient in forward", "F.cross_entropy", "difficulty_scores",
     }  # fmt: skip
     assert len(steps["sweep"]["rows"]) == len(gpu_steps.SWEEP)
     assert [(row["target"], set(row["ms"])) for row in steps["targets"]["rows"]] == 2 * [

@@ -22,7 +22,8 @@ def test_every_launch_binds_and_compiles():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [
-        "backward_kernel", "forward_kernel", "forward_softmax_kernel", "merge_kernel", "partial_kernel",
+        "backward_kernel", "forward_gradient_kernel", "forward_kernel", "forward_softmax_kernel", "merge_kernel",
+        "partial_kernel", "scale_kernel",
     ]  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores
+from bonus_ops.operators.implementation import why_not_triton
 
 BONUS = LogBonus(0.75)
-OURS, LOSS_ONLY = "ours", "ours, loss only"
+OURS, LOSS_ONLY, IN_FORWARD = "ours", "ours, loss only", "ours, gradient in forward"
 EAGER, COMPILED = "F.cross_entropy", "F.cross_entropy, compiled"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,6 +26,7 @@ class Peer(NamedTuple):
     bonus: bool = False  # the bonus loss, else plain cross-entropy
     overwrites: bool = False  # leaves its gradient in the logits
     slow_start: bool = False  # compiles for each shape: only some shapes
+    upstream: float = 0.5  # what backward starts from; not 1: a peer may do nothing then
 
 
 def _ours() -> Loss:
@@ -33,6 +35,14 @@ def _ours() -> Loss:
 
 def _loss_only() -> Loss:
     return lambda z, y: bonus_cross_entropy(z, y, bonus=BONUS)
+
+
+def _in_forward() -> Loss:
+    if why := why_not_triton("cuda" if torch.cuda.is_available() else "cpu"):
+        raise RuntimeError(why)
+    from .in_forward import InForward
+
+    return lambda z, y: InForward.apply(z, y)
 
 
 def _compiled() -> Loss:
@@ -60,6 +70,7 @@ def _quack() -> Loss:
 PEERS = {
     OURS: Peer(_ours, bonus=True),
     LOSS_ONLY: Peer(_loss_only, bonus=True),
+    IN_FORWARD: Peer(_in_forward, bonus=True, upstream=1.0),
     EAGER: Peer(lambda: F.cross_entropy),
     COMPILED: Peer(_compiled, slow_start=True),
     "Liger-Kernel": Peer(_liger, overwrites=True),

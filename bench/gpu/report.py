@@ -34,7 +34,7 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
         "## Steps\n",
         _table(["step", "status", "seconds", "what"], ([name, step["status"], f"{step['seconds']:.0f}", _note(step)]
                for name, step in steps.items())),
-        "## Times, ms, median\n\nForward and backward start from an upstream gradient of 1/2.\n",
+        "## Times, ms, median\n\nBackward starts from an upstream gradient of 1/2, one made in forward from 1.\n",
         _times(steps),
         "## Targets that are no labels, forward and backward, ms\n",
         _targets(steps),

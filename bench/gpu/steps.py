@@ -25,7 +25,19 @@ from bonus_ops import bonus_binary_cross_entropy_with_logits, bonus_cross_entrop
 
 from .. import measure
 from .devices import Gpu
-from .peers import BONUS, COMPILED, EAGER, LOSS_ONLY, OURS, PEERS, Loss, check, cut_cross_entropy, logits
+from .peers import (
+    BONUS,
+    COMPILED,
+    EAGER,
+    IN_FORWARD,
+    LOSS_ONLY,
+    OURS,
+    PEERS,
+    Loss,
+    check,
+    cut_cross_entropy,
+    logits,
+)
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Save = Callable[[dict[str, Any]], None]
@@ -173,9 +185,9 @@ class Bench:
         ]
         # one turn for all steps: the next one never finds in L2 what the last one read
         self.turn = itertools.cycle(self.batches)
-        self.upstream = {dtype: torch.full((), 0.5, device=device.name, dtype=dtype) for dtype in DTYPES.values()}
 
-    def step(self, loss: Loss, trains: bool, overwrites: bool = False) -> measure.Step:
+    def step(self, loss: Loss, trains: bool, overwrites: bool = False, upstream: float = 0.5) -> measure.Step:
+        starts = {dtype: torch.full((), upstream, device=self.device.name, dtype=dtype) for dtype in DTYPES.values()}
         own = self.batches[0][0].detach().clone().requires_grad_() if overwrites else None
         now: list[tuple[Tensor, Tensor]] = [self.batches[0]]
 
@@ -191,7 +203,7 @@ class Bench:
             z, y = now[0]
             if trains:
                 value = loss(z, y)
-                torch.autograd.grad(value, z, self.upstream[value.dtype])  # not 1: a peer may do nothing then
+                torch.autograd.grad(value, z, starts[value.dtype])
             else:
                 with torch.no_grad():
                     loss(z.detach(), y)
@@ -288,8 +300,8 @@ def _speed_of(
 ) -> list[dict[str, Any]]:
     bench, steps = Bench(device, n_rows, n_classes, dtype), {}
     for name, loss in losses.items():
-        steps[name, "train"] = bench.step(loss, True, PEERS[name].overwrites)
-        if forward and not PEERS[name].overwrites:
+        steps[name, "train"] = bench.step(loss, True, PEERS[name].overwrites, PEERS[name].upstream)
+        if forward and not PEERS[name].overwrites and name != IN_FORWARD:
             steps[name, "forward"] = bench.step(loss, False)
     if forward:
         steps["difficulty_scores", "forward"] = bench.step(lambda z, y: difficulty_scores(z, y).loss, False)
