@@ -44,7 +44,8 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
 
     rest = exact_argmax(across(rest), rows, class_stride)
     classes = edge_classes(rows)
-    mask = (classes < n_classes) & (classes != rows.target[:, None]) & rows.active[:, None] & (part == 0)
+    bound = tl.where(part == 0, n_classes, 0)  # one part has the edge
+    mask = (classes < bound) & (classes != rows.target[:, None]) & rows.active[:, None]
     z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
     edge = across(absorb(empty(z), z[:, :, None], classes))
     return merge(rest, edge)

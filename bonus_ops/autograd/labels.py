@@ -62,10 +62,11 @@ class _ForwardModeRows(_Rows):
     @staticmethod
     def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
         logits, target, fields = ctx.saved_tensors
-        logits = forward_ad.unpack_dual(logits).primal  # type: ignore[no-untyped-call]
         dtype = reference.accumulation_dtype(logits.dtype)
         one = torch.ones_like(target, dtype=dtype)
-        with forward_ad._set_fwd_grad_enabled(True):  # torch turns it off here: an outer jvp would see zeros
+        # torch turns it off here: an outer jvp would see zeros, and under the compiler a primal keeps its tangent
+        with forward_ad._set_fwd_grad_enabled(True):
+            logits = forward_ad.unpack_dual(logits).primal  # type: ignore[no-untyped-call]
             grad = _gradient(logits.to(dtype), target, one, ctx.ignore_index, decode(ctx.loss, fields))
             return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
 

@@ -89,12 +89,13 @@ class HaltedFocal(GapLoss):
         return self.gamma, self._step()
 
     def value(self, gap: Tensor) -> Tensor:
-        # each part sees its own side: the derivative of the other would be NaN at an infinite gap
-        low = Focal(self.gamma).value(gap.clamp(max=0.0))
-        return torch.where(gap > 0, -logsigmoid(gap.clamp(min=0.0)) - self._step(), low)
+        # each part sees its own side: the derivative of the other would be NaN at an infinite gap; no clamp, whose
+        # derivative at 0 differs between versions of torch
+        low = Focal(self.gamma).value(torch.where(gap > 0, 0.0, gap))
+        return torch.where(gap > 0, -logsigmoid(torch.where(gap > 0, gap, 0.0)) - self._step(), low)
 
     def slope(self, gap: Tensor) -> Tensor:
-        return torch.where(gap > 0, torch.sigmoid(-gap), Focal(self.gamma).slope(gap.clamp(max=0.0)))
+        return torch.where(gap > 0, torch.sigmoid(-gap), Focal(self.gamma).slope(torch.where(gap > 0, 0.0, gap)))
 
 
 @dataclass(frozen=True)
