@@ -76,7 +76,8 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
     mine, whole = {}, {}  # this rank's arguments; their shapes on all ranks
     for name, x in call.items():
         if name in _ROWS_IN and x is not None:
-            mine[name] = x.redistribute(mesh, placements(_ROWS_IN[name])).to_local()
+            # detached: below autograd torch 2.11 cannot move a tensor that requires a gradient
+            mine[name] = x.detach().redistribute(mesh, placements(_ROWS_IN[name])).to_local()
             whole[name] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         else:
             mine[name] = whole[name] = x.to_local() if isinstance(x, DTensor) else x
