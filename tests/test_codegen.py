@@ -17,6 +17,7 @@ import pytest
 
 from bench.codegen import gates, report, roofline
 from bench.machines import MACHINES
+from tests.conftest import of_tested_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,7 @@ def kernels(found):
     return {(x["kernel"], x["target"]) for x in found["builds"]}
 
 
+@of_tested_compiler
 def test_every_bound_is_kept(found):
     assert found["failures"] == []
 
@@ -104,6 +106,7 @@ FAULTS = {
 }
 
 
+@of_tested_compiler
 @pytest.mark.parametrize("gate", gates.GATES, ids=lambda gate: gate.__name__)
 def test_a_gate_sees_its_fault(found, gate):
     build = a_build(found)
@@ -111,6 +114,7 @@ def test_a_gate_sees_its_fault(found, gate):
     assert gate(FAULTS[gate](build) or build) is not None
 
 
+@of_tested_compiler
 def test_a_gate_sees_the_faults_of_what_came_later(found):
     """A sum that waits in its loop, probabilities read twice, their gradient stored in halves."""
     builds = {x["call"]: x for x in found["builds"] if ", " in x["call"]}

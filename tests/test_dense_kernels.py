@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
-from tests.conftest import ACCELERATOR
+from tests.conftest import ACCELERATOR, of_tested_compiler
 from tests.test_traffic import CHUNK, body_of, draw, reads
 
 if ACCELERATOR is None:
@@ -141,6 +141,7 @@ def test_every_launch_binds_and_compiles():
     assert len(builds()) == 2 * (7 + 2)
 
 
+@of_tested_compiler
 def test_no_stack_and_no_spill():
     assert {name: x for name, x in named(lambda x: x["stack"] + x["spills"]).items() if x} == {}
 
