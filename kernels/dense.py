@@ -107,9 +107,9 @@ def first_sweep(
     t, v = shares_at(target, classes, mask, z)
     z = tl.where(others, z, -float("inf"))
     both = merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
-    zero = tl.zeros_like(z)
-    edge = pay(Paid(zero, zero, zero), zero, both.max[:, None], z[:, :, None], t[:, :, None], v[:, :, None],
-               others[:, :, None], gamma, POWER)  # fmt: skip
+    zero, at = tl.zeros_like(z), both.max[:, None]
+    edge = pay(Paid(zero, zero, zero), at, at, z[:, :, None], t[:, :, None], v[:, :, None], others[:, :, None], gamma,
+               POWER)  # fmt: skip
     body = Paid(paid.total[:, None], paid.cost[:, None], paid.power[:, None])
     body = paid_by_row(body, rest.max[:, None], both.max, gamma, POWER)
     return both, Paid(
