@@ -11,10 +11,21 @@ Traffic a row of V logits of b bytes: forward reads V b + 2 b; backward reads V 
 import triton
 import triton.language as tl
 
-from .dense import chunk_classes, store_chunks
 from .forward import widen
 from .rest import NO_CLASS, RestStats, absorb, across, empty, merge, origin
-from .rows import CHUNK, Rows, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
+from .rows import (
+    CHUNK,
+    Rows,
+    accumulable,
+    chunk_classes,
+    edge_classes,
+    load,
+    load_chunks,
+    row_index,
+    row_ptr,
+    rows_at,
+    store_chunks,
+)
 from .scalar import exp
 from .scores import gap_of
 from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import CHUNK, Rows, load, load_chunks, row_ptr
+from .forward import widen
+from .rows import Rows, chunk_classes, load_chunks, load_classes, row_ptr
 
 
 class Target(NamedTuple):
@@ -20,14 +21,17 @@ class Target(NamedTuple):
 
 
 @triton.jit
-def target_of(rows, row, inner, targets, strides, share_params):
-    """Return the Target of ``rows``; ``targets`` are the pointers (label, probabilities, weight, bonus weight)."""
-    if targets[1] is None:
-        return Target(rows, None, strides[2], targets[2], targets[3], share_params)
-    else:
-        ptr = row_ptr(targets[1], row, inner, strides)
-        of_probabilities = Rows(ptr, rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
-        return Target(of_probabilities, targets[1], strides[2], targets[2], targets[3], share_params)
+def target_of(targets, rows, row, inner, like):
+    """Return the Target of ``rows``, its params in the dtype of ``like``.
+
+    ``targets`` are pointers to label, probabilities, weight and bonus weight, strides and (params, what rounding left).
+    """
+    _, probabilities_ptr, weight_ptr, bonus_weight_ptr, strides, params = targets
+    if probabilities_ptr is not None:
+        ptr = row_ptr(probabilities_ptr, row, inner, strides)
+        rows = Rows(ptr, rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
+    params = widen(params[0], params[1], like)
+    return Target(rows, probabilities_ptr, strides[2], weight_ptr, bonus_weight_ptr, params)
 
 
 @triton.jit
@@ -69,8 +73,7 @@ def shares_in_chunks(target, chunk, mask, like, VECTOR: tl.constexpr):
         rest = tl.zeros((), like.dtype)
     else:
         rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
-    classes = target.rows.head[:, None, None] + (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
-    return shares_of(rest, classes, mask, target)
+    return shares_of(rest, chunk_classes(target.rows, chunk), mask, target)
 
 
 @triton.jit
@@ -79,6 +82,5 @@ def shares_at(target, classes, mask, like):
     if target.probabilities is None:
         hard = tl.where(classes == target.rows.target[:, None], 1.0, 0.0).to(like.dtype)
     else:
-        ptr = target.rows.ptr[:, None] + classes.to(tl.int64) * target.class_stride
-        hard = load(ptr, mask).to(like.dtype)
+        hard = load_classes(target.rows, classes, mask, target.class_stride).to(like.dtype)
     return shares_of(hard, classes, mask, target)
