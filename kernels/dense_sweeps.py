@@ -41,8 +41,8 @@ def first_sweep(
 
     classes = edge_classes(rows)
     mask = (classes < n_classes) & rows.active[:, None]
-    others = mask & (classes != rows.target[:, None])
     z = load_classes(rows, classes, mask, class_stride)
+    others = mask & (classes != rows.target[:, None])
     t, v = shares_at(target, classes, mask, z)
     z = tl.where(others, z, -float("inf"))
     both = merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
@@ -103,9 +103,9 @@ def second_sweep(
 
     classes = edge_classes(rows)
     mask = (classes < n_classes) & rows.active[:, None]
-    others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])
     z = load_classes(rows, classes, mask, class_stride)
     _, v = shares_at(target, classes, mask, z)
+    others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])
     e, p, log_p = probabilities(softmax, z, others)
     value, pull = TERMS(p, 1.0 - p, log_p, v, params)
     return Sums(
