@@ -27,7 +27,7 @@ from .rows import (
     rows_at,
     store_chunks,
 )
-from .shares import shares_at, shares_in_chunks, target_of
+from .shares import Target, rows_of, shares_at, shares_in_chunks
 from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
 
 
@@ -68,7 +68,9 @@ def dense_backward_kernel(
     rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
     saved = load_saved(saved, row, n_rows)
     params = widen(loss_params[0], loss_params[1], saved.mass)
-    target = target_of(targets, rows, row, shape[2], saved.mass)
+    share_params = widen(targets[5][0], targets[5][1], saved.mass)
+    of_target = rows_of(targets[1], rows, row, shape[2], targets[4])
+    target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
 
     tiles = tiles_of_program(rows, (rows.target, saved.runner_up), n_classes, ROWS, LANES, VECTOR)

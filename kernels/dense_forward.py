@@ -17,7 +17,7 @@ from .paid import cross_entropy_of
 from .probabilities import softmax_of
 from .rows import load, row_index, rows_at
 from .scores import gap_of, store_scores
-from .shares import target_of
+from .shares import Target, rows_of
 
 
 @triton.jit
@@ -25,13 +25,18 @@ def dense_forward_kernel(
     logits_ptr, targets, outputs, shape, strides, ignore_index, loss_params, TERMS: tl.constexpr, SUMS: tl.constexpr,
     POWER: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows, several a program: sweep, again unless POWER says that the bonus is ``-p^gamma``, finish."""
+    """Whole rows, several a program: sweep, again unless POWER says that the bonus is ``-p^gamma``, finish.
+
+    ``targets`` are label, probabilities, weight, bonus weight, strides of the probabilities and the params of shares.
+    """
     n_rows, n_classes, class_stride = shape[0], shape[1], strides[2]
     row = row_index(ROWS)
     rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
     z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
     params = widen(loss_params[0], loss_params[1], z_target)
-    target = target_of(targets, rows, row, shape[2], z_target)
+    share_params = widen(targets[5][0], targets[5][1], z_target)
+    of_target = rows_of(targets[1], rows, row, shape[2], targets[4])
+    target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
     gamma = params[4] if POWER else None
 
     rest, paid = first_sweep(rows, target, n_classes, class_stride, gamma, ROWS, LANES, VECTOR)

@@ -5,12 +5,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .forward import widen
 from .rows import Rows, chunk_classes, load_chunks, load_classes, row_ptr
 
 
 class Target(NamedTuple):
-    """The target of a block of rows; what is None was not given."""
+    """The target of a block of rows; what is None was not given. Triton 3.6 returns no None: kernels make it."""
 
     rows: Rows  # of the probabilities where given, else of the logits
     probabilities: tl.tensor  # None, or anything: whether they are given
@@ -21,17 +20,12 @@ class Target(NamedTuple):
 
 
 @triton.jit
-def target_of(targets, rows, row, inner, like):
-    """Return the Target of ``rows``, its params in the dtype of ``like``.
-
-    ``targets`` are pointers to label, probabilities, weight and bonus weight, strides and (params, what rounding left).
-    """
-    _, probabilities_ptr, weight_ptr, bonus_weight_ptr, strides, params = targets
-    if probabilities_ptr is not None:
-        ptr = row_ptr(probabilities_ptr, row, inner, strides)
-        rows = Rows(ptr, rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
-    params = widen(params[0], params[1], like)
-    return Target(rows, probabilities_ptr, strides[2], weight_ptr, bonus_weight_ptr, params)
+def rows_of(ptr, rows, row, inner, strides):
+    """Return ``rows`` of the probabilities at ``ptr``, or as they are where it is None."""
+    if ptr is None:
+        return rows
+    else:
+        return Rows(row_ptr(ptr, row, inner, strides), rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
 
 
 @triton.jit
