@@ -10,7 +10,7 @@ import triton.language as tl
 from .rest import NO_CLASS, RestStats, absorb, across, empty, merge
 from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
 from .scalar import sigmoid
-from .scores import gap_of, scores_of
+from .scores import gap_of, store_scores
 from .spread import write_rows
 
 
@@ -101,10 +101,7 @@ def finish(rest, rows, row, n_rows, class_stride, outputs, loss_params, VALUE: t
     loss = tl.where(rows.ignored, 0.0, VALUE(gap, widen(loss_params[0], loss_params[1], gap)))
     tl.store(loss_ptr + row, loss, inside)
     if scores_ptr is not None:
-        column = scores_ptr + row
-        for score in tl.static_range(5):
-            tl.store(column, scores_of(z_target, gap, rest)[score] + missing, inside)
-            column += n_rows
+        store_scores(scores_ptr, row, n_rows, z_target, gap, rest, missing)
         known = (gap == gap) & (rest.max > -float("inf"))
         tl.store(runner_up_ptr + row, tl.where(known, rest.argmax, -1), inside)
     if saved_ptr is not None:

@@ -11,13 +11,26 @@ Traffic a row of V logits of b bytes: forward reads V b + 2 b; backward reads V 
 import triton
 import triton.language as tl
 
-from .dense import chunk_classes, store_chunks
 from .forward import widen
 from .rest import NO_CLASS, RestStats, absorb, across, empty, merge, origin
-from .rows import CHUNK, Rows, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
+from .rows import (
+    CHUNK,
+    Rows,
+    accumulable,
+    chunk_classes,
+    chunk_mask,
+    edge_classes,
+    load,
+    load_chunks,
+    load_classes,
+    row_index,
+    row_ptr,
+    rows_at,
+    store_chunks,
+)
 from .scalar import exp
 from .scores import gap_of
-from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of
+from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
 
 
 @triton.jit
@@ -34,8 +47,7 @@ def mixup_sweep(rows, other, n_classes, class_stride, ROWS: tl.constexpr, LANES:
     """Return the RestStats of all classes but ``rows.target`` and ``other`` [ROWS]."""
     lane = tl.arange(0, LANES)[None, :]
     rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
-    n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
-    tiles = tiles_of(rows, (rows.target, other), 0, n_tiles, ROWS, LANES, VECTOR)
+    tiles = all_tiles(rows, (rows.target, other), ROWS, LANES, VECTOR)
     if needs_no_mask(ROWS, VECTOR):
         for i in range(n_segments(tiles)):
             start, stop = segment(tiles, i)
@@ -44,14 +56,14 @@ def mixup_sweep(rows, other, n_classes, class_stride, ROWS: tl.constexpr, LANES:
                 rest = absorb(rest, load_chunks(rows, chunk, None, class_stride, VECTOR), chunk)
     for i in range(n_masked(tiles)):
         chunk = masked(tiles, i) * LANES + lane
-        mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
+        mask = chunk_mask(rows, chunk, rows.active)
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
         keep = mask & (classes != rows.target[:, None, None]) & (classes != other[:, None, None])
         rest = absorb(rest, tl.where(keep, z, -float("inf")), chunk)
     classes = edge_classes(rows)
     mask = (classes < n_classes) & (classes != rows.target[:, None]) & (classes != other[:, None])
-    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask & rows.active[:, None])
+    z = load_classes(rows, classes, mask & rows.active[:, None], class_stride)
     return merge(across(rest), across(absorb(empty(z), z[:, :, None], classes)))
 
 
@@ -130,10 +142,7 @@ def mixup_backward_kernel(
     special = a.target, at_a, b.target, at_b
 
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
-    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
-    share = tl.cdiv(n_tiles, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    tiles = tiles_of(rows, (a.target, b.target), first, tl.minimum(first + share, n_tiles), ROWS, LANES, VECTOR)
+    tiles = tiles_of_program(rows, (a.target, b.target), n_classes, ROWS, LANES, VECTOR)
     lane = tl.arange(0, LANES)[None, :]
     if needs_no_mask(ROWS, VECTOR):
         for i in range(n_segments(tiles)):
@@ -145,7 +154,7 @@ def mixup_backward_kernel(
                 store_chunks(out, rows, chunk, x, None, grad_strides[2], VECTOR)
     for i in range(n_masked(tiles)):
         chunk = masked(tiles, i) * LANES + lane
-        mask = ((chunk < rows.n_chunks[:, None]) & inside[:, None])[:, :, None]
+        mask = chunk_mask(rows, chunk, inside)
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask & rows.active[:, None, None], strides[2], VECTOR)
         store_chunks(out, rows, chunk, mixup_gradient(z, classes, rest_max, scale, special), mask, grad_strides[2],
@@ -153,7 +162,7 @@ def mixup_backward_kernel(
     if tl.program_id(1) == 0:
         classes = edge_classes(rows)
         mask = (classes < n_classes) & inside[:, None]
-        z = load(rows.ptr[:, None] + classes.to(tl.int64) * strides[2], mask & rows.active[:, None])
+        z = load_classes(rows, classes, mask & rows.active[:, None], strides[2])
         x = tl.reshape(mixup_gradient(z[:, :, None], classes[:, :, None], rest_max, scale, special), [ROWS, 2 * CHUNK])
         tl.store(out[:, None] + classes.to(tl.int64) * grad_strides[2], x.to(grad_ptr.dtype.element_ty), mask)
 

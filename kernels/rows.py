@@ -75,6 +75,18 @@ def accumulable(z):
 
 
 @triton.jit
+def chunk_classes(rows, chunk):
+    """Return the classes [ROWS, LANES, CHUNK] of chunk numbers [1, LANES]."""
+    return rows.head[:, None, None] + (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+
+
+@triton.jit
+def chunk_mask(rows, chunk, where):
+    """Return whether chunks [1, LANES] are in the row, of rows ``where`` alone: [ROWS, LANES, 1]."""
+    return ((chunk < rows.n_chunks[:, None]) & where[:, None])[:, :, None]
+
+
+@triton.jit
 def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
     """Load [ROWS, LANES, CHUNK] logits: chunk number ``chunk`` [1, LANES] of every row."""
     if VECTOR == 1:
@@ -92,8 +104,34 @@ def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def store_chunks(out_ptr, rows, chunk, x, mask, out_class_stride, VECTOR: tl.constexpr):
+    """Store [ROWS, LANES, CHUNK]; with VECTOR > 1 the rows of ``out_ptr`` are as aligned as the logits'."""
+    x = x.to(out_ptr.dtype.element_ty)
+    first = (chunk * CHUNK)[:, :, None]
+    if VECTOR == 1:
+        at = (first + tl.arange(0, CHUNK)[None, None, :]).to(tl.int64) * out_class_stride
+        tl.store(out_ptr[:, None, None] + at, x, mask)
+    else:
+        out = tl.multiple_of(out_ptr + rows.head, 16)[:, None, None] + first
+        if VECTOR == 4:  # as `load_chunks`
+            halves = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, 4]), (0, 1, 3, 2))
+            low, high = tl.split(halves)
+            half = tl.arange(0, 4)[None, None, :]
+            tl.store(out + half, low, mask)
+            tl.store(out + (4 + half), high, mask)
+        else:
+            tl.store(out + tl.arange(0, CHUNK)[None, None, :], x, mask)
+
+
+@triton.jit
 def edge_classes(rows):
     """Return the classes [ROWS, 2 * CHUNK] of head and tail; numbers past the last class fill up."""
     lane = tl.arange(0, 2 * CHUNK)[None, :]
     head = rows.head[:, None]
     return tl.where(lane < head, lane, lane + (rows.n_chunks * CHUNK)[:, None])
+
+
+@triton.jit
+def load_classes(rows, classes, mask, class_stride):
+    """Load the logits of ``classes`` [ROWS, n]."""
+    return load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)

@@ -36,3 +36,12 @@ def scores_of(z_target, gap, rest):
     margin = tl.where(gap == gap, z_target - rest.max, float("nan"))
     energy = -tl.where(gap > 0.0, z_target + loss, rest.max + tl.log(sum_exp) + log_odds_loss)
     return loss, u * tl.sqrt(1.0 + purity), margin, entropy, energy
+
+
+@triton.jit
+def store_scores(scores_ptr, row, n_rows, z_target, gap, rest, missing):
+    """Store the five scores of each row, a column each; ``missing`` is NaN where there are none, else 0."""
+    column = scores_ptr + row
+    for score in tl.static_range(5):
+        tl.store(column, scores_of(z_target, gap, rest)[score] + missing, row < n_rows)
+        column += n_rows

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import CHUNK, Rows, load, load_chunks, row_ptr
+from .rows import Rows, chunk_classes, load_chunks, load_classes, row_ptr
 
 
 class Target(NamedTuple):
@@ -67,8 +67,7 @@ def shares_in_chunks(target, chunk, mask, like, VECTOR: tl.constexpr):
         rest = tl.zeros((), like.dtype)
     else:
         rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
-    classes = target.rows.head[:, None, None] + (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
-    return shares_of(rest, classes, mask, target)
+    return shares_of(rest, chunk_classes(target.rows, chunk), mask, target)
 
 
 @triton.jit
@@ -77,6 +76,5 @@ def shares_at(target, classes, mask, like):
     if target.probabilities is None:
         hard = tl.where(classes == target.rows.target[:, None], 1.0, 0.0).to(like.dtype)
     else:
-        ptr = target.rows.ptr[:, None] + classes.to(tl.int64) * target.class_stride
-        hard = load(ptr, mask).to(like.dtype)
+        hard = load_classes(target.rows, classes, mask, target.class_stride).to(like.dtype)
     return shares_of(hard, classes, mask, target)

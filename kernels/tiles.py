@@ -43,6 +43,22 @@ def tiles_of(rows, classes, first, last, ROWS: tl.constexpr, LANES: tl.constexpr
 
 
 @triton.jit
+def all_tiles(rows, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the order of all tiles of the rows with two classes [ROWS] set apart."""
+    n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
+    return tiles_of(rows, classes, 0, n_tiles, ROWS, LANES, VECTOR)
+
+
+@triton.jit
+def tiles_of_program(rows, classes, n_classes, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the order of a program's share (axis 1) of all tiles with two classes [ROWS] set apart."""
+    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
+    share = tl.cdiv(n_tiles, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    return tiles_of(rows, classes, first, tl.minimum(first + share, n_tiles), ROWS, LANES, VECTOR)
+
+
+@triton.jit
 def n_segments(tiles):
     return 1 + tl.where(tiles.low < tiles.full, 1, 0) + tl.where(tiles.high < tiles.full, 1, 0)
 

@@ -403,19 +403,19 @@ MUTANTS = (
         "tests/test_dense.py::test_a_weight_changed_before_backward_changes_no_gradient[bonus_weight-sum]",
     ),
     Mutant(
-        "a class at -inf without a share makes the loss NaN", "kernels/dense.py",
+        "a class at -inf without a share makes the loss NaN", "kernels/paid.py",
         "tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)", "tl.sum(-t * d, 2)",
         "tests/test_dense.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
     ),
     Mutant(
-        "the runner-up is counted twice where two sweeps are made", "kernels/dense.py",
-        "others = mask & (classes != rows.target[:, None]) & (classes != rest.argmax[:, None])",
+        "the runner-up is counted twice where two sweeps are made", "kernels/dense_sweeps.py",
+        "others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])",
         "others = mask & (classes != rows.target[:, None])",
         "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
     ),
     Mutant(
-        "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/dense.py",
-        "mass -= next_pull", "pass", "tests/test_dense.py::test_kernels[power_bonus-any sum-torch.float32-9]",
+        "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/dense_forward.py",
+        "mass -= of_runner_up.pull", "pass", "tests/test_dense.py::test_kernels[power_bonus-any sum-torch.float32-9]",
     ),
     Mutant(
         "the tile of the runner-up is summed whole", "kernels/tiles.py",
@@ -428,7 +428,7 @@ MUTANTS = (
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "what is paid is not counted from a new max", "kernels/dense.py",
+        "what is paid is not counted from a new max", "kernels/paid.py",
         "Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)",
         "Paid(paid.total + total, paid.cost + cost, power)",
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
@@ -439,13 +439,17 @@ MUTANTS = (
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "the label's 1 - p is a difference", "kernels/dense.py",
-        "at_label = p * (mass + next_pull) - u * label_pull",
-        "at_label = p * (mass + next_pull) - (1.0 - p) * label_pull",
+        "the label's 1 - p is a difference", "kernels/apart.py",
+        "- one.rest * (one.pull + one.share)", "- (1.0 - one.p) * (one.pull + one.share)",
         "tests/test_dense.py::test_kernels[log_bonus-one-hot-torch.float32-9]",
     ),
     Mutant(
-        "lanes are not rescaled to a new max", "kernels/dense.py",
+        "an edge far below 0 is counted from 0", "kernels/dense_sweeps.py",
+        "edge = pay(unpaid(z), at, at,", "edge = pay(unpaid(z), 0.0 * at, at,",
+        "tests/test_dense.py::test_a_shift_changes_no_bit_in_kernels",
+    ),
+    Mutant(
+        "lanes are not rescaled to a new max", "kernels/paid.py",
         "power = power * exp(gamma * (before - at)) + tl.sum", "power += tl.sum",
         "tests/test_dense.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
     ),

@@ -418,6 +418,23 @@ def test_label_and_runner_up_anywhere_among_whole_tiles(bonus, kernel_device, po
     assert torch.equal(runner_up, exact_runner_up) and not grad[-1].any()
 
 
+@pytest.mark.parametrize("n_classes", [10, 1003])
+@pytest.mark.parametrize("bonus", [None, PowerBonus(2.0), LogBonus()], ids=repr)
+def test_a_shift_changes_no_bit_in_kernels(bonus, n_classes, kernel_device, poison):
+    """Eighths stay exact, so differences of logits do: with all of them far below 0 too."""
+    logits = (8 * torch.randn(3, n_classes, generator=cases.generator(4))).round() / 8
+    label = torch.tensor([0, n_classes - 1, n_classes // 2], device=kernel_device)
+    found = []
+    for shift in (0.0, -200.0, -1e4, 1e4):
+        x = (logits + shift).to(kernel_device).requires_grad_()
+        loss = bonus_cross_entropy(
+            x, label, label_smoothing=0.1, bonus=bonus, reduction="none", implementation="triton"
+        )
+        found.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    for loss, grad in found:
+        assert loss.isfinite().all() and torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1])
+
+
 @pytest.mark.parametrize("layout", [f for f in cases.LAYOUTS.values() if f is not cases.expanded_rows])
 def test_every_layout_in_kernels(layout, kernel_device, poison):
     check("log_bonus", "any sum", torch.float32, "triton", 65, layout, None, kernel_device)

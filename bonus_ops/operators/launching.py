@@ -21,9 +21,20 @@ WARP_SIZE = 64 if torch.version.hip else 32
 @functools.cache
 def kernel_modules() -> dict[str, ModuleType]:
     """Return the files of ``kernels`` by name, imported when the first kernel is asked for."""
-    from ..kernels import backward, class_terms, dense, elementwise, forward, gap_losses, launch, mixup
+    from ..kernels import (
+        backward,
+        class_terms,
+        dense_backward,
+        dense_forward,
+        elementwise,
+        forward,
+        gap_losses,
+        launch,
+        mixup,
+    )
 
-    modules = (backward, class_terms, dense, elementwise, forward, gap_losses, launch, mixup)
+    dense = dense_forward, dense_backward
+    modules = (backward, class_terms, *dense, elementwise, forward, gap_losses, launch, mixup)
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 

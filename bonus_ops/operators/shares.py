@@ -62,11 +62,12 @@ def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_in
     t, v = shares.of_cross_entropy(n_classes), shares.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
     weights = (None if w is None else w.contiguous() for w in (t.weight, v.weight))
+    strides = logits.stride() if given is None else given.stride()
+    numbers = launching.halved((*of_t, v.keep, v.off))
     return dict(
-        logits_ptr=logits, targets=(label.reshape(-1).contiguous(), given, *weights),
-        shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(),
-        target_strides=logits.stride() if given is None else given.stride(), ignore_index=ignore_index,
-        loss_params=launching.loss_params(loss), share_params=launching.halved((*of_t, v.keep, v.off)),
+        logits_ptr=logits, targets=(label.reshape(-1).contiguous(), given, *weights, strides, numbers),
+        shape=(n_outer * n_inner, n_classes, n_inner), strides=logits.stride(), ignore_index=ignore_index,
+        loss_params=launching.loss_params(loss),
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def _launch_forward(
     one_sweep = isinstance(loss, PowerBonus) and not loss.has_window()
     how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
     with launching.device_guard(logits):
-        launching.kernel_modules()["dense"].dense_forward_kernel[(-(-n_rows // how.rows),)](
+        launching.kernel_modules()["dense_forward"].dense_forward_kernel[(-(-n_rows // how.rows),)](
             **_common(logits, label, loss, shares, ignore_index),
             outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=terms, SUMS=sums,
             POWER=one_sweep, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(shares, logits), num_warps=how.num_warps,
@@ -109,7 +110,7 @@ def _launch_backward(
     loss = _as_power(loss)
     how = launching.kernel_modules()["launch"].dense_backward(n_classes, launching.WARP_SIZE)
     with launching.device_guard(logits):
-        launching.kernel_modules()["dense"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
+        launching.kernel_modules()["dense_backward"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
             **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()),
             grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[1], ROWS=how.rows, LANES=how.lanes,
             VECTOR=_vector(shares, logits, grad), num_warps=how.num_warps,

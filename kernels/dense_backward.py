@@ -1,0 +1,127 @@
+"""Backward of targets that are shares of classes: logits, target and what forward saved of each row to grad_logits.
+
+    dL/dz_j = p_j M - (t_j + pull_j)        M = sum (t_k + pull_k), the saved mass
+
+of all classes but label and runner-up, whose gradients forward saved.
+
+Traffic a row of V logits of b bytes and, where given, V probabilities of c bytes: reads V (b + c), class weights as
+probabilities, 5 saved columns, runner-up, target and upstream gradient; writes V b.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .class_terms import TINY
+from .forward import widen
+from .probabilities import Softmax, along, probabilities
+from .rows import (
+    chunk_classes,
+    chunk_mask,
+    edge_classes,
+    load_chunks,
+    load_classes,
+    row_index,
+    row_ptr,
+    rows_at,
+    store_chunks,
+)
+from .shares import Target, rows_of, shares_at, shares_in_chunks
+from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
+
+
+class Saved(NamedTuple):
+    """What forward saved of each row [ROWS], gradients times the upstream one."""
+
+    softmax: Softmax
+    grad_loss: tl.tensor
+    mass: tl.tensor
+    at_target: tl.tensor
+    runner_up: tl.tensor
+    at_runner_up: tl.tensor
+
+
+@triton.jit
+def load_saved(saved, row, n_rows):
+    """Load the Saved from the pointers (columns, runner-up, upstream gradient)."""
+    inside = row < n_rows
+    column = saved[0] + row
+    maximum, scale = tl.load(column, inside, 0.0), tl.load(column + n_rows, inside, 0.0)
+    grad_loss = tl.load(saved[2] + row, inside, 0.0).to(scale.dtype)
+    mass = tl.load(column + 2 * n_rows, inside, 0.0) * grad_loss
+    at_target = tl.load(column + 3 * n_rows, inside, 0.0) * grad_loss
+    at_runner_up = tl.load(column + 4 * n_rows, inside, 0.0) * grad_loss
+    softmax = Softmax(maximum, scale, tl.log(tl.maximum(scale, TINY)))
+    return Saved(softmax, grad_loss, mass, at_target, tl.load(saved[1] + row, inside, -1), at_runner_up)
+
+
+@triton.jit
+def dense_backward_kernel(
+    logits_ptr, targets, saved, grad_ptr, shape, strides, grad_strides, ignore_index, loss_params,
+    TERMS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Some rows (axis 0) and a share of their tiles (axis 1)."""
+    n_rows, n_classes = shape[0], shape[1]
+    row = row_index(ROWS)
+    inside = row < n_rows
+    rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
+    saved = load_saved(saved, row, n_rows)
+    params = widen(loss_params[0], loss_params[1], saved.mass)
+    share_params = widen(targets[5][0], targets[5][1], saved.mass)
+    of_target = rows_of(targets[1], rows, row, shape[2], targets[4])
+    target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
+    out = row_ptr(grad_ptr, row, shape[2], grad_strides)
+
+    tiles = tiles_of_program(rows, (rows.target, saved.runner_up), n_classes, ROWS, LANES, VECTOR)
+    lane, class_strides = tl.arange(0, LANES)[None, :], (strides[2], grad_strides[2])
+    if needs_no_mask(ROWS, VECTOR):
+        for i in range(n_segments(tiles)):
+            start, stop = segment(tiles, i)
+            for tile in range(start, stop):
+                write_tile(out, rows, target, saved, inside, tile * LANES + lane, class_strides, params, TERMS,
+                           False, VECTOR)  # fmt: skip
+    for i in range(n_masked(tiles)):
+        chunk = masked(tiles, i) * LANES + lane
+        write_tile(out, rows, target, saved, inside, chunk, class_strides, params, TERMS, True, VECTOR)
+    if tl.program_id(1) == 0:
+        classes = edge_classes(rows)
+        mask = (classes < n_classes) & inside[:, None]
+        z = load_classes(rows, classes, mask & rows.active[:, None], strides[2])
+        t, v = shares_at(target, classes, mask & rows.active[:, None], z)
+        x = with_apart(gradient_of_others(z, t, v, saved, params, TERMS), classes, rows, saved)
+        tl.store(out[:, None] + classes.to(tl.int64) * grad_strides[2], x.to(grad_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def write_tile(
+    out, rows, target, saved, inside, chunk, class_strides, params, TERMS: tl.constexpr, MASKED: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    class_stride, out_class_stride = class_strides
+    mask, active = None, None
+    if MASKED:
+        mask, classes = chunk_mask(rows, chunk, inside), chunk_classes(rows, chunk)
+        active = mask & rows.active[:, None, None]
+    z = load_chunks(rows, chunk, active, class_stride, VECTOR)
+    t, v = shares_in_chunks(target, chunk, active, z, VECTOR)
+    x = gradient_of_others(z, t, v, saved, params, TERMS)
+    if MASKED:
+        x = with_apart(x, classes, rows, saved)
+    store_chunks(out, rows, chunk, x, mask, out_class_stride, VECTOR)
+
+
+@triton.jit
+def gradient_of_others(z, t, v, saved, params, TERMS: tl.constexpr):
+    """Return the gradient of classes [ROWS, ...] that are neither label nor runner-up."""
+    _, p, log_p = probabilities(saved.softmax, z, None)
+    _, pull = TERMS(p, 1.0 - p, log_p, v, params)
+    return p * along(saved.mass, z) - along(saved.grad_loss, z) * (t + pull)
+
+
+@triton.jit
+def with_apart(x, classes, rows, saved):
+    """Put the gradients of label and runner-up where they belong; an ignored row has none."""
+    x = tl.where(classes == along(saved.runner_up, x), along(saved.at_runner_up, x), x)
+    x = tl.where(classes == along(rows.target, x), along(saved.at_target, x), x)
+    return tl.where(along(rows.ignored, x), 0.0, x)
