@@ -605,6 +605,36 @@ MUTANTS = (
         "2 * (mean > cuts[0])", "2 * (mean >= cuts[0])",
         "tests/test_tracker_report.py::test_kinds_are_the_quarters_of_the_map",
     ),
+    # found by using the library as a stranger would
+    Mutant(
+        "a threshold of one column is compared with every row", "bonus_ops/policies/checks.py",
+        "    elif value.dim() > 0:\n", "    elif False:\n",
+        "tests/test_policies.py::test_a_bad_argument_says_what_was_expected_and_what_came",
+    ),
+    Mutant(
+        "groups are counted in bfloat16", "bonus_ops/policies/reweighting.py",
+        "loss.detach().to(torch.promote_types(loss.dtype, torch.float32))", "loss.detach()",
+        "tests/test_policies.py::test_half_precision_counts_large_batches",
+    ),
+    Mutant(
+        "a sampler loads half of a state before it refuses it", "bonus_ops/policies/sampler.py",
+        "        _check_state(state)\n", "", "tests/test_policies.py::test_sampler_refuses",
+    ),
+    Mutant(
+        "a penalty has no rule for vmap", "bonus_ops/policies/reference_penalty.py",
+        "generate_vmap_rule = True", "generate_vmap_rule = False",
+        "tests/test_policies.py::test_kl_to_reference_under_transforms",
+    ),
+    Mutant(
+        "a step of the GPU benchmark finds in L2 what the last one read", "bench/gpu/steps.py",
+        "now[0] = next(self.turn)", "now[0] = self.batches[0]",
+        "tests/test_benchmark.py::test_no_step_reads_what_the_one_before_it_read",
+    ),
+    Mutant(
+        "the middle of the halted focal loss has no slope, as by a clamp of torch 2.15", "bonus_ops/losses/focal.py",
+        "value(torch.where(gap > 0, 0.0, gap))", "value(torch.where(gap >= 0, 0.0, gap))",
+        "tests/test_sigmoid.py::test_the_formula_is_that_of_the_paper[halted]",
+    ),
 )  # fmt: skip
 
 
