@@ -30,15 +30,20 @@ __all__ = ["backward", "gatherable", "softmax", "target_logits", "visit"]
 
 def target_logits(logits: Tensor, label: Tensor) -> Tensor:
     """Return the label's logit of every row [N, 1]; +inf becomes the NaN it makes of its row."""
-    z_target = logits.gather(2, label.view(*logits.shape[:2], 1)).view(-1, 1).to(accumulation_dtype(logits.dtype))
+    z_target = logits.gather(2, label.view(*logits.shape[:2], 1)).view(-1, 1)
+    return _or_nan(z_target.to(accumulation_dtype(logits.dtype)))
+
+
+def _or_nan(z_target: Tensor) -> Tensor:
     return z_target.nan_to_num_(nan=math.nan, posinf=math.nan, neginf=-math.inf)
 
 
-def _sweep(z: Tensor, label: Tensor, z_target: Tensor, e: Tensor, scores: bool) -> Columns:
+def _sweep(z: Tensor, label: Tensor, e: Tensor, scores: bool) -> Columns:
     """Summarise the rows ``z`` [N, C], which are overwritten; leave exp(z - max), 0 at the label, in ``e``.
 
     Rows of ``z`` and ``e`` beyond the labels are padding.
     """
+    z_target = _or_nan(z.gather(1, label))
     z.scatter_(1, label, -math.inf)
     maximum, runner_up = row_max(z) if scores else (z.amax(1, keepdim=True), label)
     z.sub_(origin(maximum))
@@ -87,7 +92,8 @@ def visit(
         columns = Columns(*(nothing,) * 6, torch.zeros_like(nothing, dtype=torch.int64))
         return finish(columns, torch.zeros_like(target.reshape(-1), dtype=torch.bool), loss, scores), grad
     label, counts = gatherable(logits, target, ignore_index)
-    columns = _blocks(logits, label, counts, loss, scores, grad_loss, grad)
+    found = _blocks(logits, label, counts, loss, scores, grad_loss, grad)
+    columns = found[0] if len(found) == 1 else Columns(*map(torch.cat, zip(*found, strict=True)))
     if scores:
         repair(logits, label, columns)
     return finish(columns, counts, loss, scores), grad
@@ -96,13 +102,12 @@ def visit(
 def _blocks(
     logits: Tensor, label: Tensor, counts: Tensor | None, loss: GapLoss, scores: bool, grad_loss: Tensor | None,
     grad: Tensor | None,
-) -> Columns:  # fmt: skip
+) -> list[Columns]:  # fmt: skip
     """Sweep block after block and fill ``grad``; the buffers are free again on return."""
     by_row = grad is not None and grad.is_contiguous() and grad.shape[1] == 1 and not by_class(logits)
     in_place = by_row and logits.dtype == accumulation_dtype(logits.dtype)  # the gradient holds the exponentials
     blocks = Blocks(logits, 1 if in_place else 2, grad, in_place=in_place)
     sources, labels = blocks.pieces(logits), label.split_with_sizes(blocks.sizes)
-    z_targets = target_logits(logits, label).split_with_sizes(blocks.sizes)
     keeps = None if counts is None else counts.split_with_sizes(blocks.sizes)
     found = []
     if grad is not None and grad_loss is not None:
@@ -112,13 +117,13 @@ def _blocks(
         z = blocks.buffer(0, i)
         e = grads[i] if in_place else blocks.buffer(1, i)
         fill(z, source)
-        found.append(_sweep(z, labels[i], z_targets[i], e, scores))
+        found.append(_sweep(z, labels[i], e, scores))
         if grad is not None:
             slope = by_vectors(loss.slope, found[i].gap) * weights[i]
             _spread(e, slope, found[i].sum_exp, labels[i], None if keeps is None else keeps[i])
             if not in_place:
                 grads[i].copy_(as_rows(source, e))
-    return found[0] if len(found) == 1 else Columns(*map(torch.cat, zip(*found, strict=True)))
+    return found
 
 
 def backward(
