@@ -30,6 +30,11 @@ class Columns(NamedTuple):
     sum_exp_z: Tensor
     runner_up: Tensor
 
+    @classmethod
+    def joined(cls, blocks: list[Columns]) -> Columns:
+        """Return those of all blocks."""
+        return blocks[0] if len(blocks) == 1 else cls(*map(torch.cat, zip(*blocks, strict=True)))
+
 
 class RowOutputs(NamedTuple):
     """Per-row results: loss [N], scores [5, N] (or None), runner_up [N] (or None), saved (gap, max, sum_exp) [3, N]."""
@@ -42,33 +47,39 @@ class RowOutputs(NamedTuple):
 
 def finish(columns: Columns, counts: Tensor | None, loss: GapLoss, scores: bool) -> RowOutputs:
     """Turn a sweep's columns into loss and scores, once for all rows."""
-    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, runner_up = (c.squeeze(1) for c in columns)
-    n_rows = gap.shape[0]
+    columns = Columns(*(c.squeeze(1) for c in columns))
+    gap, maximum = columns.gap, columns.maximum
     value = by_vectors(loss.value, gap)
     value = value.clone() if counts is None else value.masked_fill(~counts, 0.0)  # forward mode fails at a view
-    saved = torch.stack([gap, maximum, sum_exp])
-    if not scores:
-        return RowOutputs(value, None, None, saved)
+    five = runner_up = None
+    if scores:
+        five = _scores(columns).to(torch.float32)
+        unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
+        if unknown.any():
+            five.masked_fill_(unknown, math.nan)
+        runner_up = columns.runner_up.to(torch.int32).masked_fill_(unknown | (maximum == -math.inf), -1)
+    return RowOutputs(value, five, runner_up, torch.stack([gap, maximum, columns.sum_exp]))
+
+
+def _scores(columns: Columns) -> Tensor:
+    """Return loss, el2n, margin, entropy and energy [5, N] from columns [N]."""
+    gap, maximum, sum_exp, z_target, sum_exp2, sum_exp_z, _ = columns
+    n_rows = gap.shape[0]
     five = gap.new_empty(5, n_rows)
-    plain, el2n, margin, entropy, energy = five.unbind()
+    loss, el2n, margin, entropy, energy = five.unbind()
     total = sum_exp.clamp(min=1.0)  # a rest that is not empty holds exp(0)
     rest_lse = total.log()
     both = padded(torch.cat([gap, -gap]))
-    p, u = first(torch.sigmoid(both), 2 * n_rows).view(2, -1)
     logs = first(logsigmoid(both), 2 * n_rows)
     log_p, log_u = logs.view(2, -1)
-    torch.neg(log_p, out=plain)
+    p, u = first(both.sigmoid_(), 2 * n_rows).view(2, -1)
+    torch.neg(log_p, out=loss)
     torch.div(sum_exp2, total * total, out=el2n).add_(1.0).sqrt_().mul_(u)
     torch.sub(z_target, maximum, out=margin)
-    torch.sub(torch.maximum(log_p, log_u), torch.maximum(z_target, rest_lse + maximum), out=energy)
+    torch.maximum(z_target, rest_lse + maximum, out=energy).sub_(torch.maximum(log_p, log_u)).neg_()
     logs.clamp_(min=LOWEST)  # an infinite logarithm stands behind a factor of 0
     torch.mul(u, rest_lse.sub_(log_u).sub_(sum_exp_z / total), out=entropy).sub_(p * log_p)
-    five = five.to(torch.float32)
-    unknown = gap.isnan() if counts is None else gap.isnan() | ~counts
-    if unknown.any():
-        five.masked_fill_(unknown, math.nan)
-    runner_up = runner_up.to(torch.int32).masked_fill_(unknown | (maximum == -math.inf), -1)
-    return RowOutputs(value, five, runner_up, saved)
+    return five
 
 
 def repair(logits: Tensor, label: Tensor, columns: Columns) -> None:

@@ -92,8 +92,7 @@ def visit(
         columns = Columns(*(nothing,) * 6, torch.zeros_like(nothing, dtype=torch.int64))
         return finish(columns, torch.zeros_like(target.reshape(-1), dtype=torch.bool), loss, scores), grad
     label, counts = gatherable(logits, target, ignore_index)
-    found = _blocks(logits, label, counts, loss, scores, grad_loss, grad)
-    columns = found[0] if len(found) == 1 else Columns(*map(torch.cat, zip(*found, strict=True)))
+    columns = Columns.joined(_blocks(logits, label, counts, loss, scores, grad_loss, grad))
     if scores:
         repair(logits, label, columns)
     return finish(columns, counts, loss, scores), grad
