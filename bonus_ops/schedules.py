@@ -19,19 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from .losses import GapLoss, encode
+from .number_checks import check_integer
 
 __all__ = ["Cosine", "Deferred", "Exponential", "Linear", "Scheduled"]
 
 Schedule = Callable[[int], float]
 
 _EPOCH = "bonus.epoch"  # in the state_dict of a module
-
-
-def _checked_count(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class _Ramp:
     epochs: int
 
     def __post_init__(self) -> None:
-        _checked_count(f"{type(self).__name__}: epochs", self.epochs, 1)
+        check_integer(type(self).__name__, "epochs", self.epochs, 1)
 
     def __call__(self, epoch: int) -> float:
         return self.factor(min(epoch, self.epochs) / self.epochs)
@@ -135,7 +129,7 @@ class Deferred:
     then: Schedule | None = None
 
     def __post_init__(self) -> None:
-        _checked_count("Deferred: until", self.until, 0)
+        check_integer("Deferred", "until", self.until, 0)
         if self.then is not None and not callable(self.then):
             raise TypeError(f"Deferred: then must be a schedule or None, got {type(self.then).__name__}")
 
@@ -219,7 +213,7 @@ class Scheduled(GapLoss):
             TypeError: the epoch is no int, or a schedule returns no number.
             ValueError: the epoch is negative, or a field would leave its range.
         """
-        _checked_count("Scheduled: epoch", epoch, 0)
+        check_integer("Scheduled", "epoch", epoch, 0)
         factors = {name: schedule(epoch) for name, schedule in self.schedules.items()}
         for name, factor in factors.items():
             if isinstance(factor, bool) or not isinstance(factor, Real):

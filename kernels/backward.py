@@ -14,11 +14,14 @@ from .spread import write_rows
 
 
 @triton.jit
-def slope_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE: tl.constexpr):
-    """Return A of each row: a row with no rest teaches nothing, an ignored one nothing whatever it holds."""
+def pulls_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE: tl.constexpr):
+    """Return the factor of exp(z - max) and the gradient at the label, of each row."""
     slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
+    # a row with no rest teaches nothing, an ignored one nothing whatever it holds
     slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
-    return tl.where(rows.ignored, 0.0, slope)
+    slope = tl.where(rows.ignored, 0.0, slope)
+    # an infinite slope is NaN at the label, as torch's
+    return slope / tl.where(sum_exp == 0.0, 1.0, sum_exp), slope * 0.0 - slope
 
 
 @triton.jit
@@ -35,12 +38,10 @@ def backward_kernel(
     sum_exp = tl.load(saved_ptr + row + shape[0] + shape[0], inside, 1.0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride, inside, 0.0).to(gap.dtype)
 
-    slope = slope_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE)
-    scale = slope / tl.where(sum_exp == 0.0, 1.0, sum_exp)
+    scale, at_target = pulls_of(gap, sum_exp, rows, grad_loss, loss_params, SLOPE)
     part, n_parts = tl.program_id(1), tl.num_programs(1)
     n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
     share = tl.cdiv(n_tiles, n_parts)
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
-    # an infinite slope is NaN at the label, as torch's
-    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest_max, scale, slope * 0.0 - slope,
+    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest_max, scale, at_target,
                part * share, tl.minimum(part * share + share, n_tiles), part == 0, ROWS, LANES, VECTOR)  # fmt: skip

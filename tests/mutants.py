@@ -190,7 +190,7 @@ MUTANTS = (
     ),
     Mutant(
         "ignored rows pass on what they hold", "kernels/backward.py",
-        "return tl.where(rows.ignored, 0.0, slope)", "return slope",
+        "slope = tl.where(rows.ignored, 0.0, slope)", "pass",
         f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
         seen_in="torch 2.13.0 and flash-attention: NaN gradient of an ignored row of NaN",
     ),
@@ -277,8 +277,9 @@ MUTANTS = (
     ),
     Mutant(
         "probabilities are exp(z - lse)", "kernels/backward.py",
-        "    scale = slope / tl.where(sum_exp == 0.0, 1.0, sum_exp)\n",
-        "    rest_max = rest_max + tl.log(tl.where(sum_exp == 0.0, 1.0, sum_exp))\n    scale = slope\n",
+        "    part, n_parts =",
+        "    total = tl.where(sum_exp == 0.0, 1.0, sum_exp)\n"
+        "    rest_max, scale = rest_max + tl.log(total), scale * total\n    part, n_parts =",
         path("fp32-shifted-10"), seen_in="flash-attention: gradient off by 5.5e-5 at an offset of 1e4",
     ),
     Mutant(
@@ -288,8 +289,8 @@ MUTANTS = (
     ),
     Mutant(
         "the label's gradient is taken from a rounded probability", "kernels/backward.py",
-        "rest_max, scale, slope * 0.0 - slope,",
-        "rest_max, scale, (1.0 - slope).to(grad_ptr.dtype.element_ty).to(slope.dtype) - 1.0,",
+        "rest_max, scale, at_target,",
+        "rest_max, scale, (1.0 + at_target).to(grad_ptr.dtype.element_ty).to(gap.dtype) - 1.0,",
         path("fp16-confident-10"), seen_in="apple/ml-cross-entropy #14: bfloat16 gradients differ",
     ),
     Mutant(

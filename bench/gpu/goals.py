@@ -89,6 +89,8 @@ def _all(times: Times) -> Iterator[Row]:
         once, in_forward = times.once_ms(shape), times.ms(shape, IN_FORWARD, "train")
         twice = None if once is None else 2 * once
         yield "gradient made in the forward visit / (R + W)", _at(shape), ratio(in_forward, twice), 1.20, True
+        in_backward = times.ms(shape, OURS, "train")
+        yield "gradient made in the forward visit / in backward", _at(shape), ratio(in_forward, in_backward), 0.80, True
     for shape in LONG:
         for mode, what in (("forward", "forward"), ("train", "forward and backward")):
             cost = ratio(times.ms(shape, OURS, mode), times.ms(shape, LOSS_ONLY, mode))

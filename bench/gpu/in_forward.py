@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bonus_ops.kernels import launch
-from bonus_ops.kernels.backward import slope_of
+from bonus_ops.kernels.backward import pulls_of
 from bonus_ops.kernels.forward import finish, sweep
 from bonus_ops.kernels.rows import CHUNK, row_index, row_ptr, rows_at
 from bonus_ops.kernels.spread import write_rows
@@ -38,10 +38,9 @@ def forward_gradient_kernel(
     rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
     gap = finish(rest, rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
-    slope = slope_of(gap, rest.sum_exp, rows, upstream, loss_params, SLOPE)
-    scale = slope / tl.where(rest.sum_exp == 0.0, 1.0, rest.sum_exp)
+    scale, at_target = pulls_of(gap, rest.sum_exp, rows, upstream, loss_params, SLOPE)
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
-    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest.max, scale, slope * 0.0 - slope,
+    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest.max, scale, at_target,
                0, tl.cdiv(shape[1] // CHUNK, LANES), True, ROWS, LANES, VECTOR)  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Peer(NamedTuple):
     load: Callable[[], Loss]  # imports; raises where it cannot
     bonus: bool = False  # the bonus loss, else plain cross-entropy
     overwrites: bool = False  # leaves its gradient in the logits
+    trains_only: bool = False  # its forward makes the gradient too
     slow_start: bool = False  # compiles for each shape: only some shapes
     upstream: float = 0.5  # what backward starts from; not 1: a peer may do nothing then
 
@@ -70,10 +71,10 @@ def _quack() -> Loss:
 PEERS = {
     OURS: Peer(_ours, bonus=True),
     LOSS_ONLY: Peer(_loss_only, bonus=True),
-    IN_FORWARD: Peer(_in_forward, bonus=True, upstream=1.0),
+    IN_FORWARD: Peer(_in_forward, bonus=True, trains_only=True, upstream=1.0),
     EAGER: Peer(lambda: F.cross_entropy),
     COMPILED: Peer(_compiled, slow_start=True),
-    "Liger-Kernel": Peer(_liger, overwrites=True),
+    "Liger-Kernel": Peer(_liger, overwrites=True, trains_only=True),
     "flash-attention": Peer(_flash_attention),
     "QuACK": Peer(_quack, slow_start=True),
 }

@@ -29,7 +29,6 @@ from .peers import (
     BONUS,
     COMPILED,
     EAGER,
-    IN_FORWARD,
     LOSS_ONLY,
     OURS,
     PEERS,
@@ -301,7 +300,7 @@ def _speed_of(
     bench, steps = Bench(device, n_rows, n_classes, dtype), {}
     for name, loss in losses.items():
         steps[name, "train"] = bench.step(loss, True, PEERS[name].overwrites, PEERS[name].upstream)
-        if forward and not PEERS[name].overwrites and name != IN_FORWARD:
+        if forward and not PEERS[name].trains_only:
             steps[name, "forward"] = bench.step(loss, False)
     if forward:
         steps["difficulty_scores", "forward"] = bench.step(lambda z, y: difficulty_scores(z, y).loss, False)

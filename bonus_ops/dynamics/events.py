@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
+from ..number_checks import check_integer
+from .field import Batch, Column, Field, State, Statistic, seen_only
 
 __all__ = ["Correctness", "FirstLearned", "Forgetting", "LearnedFor", "LearnedForever", "SecondSplit"]
 
@@ -151,8 +152,8 @@ class LearnedFor(Field):
     k: int = 3
 
     def __post_init__(self) -> None:
-        check_int("LearnedFor: k", self.k)
-        if not 1 <= self.k <= 255:
+        check_integer("LearnedFor", "k", self.k, 1)
+        if self.k > 255:
             raise ValueError(f"LearnedFor: k must be in 1 .. 255, got {self.k}")
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,18 +105,6 @@ class Field:
 
     def absorb(self, state: State, base: State, total: State) -> None:
         """Write those columns from the sums over all processes; ``state`` already holds the merged counts."""
-
-
-def check_int(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is an int; numpy's are not, since a field's repr is compared."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is a number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def seen_only(values: Tensor, count: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..number_checks import check_integer
 from ..scores import SCORES, Scores
-from .field import Batch, Column, Field, State, Statistic, check_int, seen_only
+from .field import Batch, Column, Field, State, Statistic, seen_only
 
 __all__ = ["Confidence", "Mean"]
 
@@ -45,9 +46,9 @@ class Mean(Field):
             if not isinstance(self.epochs, (tuple, list)):
                 raise TypeError(f"Mean: epochs must be (first, last) or None, got {type(self.epochs).__name__}")
             for epoch in self.epochs:
-                check_int("Mean: each of epochs", epoch)
+                check_integer("Mean", "each of epochs", epoch, 1)
             object.__setattr__(self, "epochs", tuple(self.epochs))
-            if len(self.epochs) != 2 or not 1 <= self.epochs[0] <= self.epochs[1]:
+            if len(self.epochs) != 2 or self.epochs[0] > self.epochs[1]:
                 raise ValueError(f"Mean: epochs must be (first, last) with 1 <= first <= last, got {self.epochs}")
 
     @property

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic, check_int
+from ..number_checks import check_integer
+from .field import Batch, Column, Field, State, Statistic
 
 __all__ = ["RecentLosses"]
 
@@ -36,8 +37,8 @@ class RecentLosses(Field):
     window: int = 2
 
     def __post_init__(self) -> None:
-        check_int("RecentLosses: window", self.window)
-        if not 1 <= self.window <= KEPT:
+        check_integer("RecentLosses", "window", self.window, 1)
+        if self.window > KEPT:
             raise ValueError(f"RecentLosses: window must be in 1 .. {KEPT}, got {self.window}")
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic, check_number
+from ..number_checks import check_number
+from .field import Batch, Column, Field, State, Statistic
 
 __all__ = ["ExponentiatedGradient"]
 
@@ -35,12 +35,8 @@ class ExponentiatedGradient(Field):
     max_loss: float = 100.0
 
     def __post_init__(self) -> None:
-        check_number("ExponentiatedGradient: eta", self.eta)
-        check_number("ExponentiatedGradient: max_loss", self.max_loss)
-        if not 0 < self.eta < math.inf:
-            raise ValueError(f"ExponentiatedGradient: eta must be positive and finite, got {self.eta}")
-        if not 0 < self.max_loss < math.inf:
-            raise ValueError(f"ExponentiatedGradient: max_loss must be positive and finite, got {self.max_loss}")
+        check_number("ExponentiatedGradient", "eta", self.eta, "(0, inf)")
+        check_number("ExponentiatedGradient", "max_loss", self.max_loss, "(0, inf)")
 
     @property
     def name(self) -> str:

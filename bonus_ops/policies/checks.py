@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..number_checks import check_integer, check_number
+
 __all__ = [
     "check_generator",
     "check_index",
@@ -17,25 +19,6 @@ __all__ = [
     "check_threshold",
     "check_vector",
 ]
-
-
-def check_number(function: str, name: str, value: Any, interval: str) -> None:
-    """Raise unless ``value`` is a number in ``interval``, written as in "[0, 1)"."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    if not (above and below):  # NaN is neither
-        raise ValueError(f"{function}: {name} must be in {interval}, got {value!r}")
-
-
-def check_integer(function: str, name: str, value: Any, low: int) -> None:
-    """Raise unless ``value`` is an int of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{function}: {name} must be at least {low}, got {value}")
 
 
 def check_vector(function: str, name: str, x: Any) -> None:
