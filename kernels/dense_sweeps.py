@@ -8,11 +8,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .class_terms import sums_of_terms
 from .forward import absorb_in_any_order, exact_argmax
 from .paid import Paid, paid_by_row, pay, unpaid
 from .probabilities import probabilities
 from .rest import absorb, across, empty, merge
-from .rows import accumulable, chunk_classes, chunk_mask, edge_classes, load_chunks, load_classes
+from .rows import accumulable, chunk_classes, chunk_mask, edge_classes, is_spread, load_chunks, load_classes
 from .scalar import exp
 from .shares import shares_at, shares_in_chunks
 from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment
@@ -65,7 +66,7 @@ def pay_tile(rest, paid, rows, target, chunk, class_stride, gamma, MASKED: tl.co
     t, v = shares_in_chunks(target, chunk, mask, z, VECTOR)
     if MASKED:
         z = tl.where(others, z, -float("inf"))
-        rest = absorb_in_any_order(rest, z, chunk)
+        rest = absorb_in_any_order(rest, z, chunk, is_spread(VECTOR))
     else:
         rest = absorb(rest, z, chunk)
     return rest, pay(paid, before, rest.max, z, t, v, others, gamma)
@@ -129,7 +130,10 @@ def add_tile(
         classes = chunk_classes(rows, chunk)
         others = mask & (classes != rows.target[:, None, None]) & (classes != runner_up[:, None, None])
     e, p, log_p = probabilities(softmax, z, others)
-    value, pull = SUMS(TERMS, others, p, log_p, v, params)
+    if is_spread(VECTOR):  # products of SUMS would be rounded by one thread of a pair and not by the other
+        value, pull = sums_of_terms(TERMS, others, p, log_p, v, params)
+    else:
+        value, pull = SUMS(TERMS, others, p, log_p, v, params)
     return Sums(sums.exp + tl.sum(e, 2), sums.value + value, sums.pull + pull)
 
 

@@ -41,8 +41,7 @@ def offset(index, shape, strides, NUMBER: tl.constexpr, WIDE: tl.constexpr):
         if not WIDE:  # a 64-bit division takes some 100 instructions
             index = index.to(tl.int32)
         at = index * 0
-        for i in tl.static_range(len(shape) - 1):
-            axis: tl.constexpr = len(shape) - 1 - i
+        for axis in tl.static_range(len(shape) - 1, 0, -1):
             at += index % shape[axis] * strides[first + axis]
             index = index // shape[axis]
         return at + index * strides[first]

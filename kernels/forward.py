@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .rest import NO_CLASS, RestStats, absorb, across, empty, merge
-from .rows import CHUNK, accumulable, edge_classes, load, load_chunks, row_index, row_ptr, rows_at
+from .rows import CHUNK, accumulable, edge_classes, is_spread, load, load_chunks, row_index, row_ptr, rows_at
 from .scalar import sigmoid
 from .scores import gap_of, store_scores
 from .spread import write_rows
@@ -31,7 +31,8 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
         held = ((target_tile >= first) & (target_tile < full)).to(tl.int32)
         for i in range(first, full - held):
             tile = i + tl.where(i >= target_tile, held, 0)
-            rest = absorb(rest, load_chunks(rows, tile * LANES + lane, None, class_stride, VECTOR), tile * LANES + lane)
+            chunk = tile * LANES + lane
+            rest = absorb(rest, load_chunks(rows, chunk, None, class_stride, VECTOR), chunk, is_spread(VECTOR))
         # then the tile that holds the label and the last, partial one
         first, last = 1 - held, 1 + (full < last).to(tl.int32)
 
@@ -40,7 +41,7 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
         chunk = tile * LANES + lane
         mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
         z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
-        rest = absorb_in_any_order(rest, z, chunk)
+        rest = absorb_in_any_order(rest, z, chunk, is_spread(VECTOR))
 
     rest = exact_argmax(across(rest), rows, class_stride)
     classes = edge_classes(rows)
@@ -52,11 +53,11 @@ def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANE
 
 
 @triton.jit
-def absorb_in_any_order(rest, z, chunk):
+def absorb_in_any_order(rest, z, chunk, SPREAD: tl.constexpr):
     """As `absorb`, of chunks that may come after later ones: argmax wants the smallest."""
     tied = (tl.max(z, 2) == rest.max) & (rest.max > -float("inf"))
     smallest = tl.minimum(rest.argmax, chunk)
-    rest = absorb(rest, z, chunk)
+    rest = absorb(rest, z, chunk, SPREAD)
     argmax = tl.where(tied, smallest, rest.argmax)
     return RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
 

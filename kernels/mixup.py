@@ -20,6 +20,7 @@ from .rows import (
     chunk_classes,
     chunk_mask,
     edge_classes,
+    is_spread,
     load,
     load_chunks,
     load_classes,
@@ -60,7 +61,7 @@ def mixup_sweep(rows, other, n_classes, class_stride, ROWS: tl.constexpr, LANES:
         classes = chunk_classes(rows, chunk)
         z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
         keep = mask & (classes != rows.target[:, None, None]) & (classes != other[:, None, None])
-        rest = absorb(rest, tl.where(keep, z, -float("inf")), chunk)
+        rest = absorb(rest, tl.where(keep, z, -float("inf")), chunk, is_spread(VECTOR))
     classes = edge_classes(rows)
     mask = (classes < n_classes) & (classes != rows.target[:, None]) & (classes != other[:, None])
     z = load_classes(rows, classes, mask & rows.active[:, None], class_stride)

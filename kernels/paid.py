@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rest import origin
+from .rest import origin, rounded
 from .rows import CHUNK
 from .scalar import exp
 from .shares import where_any
@@ -49,7 +49,7 @@ def pay(paid, before, maximum, z, t, v, others, gamma):
         total, cost = tl.sum(t, 2), tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)
     power = paid.power
     if gamma is not None:
-        power = power * exp(gamma * (before - at)) + tl.sum(v * exp(gamma * d), 2)
+        power = power * exp(gamma * (before - at)) + tl.sum(where_any(others, v * exp(gamma * d)), 2)
     return Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)
 
 
@@ -63,7 +63,7 @@ def rise(before, at):
 def paid_by_row(paid, lanes_max, maximum, gamma):
     """Return the sums [ROWS] over lanes that counted from ``lanes_max``, counted from the row's max."""
     at = origin(maximum)[:, None]
-    power = paid.power if gamma is None else paid.power * exp(gamma * (lanes_max - at))
+    power = paid.power if gamma is None else rounded(paid.power * exp(gamma * (lanes_max - at)))
     return Paid(tl.sum(paid.total, 1), tl.sum(paid.cost + paid.total * rise(lanes_max, at), 1), tl.sum(power, 1))
 
 

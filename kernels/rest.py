@@ -42,24 +42,27 @@ def empty(like):
 
 
 @triton.jit
-def absorb(rest, z, index):
+def absorb(rest, z, index, SPREAD: tl.constexpr = False):
     """Add the tile ``z`` [ROWS, LANES, K] to the per-lane states; ``index`` [ROWS, LANES] is what argmax records.
 
-    One exp a logit and one a lane: only the old state is rescaled.
+    One exp a logit and one a lane: only the old state is rescaled. ``SPREAD``: several threads share a lane.
     """
     tile_max = tl.max(z, 2)
     new_max = tl.maximum(rest.max, tile_max)
     at = origin(new_max)
     d = z - at[:, :, None]
     e = exp(d)
+    e2, e_d = e * e, e * tl.maximum(d, LOWEST)
+    if SPREAD:
+        e2, e_d = rounded(e2), rounded(e_d)
     shift = tl.maximum(rest.max - at, LOWEST)
     scale = exp(rest.max - at)
     return RestStats(
         new_max,
         tl.where(tile_max > rest.max, index, rest.argmax),
         rest.sum_exp * scale + tl.sum(e, 2),
-        rest.sum_exp2 * (scale * scale) + tl.sum(e * e, 2),
-        (rest.sum_exp_z + rest.sum_exp * shift) * scale + tl.sum(e * tl.maximum(d, LOWEST), 2),
+        rest.sum_exp2 * (scale * scale) + tl.sum(e2, 2),
+        (rest.sum_exp_z + rest.sum_exp * shift) * scale + tl.sum(e_d, 2),
     )
 
 
@@ -92,7 +95,17 @@ def across(rest):
     return RestStats(
         new_max,
         tl.min(tl.where(rest.max == new_max[:, None], rest.argmax, NO_CLASS), 1),
-        tl.sum(rest.sum_exp * scale, 1),
-        tl.sum(rest.sum_exp2 * (scale * scale), 1),
-        tl.sum((rest.sum_exp_z + rest.sum_exp * shift) * scale, 1),
+        tl.sum(rounded(rest.sum_exp * scale), 1),
+        tl.sum(rounded(rest.sum_exp2 * (scale * scale)), 1),
+        tl.sum(rounded((rest.sum_exp_z + rest.sum_exp * shift) * scale), 1),
     )
+
+
+@triton.jit
+def rounded(product):
+    """Return a product that threads will add up, as it is.
+
+    Threads that hold the same sum then hold the same bits: the choice keeps the compiler from fusing the product into
+    the first addition, where either thread of a pair would round the other's product and not its own.
+    """
+    return tl.where(product == 0.0, 0.0, product)

@@ -86,6 +86,12 @@ def chunk_mask(rows, chunk, where):
     return ((chunk < rows.n_chunks[:, None]) & where[:, None])[:, :, None]
 
 
+@triton.constexpr_function
+def is_spread(VECTOR):
+    """Return whether the classes of a chunk lie in several threads."""
+    return VECTOR < 4
+
+
 @triton.jit
 def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
     """Load [ROWS, LANES, CHUNK] logits: chunk number ``chunk`` [1, LANES] of every row."""

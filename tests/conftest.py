@@ -1,4 +1,8 @@
-"""Where the tests run: compiled kernels on a GPU, interpreted ones without; a fixed seed and one thread."""
+"""Where the tests run: compiled kernels on a GPU, interpreted ones without; a fixed seed and one thread.
+
+With EMULATE=sm_90 (or another NVIDIA target) in the environment kernels are compiled for that GPU and executed by
+tests/ptx: slower to start, but what runs is the machine's code.
+"""
 
 import gc
 import importlib.util
@@ -16,9 +20,11 @@ def _accelerator() -> str | None:
 
 
 ACCELERATOR = _accelerator()
+EMULATED = os.environ.get("EMULATE")
+INTERPRETED = False
 if ACCELERATOR is None:
     # read when triton is imported, so set before any test module is; with 0 tests of kernels are skipped
-    INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "1") == "1"
+    INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if EMULATED else "1") == "1"
 WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
     collect_ignore = [
@@ -29,7 +35,7 @@ if WITHOUT_TRITON:  # these import it
         "test_traffic.py",
         "test_codegen.py",
     ]
-elif ACCELERATOR is None and INTERPRETED:
+elif INTERPRETED:
     from tests.interpreter_speed import patch_once_a_launch
 
     patch_once_a_launch()
@@ -46,12 +52,23 @@ torch.set_num_threads(1)  # small cases on shared cores: a second thread only wa
 def pytest_report_header() -> str:
     if WITHOUT_TRITON:
         return "kernels: not tested, triton is not installed"
+    if EMULATED:
+        return f"kernels: compiled for {EMULATED}, emulated"
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
 
 
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # thousands of tests that every full collection would walk, and the benchmark makes many
+
+
+@pytest.fixture(scope="session", autouse=bool(EMULATED))
+def emulator():
+    """Let kernels run on tensors of the CPU: compiled, and executed by tests/ptx."""
+    from tests.ptx.launching import emulated
+
+    with emulated(EMULATED):
+        yield
 
 
 @pytest.fixture(autouse=True)

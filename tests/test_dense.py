@@ -37,7 +37,7 @@ from bonus_ops import (
 from bonus_ops.torch_path import blocks as torch_blocks
 from tests import cases
 from tests.budget import assert_within_budget
-from tests.conftest import ACCELERATOR
+from tests.conftest import INTERPRETED
 
 IDS = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 over_dtypes = pytest.mark.parametrize("dtype", cases.FLOATS, ids=IDS.get)
@@ -236,7 +236,7 @@ def given_probabilities(kind: str, label: Tensor, n_classes: int, dtype: torch.d
 
 def rounding(dtype: torch.dtype, implementation: str | None) -> float:
     """Return the relative error of the last cast to ``dtype``; the interpreter truncates bfloat16."""
-    if dtype == torch.bfloat16 and implementation == "triton" and ACCELERATOR is None:
+    if dtype == torch.bfloat16 and implementation == "triton" and INTERPRETED:
         return torch.finfo(dtype).eps
     return 0.505 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
-from tests.conftest import ACCELERATOR, of_tested_compiler
+from tests.conftest import INTERPRETED, of_tested_compiler
 from tests.test_traffic import CHUNK, body_of, draw, reads
 
-if ACCELERATOR is None:
+if INTERPRETED:
     from tests.interpreter_guard import guard
 
-watched = pytest.mark.skipif(ACCELERATOR is not None, reason="the guard watches the interpreter, here a GPU runs")
+watched = pytest.mark.skipif(not INTERPRETED, reason="the guard watches the interpreter")
 ROOT = Path(__file__).resolve().parent.parent
 ONE_SWEEP = (None, LogBonus(0.0), PowerBonus(2.5), LogBonus(strength=0.0))
 TWO_SWEEPS = (LogBonus(), LogBonus(0.0, start=0.2), PowerBonus(2.0, abrupt=0.9), CosineBonus(), SoftmaxSquaredError())

@@ -27,10 +27,10 @@ from bonus_ops.kernels import launch
 from bonus_ops.operators import labels as operators
 from bonus_ops.operators import launching
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
-from tests.conftest import ACCELERATOR
+from tests.conftest import INTERPRETED
 
-pytestmark = pytest.mark.skipif(ACCELERATOR is not None, reason="the guard watches the interpreter, here a GPU runs")
-if ACCELERATOR is None:
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the guard watches the interpreter")
+if INTERPRETED:
     from tests.interpreter_guard import guard
 
 CHUNK = 8

@@ -207,7 +207,7 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def _caught(target: str, catch: Callable[[JITFunction, tuple[Any, ...], Any, dict[str, Any]], None]) -> Iterator[None]:
+def caught(target: str, catch: Callable[[JITFunction, tuple[Any, ...], Any, dict[str, Any]], None]) -> Iterator[None]:
     """Hand every launch to ``catch`` in place of a GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
@@ -262,9 +262,9 @@ def launches(case: Case) -> list[Launch]:
         constants = {name: x for name, x in kwargs.items() if name.isupper() and isinstance(x, int)}
         found.append(Launch(kernel.__name__, _key(kernel, args, kwargs), math.prod(grid) * scale, threads, constants))
 
-    with _caught(case.target, lambda *_: None):
+    with caught(case.target, lambda *_: None):
         step = CALLS[case.call](*_inputs(case))
-    with _caught(case.target, record):
+    with caught(case.target, record):
         step()
     return found
 
@@ -279,8 +279,8 @@ def compile_case(case: Case, keys: set[str]) -> dict[str, Any]:
         if key in keys and key not in built:
             built[key] = run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
-    with _caught(case.target, lambda *_: None):
+    with caught(case.target, lambda *_: None):
         step = CALLS[case.call](*_inputs(case))
-    with _caught(case.target, build):
+    with caught(case.target, build):
         step()
     return built

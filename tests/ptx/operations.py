@@ -1,0 +1,290 @@
+"""What each arithmetic instruction computes, on arrays with a place for every thread.
+
+Instructions that round as they like (``approx``, ``full``) err here by as much as NVIDIA's documents allow, up or down
+as the bits of the result fall: what holds with them holds on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .program import Instruction
+
+Array = np.ndarray[Any, Any]
+Function = Callable[..., Array]
+NUMPY: dict[str, Any] = {
+    "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
+    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
+    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+    "f16": np.float16, "f32": np.float32, "f64": np.float64,
+    "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32,
+}  # fmt: skip
+TWICE = {"u16": "u32", "u32": "u64", "s16": "s32", "s32": "s64"}
+RELATIVE_ERROR = {"ex2": 2.0**-22, "lg2": 2.0**-22, "rsqrt": 2.0**-22, "sqrt": 2.0**-22, "div": 2.0**-22, "rcp": 2.0**-23}
+
+
+class Operation:
+    """An instruction's types and its function: ``result = function(*arguments)``."""
+
+    def __init__(self, result: str, arguments: tuple[str, ...], function: Function) -> None:
+        self.result, self.arguments, self.function = result, arguments, function
+
+
+def operation(x: Instruction) -> Operation:
+    """Return what an instruction computes; raises for one not known here."""
+    try:
+        return _BY_NAME[x.name](x)
+    except KeyError:
+        raise NotImplementedError(f"PTX instruction not known to the tests' machine: {x.line}") from None
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def widened(bits: Array) -> Array:
+    """Return bfloat16 bits as float32."""
+    return (np.asarray(bits, np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def as_bfloat16(x: Array) -> Array:
+    """Round float32 to the nearest bfloat16, ties to even; return its bits."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def _flushed(x: Array) -> Array:
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _pair(high: Array, low: Array) -> Array:
+    return (high.astype(np.uint32) << np.uint32(16)) | low.astype(np.uint32)
+
+
+# --- functions by name ------------------------------------------------------------------------------------------------
+
+
+def _plain(function: Function, n: int) -> Callable[[Instruction], Operation]:
+    def build(x: Instruction) -> Operation:
+        if x.type == "bf16":
+            return Operation("bf16", ("bf16",) * n, lambda *a: as_bfloat16(function(*map(widened, a))))
+        if x.type.endswith("x2"):
+            return Operation("b32", ("b32",) * n, _by_halves(function, NUMPY[x.type[:-2]]))
+        flush = "ftz" in x.modifiers
+        return Operation(x.type, (x.type,) * n, _with_flush(function) if flush else function)
+
+    return build
+
+
+def _with_flush(function: Function) -> Function:
+    return lambda *a: _flushed(function(*map(_flushed, a)))
+
+
+def _by_halves(function: Function, kind: Any) -> Function:
+    def run(*packed: Array) -> Array:
+        halves = [np.stack([p & 0xFFFF, p >> 16]).astype(np.uint16).view(kind) for p in packed]
+        low, high = function(*halves).view(np.uint16)
+        return _pair(high, low)
+
+    return run
+
+
+def _mul(x: Instruction) -> Operation:
+    kind = x.type
+    if "wide" in x.modifiers:
+        wide = TWICE[kind]
+        return Operation(wide, (kind, kind), lambda a, b: a.astype(NUMPY[wide]) * b.astype(NUMPY[wide]))
+    if "hi" in x.modifiers:
+        wide, bits = TWICE[kind], 8 * np.dtype(NUMPY[kind]).itemsize
+        return Operation(kind, (kind, kind), lambda a, b: (
+            (a.astype(NUMPY[wide]) * b.astype(NUMPY[wide])) >> NUMPY[wide](bits)).astype(NUMPY[kind]))  # fmt: skip
+    return _plain(np.multiply, 2)(x)
+
+
+def _mad(x: Instruction) -> Operation:
+    product = _mul(x)
+    return Operation(product.result, (*product.arguments, product.result), lambda a, b, c: product.function(a, b) + c)
+
+
+def _fma(x: Instruction) -> Operation:
+    exact = np.longdouble if x.type == "f64" else np.float64  # a product of two float32 is exact in float64
+    kind = NUMPY[x.type]
+    return _plain(lambda a, b, c: (a.astype(exact) * b.astype(exact) + c.astype(exact)).astype(kind), 3)(x)
+
+
+def _div(x: Instruction) -> Operation:
+    if x.type.startswith("f"):
+        if "rn" in x.modifiers:
+            return _plain(np.divide, 2)(x)
+        return _plain(_approximate(np.divide, RELATIVE_ERROR["div"]), 2)(x)
+    return _plain(lambda a, b: (np.abs(a) // np.where(b == 0, 1, np.abs(b)) * np.sign(a) * np.sign(b)).astype(a.dtype)
+                  if a.dtype.kind == "i" else a // np.where(b == 0, 1, b), 2)(x)  # fmt: skip
+
+
+def _rem(x: Instruction) -> Operation:
+    return _plain(lambda a, b: np.fmod(a, np.where(b == 0, 1, b)), 2)(x)
+
+
+def _approximate(function: Function, relative: float) -> Function:
+    """Return a function that errs by all it may, up or down; zeros, infinities, NaN and e^0 are exact."""
+
+    def run(*a: Array) -> Array:
+        exact = function(*(b.astype(np.float64) for b in a))
+        rounded = exact.astype(np.float32)
+        up = (rounded.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(31)
+        wrong = (exact * (1 + np.where(up == 1, relative, -relative))).astype(np.float32)
+        return np.where(exact == 1.0, rounded, wrong)
+
+    return run
+
+
+def _special(name: str, function: Function) -> Callable[[Instruction], Operation]:
+    def build(x: Instruction) -> Operation:
+        if "rn" in x.modifiers or x.type == "f64":
+            return _plain(function, 1)(x)
+        return _plain(_approximate(function, RELATIVE_ERROR[name]), 1)(x)
+
+    return build
+
+
+def _extreme(number: Function, or_nan: Function) -> Callable[[Instruction], Operation]:
+    def build(x: Instruction) -> Operation:
+        function = or_nan if "NaN" in x.modifiers else number
+        if "relu" in x.modifiers:
+            return _plain(lambda a, b: np.maximum(function(a, b), 0).astype(a.dtype), 2)(x)
+        return _plain(function, 2)(x)
+
+    return build
+
+
+COMPARE: dict[str, Function] = {
+    "eq": np.equal, "ne": lambda a, b: (a != b) & ~_unordered(a, b), "lt": np.less, "le": np.less_equal,
+    "gt": np.greater, "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
+    "hs": np.greater_equal, "equ": lambda a, b: (a == b) | _unordered(a, b), "neu": np.not_equal,
+    "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b), "num": lambda a, b: ~_unordered(a, b), "nan": lambda a, b: _unordered(a, b),
+}  # fmt: skip
+
+
+def _unordered(a: Array, b: Array) -> Array:
+    return (a != a) | (b != b)
+
+
+def _setp(x: Instruction) -> Operation:
+    compare, kind = COMPARE[x.modifiers[0]], x.type
+    function = compare
+    if kind == "bf16":
+        function = lambda a, b: compare(widened(a), widened(b))  # noqa: E731
+    if "ftz" in x.modifiers:
+        function = lambda a, b: compare(_flushed(a), _flushed(b))  # noqa: E731
+    both = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    for name in both.keys() & set(x.modifiers[1:-1]):
+        return Operation("pred", (kind, kind, "pred"), lambda a, b, p: both[name](function(a, b), p))
+    return Operation("pred", (kind, kind), function)
+
+
+def _shl(x: Instruction) -> Operation:
+    width = 8 * np.dtype(NUMPY[x.type]).itemsize
+    return Operation(x.type, (x.type, "u32"), lambda a, n: np.where(
+        n < width, a << np.minimum(n, width - 1).astype(a.dtype), a.dtype.type(0)))  # fmt: skip
+
+
+def _shr(x: Instruction) -> Operation:
+    width = 8 * np.dtype(NUMPY[x.type]).itemsize
+    if x.type.startswith("s"):
+        return Operation(x.type, (x.type, "u32"), lambda a, n: a >> np.minimum(n, width - 1).astype(a.dtype))
+    return Operation(x.type, (x.type, "u32"), lambda a, n: np.where(
+        n < width, a >> np.minimum(n, width - 1).astype(a.dtype), a.dtype.type(0)))  # fmt: skip
+
+
+def _bfe(x: Instruction) -> Operation:
+    def field(a: Array, start: Array, length: Array) -> Array:
+        bits = (a.astype(np.uint64) & np.uint64(0xFFFFFFFF)) >> start.astype(np.uint64)
+        bits = bits & ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1))
+        if x.type == "s32":
+            unused = (np.uint64(64) - length.astype(np.uint64)).astype(np.int64)
+            bits = (bits.astype(np.int64) << unused) >> unused
+        return bits.astype(NUMPY[x.type])
+
+    assert x.type in ("u32", "s32"), x.line
+    return Operation(x.type, (x.type, "u32", "u32"), field)
+
+
+def _cvt(x: Instruction) -> Operation:
+    to, source = x.modifiers[-2:]
+    if to in ("bf16x2", "f16x2"):
+        narrow = as_bfloat16 if to == "bf16x2" else lambda a: a.astype(np.float16).view(np.uint16)
+        return Operation("b32", (source, source), lambda a, b: _pair(narrow(a), narrow(b)))
+    read = widened if source == "bf16" else np.asarray
+    if to == "bf16":
+        return Operation("b16", (source,), lambda a: as_bfloat16(read(a).astype(np.float32)))
+    kind = NUMPY[to]
+    if to.startswith(("s", "u")) and source in ("f16", "bf16", "f32", "f64"):
+        rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+        rounded = next(rounding[m] for m in x.modifiers if m in rounding)
+        low, high = np.iinfo(kind).min, np.iinfo(kind).max
+
+        def to_integer(a: Array) -> Array:
+            whole = np.nan_to_num(rounded(read(a).astype(np.longdouble)), nan=0.0, posinf=high, neginf=low)
+            return np.clip(whole, low, high).astype(kind)
+
+        return Operation(to, (source,), to_integer)
+    return Operation(to, (source,), lambda a: read(a).astype(kind))
+
+
+def _selp(x: Instruction) -> Operation:
+    return Operation(x.type, (x.type, x.type, "pred"), lambda a, b, p: np.where(p, a, b))
+
+
+def _prmt(x: Instruction) -> Operation:
+    def permute(a: Array, b: Array, selector: Array) -> Array:
+        eight = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
+        found = np.zeros_like(eight)
+        for i in range(4):
+            which = (selector.astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(15)
+            byte = (eight >> ((which & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+            sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
+            found |= np.where(which & np.uint64(8), sign, byte) << np.uint64(8 * i)
+        return found.astype(np.uint32)
+
+    return Operation("b32", ("b32",) * 3, permute)
+
+
+def _logical(function: Function, of_predicates: Function, n: int = 2) -> Callable[[Instruction], Operation]:
+    return lambda x: _plain(of_predicates if x.type == "pred" else function, n)(x)
+
+
+_BY_NAME: dict[str, Callable[[Instruction], Operation]] = {
+    "mov": _plain(lambda a: a, 1),
+    "add": _plain(np.add, 2),
+    "sub": _plain(np.subtract, 2),
+    "mul": _mul,
+    "mad": _mad,
+    "fma": _fma,
+    "div": _div,
+    "rem": _rem,
+    "neg": _plain(np.negative, 1),
+    "abs": _plain(np.abs, 1),
+    "min": _extreme(np.fmin, np.minimum),
+    "max": _extreme(np.fmax, np.maximum),
+    "and": _logical(np.bitwise_and, np.logical_and),
+    "or": _logical(np.bitwise_or, np.logical_or),
+    "xor": _logical(np.bitwise_xor, np.logical_xor),
+    "not": _logical(np.invert, np.logical_not, 1),
+    "shl": _shl,
+    "shr": _shr,
+    "bfe": _bfe,
+    "prmt": _prmt,
+    "cvt": _cvt,
+    "selp": _selp,
+    "setp": _setp,
+    "copysign": _plain(lambda sign, size: np.copysign(size, sign), 2),
+    "ex2": _special("ex2", np.exp2),
+    "lg2": _special("lg2", np.log2),
+    "rcp": _special("rcp", lambda a: 1 / a),
+    "sqrt": _special("sqrt", np.sqrt),
+    "rsqrt": _special("rsqrt", lambda a: 1 / np.sqrt(a)),
+}
