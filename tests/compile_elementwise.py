@@ -56,8 +56,8 @@ def main() -> None:
     launch("one", rows(torch.float32), rows(torch.float32), CrossEntropy(), weight=rows(torch.float32))
     weights = {"weight": rows(torch.float32, 600, 1), "pos_weight": rows(torch.float32, 80)}
     launch("weights", rows(torch.float32, 600, 80), rows(torch.float32, 600, 80), CrossEntropy(), "sum", **weights)
-    launch("transposed", rows(torch.float16, 80, 600).t(), rows(torch.float16, 600, 80), CrossEntropy(), "gradient",
-           upstream=rows(torch.float16, 1, 80).expand(600, 80))  # fmt: skip
+    launch("three axes", rows(torch.float16, 80, 5, 600).transpose(0, 2), rows(torch.float16, 600, 5, 80),
+           CrossEntropy(), "gradient", upstream=rows(torch.float16, 1, 1, 80).expand(600, 5, 80))  # fmt: skip
     launch("wide", *(rows(torch.bfloat16, 1 << 15, 1).expand(1 << 15, 1 << 17),) * 2, CrossEntropy(), "sum")
     print(json.dumps(BUILT))
 

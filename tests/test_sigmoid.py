@@ -83,7 +83,8 @@ def rewards(loss) -> bool:
 def allowance(x, loss, true, relative) -> Tensor:
     """Return the error allowed in the dtype of ``x``: of its arithmetic, relative to the gap, and of its rounding.
 
-    exp rounds relative to its argument, which powers multiply; a bonus is exact beside cross-entropy, not alone.
+    exp rounds relative to its argument, which powers multiply; a bonus is exact beside cross-entropy, not alone. A GPU's
+    exp2 and division err by 2 units.
     """
     eps = torch.finfo(reference.accumulation_dtype(x.dtype)).eps
     power = max(1.0, getattr(loss, "gamma", 1.0))
@@ -91,7 +92,8 @@ def allowance(x, loss, true, relative) -> Tensor:
     # a float16 gradient below the smallest normal number rounds absolutely
     rounding = torch.finfo(x.dtype).eps * true.abs() + torch.finfo(x.dtype).tiny * (2 * torch.finfo(x.dtype).eps)
     gap = x.detach().double().cpu().abs().clamp(max=110.0)  # where float32's exp ends
-    return eps * power * (8 + 1.5 * gap) * scale + rounding + torch.finfo(torch.float32).tiny * (eps > 1e-10)
+    units = 8 if INTERPRETED else 12
+    return eps * power * (units + 1.5 * gap) * scale + rounding + torch.finfo(torch.float32).tiny * (eps > 1e-10)
 
 
 def assert_exact(x, loss, actual, true, relative, what):
@@ -242,7 +244,7 @@ def test_without_bonus_it_is_torch(how, reduction, weights, soft, small_blocks):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=1e-6)
         grad, true_grad = (torch.autograd.grad((y * 0.5).sum(), z)[0] for y, z in ((ours, x), (theirs, wide)))
-        torch.testing.assert_close(grad.double(), true_grad, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(grad.double(), true_grad, rtol=2e-6, atol=1e-7 if INTERPRETED else 2e-7)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
