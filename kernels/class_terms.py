@@ -7,6 +7,7 @@
 import triton
 import triton.language as tl
 
+from .rest import rounded
 from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin
 
 TINY = tl.constexpr(2.0**-126)  # the smallest normal float32: a smaller constant would make everything float64
@@ -110,7 +111,7 @@ def softmax_absolute_error_terms(p, rest, log_p, share, params):
 
 
 @triton.jit
-def sums_of_terms(TERMS: tl.constexpr, mask, p, log_p, share, params):
+def sums_of_terms(TERMS: tl.constexpr, mask, p, log_p, share, params, SPREAD: tl.constexpr):
     value, pull = TERMS(p, 1.0 - p, log_p, share, params)
     if mask is not None:
         value, pull = tl.where(mask, value, 0.0), tl.where(mask, pull, 0.0)
@@ -123,13 +124,20 @@ def add_fractions(n, d, other_n, other_d):
 
 
 @triton.jit
-def log_bonus_below_half_sums(TERMS: tl.constexpr, mask, p, log_p, share, params):
+def add_fractions_alike(n, d, other_n, other_d):
+    """As `add_fractions`, with the same bits in both threads of a pair."""
+    return rounded(n * other_d) + rounded(other_n * d), d * other_d
+
+
+@triton.jit
+def log_bonus_below_half_sums(TERMS: tl.constexpr, mask, p, log_p, share, params, SPREAD: tl.constexpr):
     """One division a tile and, where all shares are the same, one logarithm; what is masked adds 0 to both."""
     rest = 1.0 - p
     if len(share.shape) == 0:
-        odds, product = tl.reduce((p, rest), 2, add_fractions)
+        odds, product = tl.reduce((p, rest), 2, add_fractions_alike if SPREAD else add_fractions)
         value, odds = share * tl.log(product), share * odds
     else:
-        odds, product = tl.reduce((share * p, rest), 2, add_fractions)
-        value = tl.sum(share * log_of_rest(p), 2)
+        odds, product = tl.reduce((share * p, rest), 2, add_fractions_alike if SPREAD else add_fractions)
+        value = share * log_of_rest(p)
+        value = tl.sum(rounded(value) if SPREAD else value, 2)
     return params[0] * value, params[0] * odds * reciprocal(product)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .class_terms import sums_of_terms
 from .forward import absorb_in_any_order, exact_argmax
 from .paid import Paid, paid_by_row, pay, unpaid
 from .probabilities import probabilities
@@ -17,6 +16,12 @@ from .rows import accumulable, chunk_classes, chunk_mask, edge_classes, is_sprea
 from .scalar import exp
 from .shares import shares_at, shares_in_chunks
 from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment
+
+
+@triton.constexpr_function
+def may_be_spread(ROWS, VECTOR):
+    """Return whether the classes of a chunk may lie in several threads: short rows have more threads than chunks."""
+    return ROWS > 1 or is_spread(VECTOR)
 
 
 @triton.jit
@@ -33,10 +38,12 @@ def first_sweep(
             start, stop = segment(tiles, i)
             for tile in range(start, stop):
                 chunk = tile * LANES + lane
-                lanes, paid = pay_tile(lanes, paid, rows, target, chunk, class_stride, gamma, False, VECTOR)
+                lanes, paid = pay_tile(lanes, paid, rows, target, chunk, class_stride, gamma, False, False, VECTOR)
     for i in range(n_masked(tiles)):
         chunk = masked(tiles, i) * LANES + lane
-        lanes, paid = pay_tile(lanes, paid, rows, target, chunk, class_stride, gamma, True, VECTOR)
+        lanes, paid = pay_tile(
+            lanes, paid, rows, target, chunk, class_stride, gamma, True, may_be_spread(ROWS, VECTOR), VECTOR
+        )
     rest = exact_argmax(across(lanes), rows, class_stride)
     paid = paid_by_row(paid, lanes.max, rest.max, gamma)
 
@@ -57,7 +64,10 @@ def first_sweep(
 
 
 @triton.jit
-def pay_tile(rest, paid, rows, target, chunk, class_stride, gamma, MASKED: tl.constexpr, VECTOR: tl.constexpr):
+def pay_tile(
+    rest, paid, rows, target, chunk, class_stride, gamma,
+    MASKED: tl.constexpr, SPREAD: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Add chunks [1, LANES] to RestStats and Paid of each lane; a tile without a mask must hold no label."""
     before = rest.max
     mask = chunk_mask(rows, chunk, rows.active) if MASKED else None
@@ -66,7 +76,7 @@ def pay_tile(rest, paid, rows, target, chunk, class_stride, gamma, MASKED: tl.co
     t, v = shares_in_chunks(target, chunk, mask, z, VECTOR)
     if MASKED:
         z = tl.where(others, z, -float("inf"))
-        rest = absorb_in_any_order(rest, z, chunk, is_spread(VECTOR))
+        rest = absorb_in_any_order(rest, z, chunk, SPREAD)
     else:
         rest = absorb(rest, z, chunk)
     return rest, pay(paid, before, rest.max, z, t, v, others, gamma)
@@ -96,11 +106,14 @@ def second_sweep(
             for tile in range(start, stop):
                 body = add_tile(
                     body, rows, target, runner_up, softmax, tile * LANES + lane, class_stride, params, TERMS, SUMS,
-                    False, VECTOR,
+                    False, False, VECTOR,
                 )  # fmt: skip
     for i in range(n_masked(tiles)):
         chunk = masked(tiles, i) * LANES + lane
-        body = add_tile(body, rows, target, runner_up, softmax, chunk, class_stride, params, TERMS, SUMS, True, VECTOR)
+        body = add_tile(
+            body, rows, target, runner_up, softmax, chunk, class_stride, params, TERMS, SUMS,
+            True, may_be_spread(ROWS, VECTOR), VECTOR,
+        )  # fmt: skip
 
     classes = edge_classes(rows)
     mask = (classes < n_classes) & rows.active[:, None]
@@ -119,7 +132,7 @@ def second_sweep(
 @triton.jit
 def add_tile(
     sums, rows, target, runner_up, softmax, chunk, class_stride, params, TERMS: tl.constexpr, SUMS: tl.constexpr,
-    MASKED: tl.constexpr, VECTOR: tl.constexpr,
+    MASKED: tl.constexpr, SPREAD: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Add chunks [1, LANES] to the Sums of each lane; a tile without a mask must hold neither label nor runner-up."""
     mask = chunk_mask(rows, chunk, rows.active) if MASKED else None
@@ -130,10 +143,7 @@ def add_tile(
         classes = chunk_classes(rows, chunk)
         others = mask & (classes != rows.target[:, None, None]) & (classes != runner_up[:, None, None])
     e, p, log_p = probabilities(softmax, z, others)
-    if is_spread(VECTOR):  # products of SUMS would be rounded by one thread of a pair and not by the other
-        value, pull = sums_of_terms(TERMS, others, p, log_p, v, params)
-    else:
-        value, pull = SUMS(TERMS, others, p, log_p, v, params)
+    value, pull = SUMS(TERMS, others, p, log_p, v, params, SPREAD)
     return Sums(sums.exp + tl.sum(e, 2), sums.value + value, sums.pull + pull)
 
 

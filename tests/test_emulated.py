@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 
@@ -39,6 +41,28 @@ def test_more_logits_than_a_32_bit_offset_reaches(n_logits, n_classes):
     for rows in ends:
         for far, near in zip(everything, step(logits[rows].clone(), target[rows].clone()), strict=True):
             torch.testing.assert_close(far[rows], near, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(64, 1000), (4, 32000), (4, 50257)])
+def test_logits_are_moved_by_whole_sectors(n_rows, n_classes, dtype):
+    """Each logit once a pass, but for the label and the runner-up's chunk; rows off the 32 bytes share sectors."""
+    logits, target = torch.randn(n_rows, n_classes).to(dtype).requires_grad_(), torch.zeros(n_rows, dtype=torch.int64)
+    with launching.watched() as machines:
+        loss, _ = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
+        (grad,) = torch.autograd.grad(loss, logits)
+    moved = {
+        what: sum((region.traffic for machine in machines for region in machine.memory.regions
+                   if region.begin == tensor.data_ptr()), collections.Counter())
+        for what, tensor in (("logits", logits), ("grad", grad))
+    }  # fmt: skip
+    size = logits.numel() * dtype.itemsize
+    assert 2 * size < moved["logits"]["bytes loaded"] <= 2.02 * size
+    assert moved["grad"]["bytes stored"] == size
+    assert moved["grad"]["sectors stored"] * 32 <= 1.13 * size
+    # the forward of float32 reads a sector by halves, one right after the other
+    halves = dtype == torch.float32
+    assert moved["logits"]["sectors loaded"] * 32 <= (2 * 1.15 + halves) * size
 
 
 @pytest.mark.parametrize(("n_classes", "dtype"), [(10, torch.bfloat16), (50257, torch.float32)])

@@ -19,6 +19,17 @@ from .program import Program, parse
 LANES = 1 << 14  # threads side by side: fewer waste numpy's calls, more its caches
 _programs: dict[str, Program] = {}
 _ends: list[int] = []
+_watchers: list[list[Machine]] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Machine]]:
+    """Collect what launches did: a machine each, whose memory counted its traffic."""
+    _watchers.append([])
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
 
 
 @contextlib.contextmanager
@@ -44,7 +55,9 @@ def launch(kernel: JITFunction, run: Any, args: tuple[Any, ...], grid: Any, kwar
     arguments = [leaf for name, x in bound.items() if name in signature for leaf in leaves(signature[name], x)]
     scratch = [0] * (len(program.parameters) - len(arguments))  # for what a kernel may ask for, and these do not
     assert len(scratch) == 2, (kernel.__name__, arguments, program.parameters)
-    machine = Machine(program, [*arguments, *scratch], built.metadata.shared)
+    machine = Machine(program, [*arguments, *scratch], built.metadata.shared, bool(_watchers))
+    for machines in _watchers:
+        machines.append(machine)
     at_once = max(LANES // program.n_threads, 1)
     programs = np.arange(math.prod(grid))
     if _ends:

@@ -24,7 +24,9 @@ SHARED = "global_smem"
 class Machine:
     """Runs programs of one kernel; ``arguments`` are tensors, integers and floats in the order of its parameters."""
 
-    def __init__(self, program: Program, arguments: Sequence[Any], shared_bytes: int) -> None:
+    def __init__(
+        self, program: Program, arguments: Sequence[Any], shared_bytes: int, counts_traffic: bool = False
+    ) -> None:
         self.program, self.shared_bytes = program, shared_bytes
         self.parameters: dict[str, int] = {}
         tensors: dict[str, Tensor] = {}
@@ -35,7 +37,7 @@ class Machine:
                 x = x.data_ptr()
             packed = struct.pack(PARAMETER_BYTES[kind], x if kind in ("f32", "f64") else x % 2 ** (8 * _bytes(kind)))
             self.parameters[name] = int.from_bytes(packed, "little")
-        self.memory = GlobalMemory(tensors)
+        self.memory = GlobalMemory(tensors, counts_traffic)
         self.steps = [self._step(x) for x in program.instructions]
         self.meetings = meetings(program)
 
@@ -179,7 +181,7 @@ class Machine:
             NUMPY[x.type]), active)  # fmt: skip
 
     def _ld_memory(self, x: Instruction, active: Array) -> None:
-        self._load(x, active, lambda lanes, at, size, n: self.memory.load(at, size, n))
+        self._load(x, active, self.memory.load)
 
     def _ld_shared(self, x: Instruction, active: Array) -> None:
         self._load(x, active, self.shared.load)
@@ -196,7 +198,7 @@ class Machine:
             self.write(name, value.view(NUMPY[x.type]), active)
 
     def _st_memory(self, x: Instruction, active: Array) -> None:
-        self._store(x, active, lambda lanes, at, values: self.memory.store(at, values))
+        self._store(x, active, self.memory.store)
 
     def _st_shared(self, x: Instruction, active: Array) -> None:
         self._store(x, active, self.shared.store)

@@ -6,6 +6,7 @@ and who read it last: two threads that no barrier parts must not meet there.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from .operations import Array
 
 WARP = 32
+SECTOR = 32  # bytes: the least that a GPU moves
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -25,7 +27,7 @@ class Region:
     """The bytes from the first to the last element of a tensor."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
-        self.name = name
+        self.name, self.traffic = name, collections.Counter[str]()
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.begin = tensor.data_ptr()
         self.end = self.begin + (last + 1) * tensor.element_size()
@@ -38,24 +40,35 @@ class Region:
 
 
 class GlobalMemory:
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.regions = [Region(name, x) for name, x in tensors.items() if x.numel()]
+    """``counts``: note in each region's traffic the bytes moved, and the sectors that its warps asked for."""
 
-    def load(self, addresses: Array, size: int, n: int) -> list[Array]:
+    def __init__(self, tensors: dict[str, Tensor], counts: bool = False) -> None:
+        self.regions = [Region(name, x) for name, x in tensors.items() if x.numel()]
+        self._counts = counts
+
+    def load(self, lanes: Array, addresses: Array, size: int, n: int) -> list[Array]:
         """Return ``n`` words from each address."""
         found = [np.empty(len(addresses), WORDS[size]) for _ in range(n)]
         for region, here in self._regions(addresses, size * n):
+            self._count(region, "loaded", lanes[here], addresses[here], size * n)
             words, at = region.words(addresses[here], size)
             for i in range(n):
                 found[i][here] = words[at + np.uint64(i)]
         return found
 
-    def store(self, addresses: Array, values: list[Array]) -> None:
+    def store(self, lanes: Array, addresses: Array, values: list[Array]) -> None:
         size = values[0].dtype.itemsize
         for region, here in self._regions(addresses, size * len(values)):
+            self._count(region, "stored", lanes[here], addresses[here], size * len(values))
             words, at = region.words(addresses[here], size)
             for i, value in enumerate(values):
                 words[at + np.uint64(i)] = value[here]
+
+    def _count(self, region: Region, what: str, lanes: Array, addresses: Array, size: int) -> None:
+        if self._counts:
+            sectors = (addresses - np.uint64(region.begin & -SECTOR)).astype(np.int64) // SECTOR
+            region.traffic[f"bytes {what}"] += size * len(lanes)
+            region.traffic[f"sectors {what}"] += len(np.unique(np.stack([lanes // WARP, sectors]), axis=1)[0])
 
     def _regions(self, addresses: Array, size: int) -> list[tuple[Region, Array]]:
         if (addresses % np.uint64(size)).any():
