@@ -1,0 +1,440 @@
+"""`python -m bench gpu` as it will run on a GPU, on a stand-in that checks the order of calls as CUDA does."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import gc
+import inspect
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench import gpu, measure
+from bench.gpu import devices, goals, launches, peers, steps
+from bench.gpu import report as gpu_report
+from bonus_ops import bonus_cross_entropy_with_scores
+from tests import conftest
+
+pytest.importorskip("triton")
+if conftest.ACCELERATOR is not None or not conftest.INTERPRETED:
+    pytest.skip("the stand-in interprets kernels", allow_module_level=True)
+from tests import cuda_stand_in, test_gpu
+from tests.cuda_stand_in import MS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def cuda():
+    with cuda_stand_in.stand_in() as cuda:
+        yield cuda
+
+
+class Toy(devices.Gpu):
+    """The GPU's own methods, on few numbers."""
+
+    def shape(self, n_rows, n_classes):
+        return min(n_rows, 4), min(n_classes, 40)
+
+    def copies(self, size):
+        assert super().copies(size) >= 1
+        return 2
+
+    def host_us(self, step, n=1):
+        return super().host_us(step, n)
+
+    def replay_us(self, step, n=10):
+        return super().replay_us(step, n)
+
+    def copy_gb_per_s(self):
+        return measure.copy_gb_per_s(1 << 12)
+
+    def gemm_tflop_per_s(self, n=16):
+        return super().gemm_tflop_per_s(n)
+
+
+# --- the stand-in -----------------------------------------------------------------------------------------------------
+
+
+def timed():
+    return torch.cuda.Event(enable_timing=True)
+
+
+def captured(work):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        work()
+
+
+def on_side(work, before=False, after=False):
+    x = torch.ones(3, device="cuda")
+    side = torch.cuda.Stream()
+    if before:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work(x)
+    if after:
+        torch.cuda.current_stream().wait_stream(side)
+    work(x)
+
+
+def read_without_recording():
+    timed().elapsed_time(timed())
+
+
+def read_without_waiting():
+    begin, end = timed(), timed()
+    begin.record()
+    torch.ones(3, device="cuda")
+    end.record()
+    begin.elapsed_time(end)
+
+
+def read_without_timing():
+    begin, end = timed(), torch.cuda.Event()
+    begin.record()
+    end.record()
+    torch.cuda.synchronize()
+    begin.elapsed_time(end)
+
+
+def waits(work):
+    torch.cuda.set_sync_debug_mode("error")
+    work(torch.ones(3, device="cuda"))
+
+
+REFUSED = {
+    "recorded": read_without_recording,
+    "not ready": read_without_waiting,
+    "enable_timing": read_without_timing,
+    "capturing: the host waits": lambda: captured(torch.cuda.synchronize),
+    "capturing: an event is timed": lambda: captured(lambda: timed().record()),
+    "capturing: _local_scalar": lambda: captured(lambda: torch.ones(1, device="cuda").item()),
+    "capturing: torch.tensor": lambda: captured(lambda: torch.tensor(1.0, device="cuda")),
+    "capturing: a graph is replayed": lambda: captured(torch.cuda.CUDAGraph().replay),
+    "without a preceding": lambda: torch.cuda.CUDAGraph().replay(),
+    "has not waited": lambda: on_side(lambda x: x + 1, after=True),
+    "not waited": lambda: on_side(lambda x: x + 1, before=True),
+    "same device": lambda: torch.ones(3, device="cuda") + torch.ones(3),
+    "synchronizing.*_local_scalar": lambda: waits(lambda x: x.sum().item()),
+    "synchronizing.*_to_copy": lambda: waits(lambda x: x.cpu()),
+    "synchronizing.*copy_": lambda: waits(lambda x: x.copy_(torch.zeros(3))),
+    "synchronizing.*index": lambda: waits(lambda x: x[x > 0]),
+    "synchronizing.*tensor": lambda: waits(lambda x: torch.tensor([1.0], device="cuda")),
+    "synchronizing.*equal": lambda: waits(lambda x: torch.equal(x, x)),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_the_stand_in_refuses_what_cuda_refuses(cuda, said):
+    with pytest.raises((RuntimeError, ValueError), match=said):
+        REFUSED[said]()
+
+
+def test_the_stand_in_lets_pass_what_is_in_order(cuda):
+    on_side(lambda x: x.add_(1), before=True, after=True)
+    begin, end = timed(), timed()
+    begin.record()
+    x = torch.zeros(3, device="cuda")
+    end.record()
+    torch.cuda.synchronize()
+    assert begin.elapsed_time(end) == pytest.approx(MS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x + 1) * 2
+    x.fill_(4.0)
+    assert y.tolist() == [2.0] * 3  # as captured; torch leaves it unwritten
+    graph.replay()
+    assert y.tolist() == [10.0] * 3
+
+
+def names_of_cuda(path):
+    """Return what a file uses of `torch.cuda`, with the keywords of its calls."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.cuda":
+            found.setdefault(node.attr, set())
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and ast.unparse(called.value) == "torch.cuda":
+            found.setdefault(called.attr, set()).update(keyword.arg for keyword in node.keywords)
+    return found
+
+
+USERS = ("bench/measure.py", "bench/gpu/devices.py", "bench/gpu/launches.py", "bench/gpu/peers.py", "tests/test_gpu.py")
+
+
+@pytest.mark.parametrize("path", USERS)
+def test_names_and_keywords_are_those_of_torch(path):
+    """In the torch that is installed: with another name a run on a GPU would end."""
+    used = names_of_cuda(ROOT / path)
+    assert used
+    for name, keywords in used.items():
+        assert hasattr(torch.cuda, name), name
+        if keywords:
+            known = inspect.signature(getattr(torch.cuda, name).__new__).parameters
+            assert keywords <= set(known), name
+    stub = (Path(torch.__file__).parent / "_C/__init__.pyi").read_text()
+    properties = re.search(r"class _CudaDeviceProperties:\n((?:    .*\n)+)", stub)[1]
+    fields = set(re.findall(r"^    (\w+):", properties, re.MULTILINE))
+    assert set(re.findall(r"properties\.(\w+)", (ROOT / path).read_text())) <= fields
+    assert set(cuda_stand_in.PROPERTIES) <= fields
+
+
+def test_the_stand_in_takes_what_torch_takes():
+    """Its parameters have torch's names, in torch's order."""
+    for ours, theirs in (
+        (cuda_stand_in.Event.__init__, torch.cuda.Event.__new__),
+        (cuda_stand_in.Event.elapsed_time, torch.cuda.Event.elapsed_time),
+        (cuda_stand_in.Stream.wait_stream, torch.cuda.Stream.wait_stream),
+        (cuda_stand_in.Cuda.graph, torch.cuda.graph.__init__),
+        (cuda_stand_in.Cuda.on, torch.cuda.stream),
+        (cuda_stand_in.Cuda.set_sync_debug_mode, torch.cuda.set_sync_debug_mode),
+        (cuda_stand_in.Cuda.sleep, torch.cuda._sleep),
+    ):
+        named = [
+            [x for x in inspect.signature(f).parameters if x not in ("self", "cls", "cuda")] for f in (ours, theirs)
+        ]
+        assert named[0] == named[1][: len(named[0])], theirs
+
+
+# --- the clocks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_timed_without_what_prepares_it(cuda):
+    x = torch.zeros(3, device="cuda")
+    prepared, run = [], []
+
+    def prepare():
+        prepared.append(x + 1)
+
+    def twice():
+        run.append((x + 1) * 2)
+
+    step = measure.Step(prepare, twice)
+    assert measure.time_ms(step, True) == pytest.approx(2 * MS)
+    times = Toy().interleave({"twice": step, "once": measure.Step(prepare, lambda: x + 1)}, 0.0)
+    assert {name: len(values) for name, values in times.items()} == {"twice": 7, "once": 7}
+    assert statistics.median(times["twice"]) == pytest.approx(2 * MS)
+    assert statistics.median(times["once"]) == pytest.approx(MS)
+    assert len(prepared) == 1 + 2 * 9 and len(run) == 1 + 9  # two rounds that nobody times
+
+
+def test_the_device_is_asked_what_it_is(cuda):
+    found = devices.Gpu().describe()
+    assert found["gpu"] == "NVIDIA H200" and found["l2_mb"] == 62.9 and found["memory_gb"] == 150.0
+    assert found["driver"] == "unknown"  # no nvidia-smi here
+    assert devices.Gpu().kernels() == "triton" and devices.Gpu().shape(7, 9) == (7, 9)
+    # four times the cache, at most 64
+    assert [devices.Gpu().copies(size) for size in (1 << 30, 64 << 20, 32 << 20, 1 << 10)] == [1, 4, 8, 64]
+    devices.Gpu().reset()
+
+
+def test_the_driver_is_what_nvidia_smi_says(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices._driver() == "580.1"
+    tool.write_text("#!/bin/sh\nexit 3\n")
+    assert devices._driver() == "unknown"
+
+
+def test_ceilings_are_bytes_and_products_over_time(cuda):
+    assert measure.copy_gb_per_s(1 << 12) == pytest.approx(2 * 4096 / (MS * 1e-3) / 1e9)
+    assert Toy().gemm_tflop_per_s(16) == pytest.approx(2 * 16**3 / (MS * 1e-3) / 1e12)
+
+
+def test_host_time_is_that_of_a_call(cuda, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert devices.Gpu().host_us(lambda: calls.append(1), n=4) == 1e6 / 4
+    assert len(calls) == 20 + 7 * 4
+
+
+def test_replayed_time_is_that_of_a_call(cuda):
+    x = torch.zeros(3, device="cuda")
+    host = []
+
+    def step():
+        host.append(1)
+        x.add_(1)
+        x.mul_(1)
+
+    assert devices.Gpu().replay_us(step, n=20) == pytest.approx(2 * MS * 1e3)
+    assert len(host) == 3 + 10  # warmed up, captured; no replay asks the host
+    assert x[0].item() == 3 + 10 + 7 * 20  # the stand-in runs what it captures
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector():
+    """Which is off while steps are timed: a cycle would hold the gradients of all of them."""
+    z, y = peers.logits(3, 10, torch.float32, "cpu")
+    losses = {name: peers.PEERS[name].load() for name in (peers.OURS, peers.LOSS_ONLY)}
+    for loss in losses.values():
+        torch.autograd.grad(loss(z, y), z)
+    gc.collect()
+    gc.disable()
+    try:
+        for loss in losses.values():
+            torch.autograd.grad(loss(z, y), z)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_peak_memory_is_read_around_the_step(cuda):
+    asked = []
+
+    def run():
+        asked.append("run")
+        cuda.memory["peak"] = 900
+
+    cuda.memory["now"] = 500
+    assert measure.peak_bytes(measure.Step(lambda: asked.append("prepare"), run), True) == 400
+    assert asked == ["prepare", "run"]
+    assert measure.cache_bytes(True) == 62_914_560 and measure.cache_bytes(False) == 0
+
+
+def test_memory_is_kept_where_malloc_agrees(monkeypatch):
+    set_to = []
+    libc = types.SimpleNamespace(mallopt=lambda option, value: set_to.append((option, value)) or 1)
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: libc)
+    assert measure.keep_memory() and set_to == [(-4, 0), (-1, -1)]
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: types.SimpleNamespace())
+    assert not measure.keep_memory()
+
+
+# --- the tests that only a GPU runs, on the stand-in ------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two rounds of what a GPU does a hundred times."""
+    monkeypatch.setattr(test_gpu, "range", lambda *ends: range(*(min(end, 2) for end in ends)), raising=False)
+
+
+@pytest.mark.parametrize("call", test_gpu.OTHERS.values(), ids=test_gpu.OTHERS)
+def test_other_losses(cuda, few, monkeypatch, call):
+    monkeypatch.setattr(test_gpu, "draw", lambda *_: peers.logits(3, 21, torch.float32, "cuda"))
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *_, **options: rand(3, 21, **options))
+    test_gpu.test_other_losses_wait_for_nothing_and_replay(call)
+
+
+def test_steps_of_the_gpu_tests(cuda, few):
+    test_gpu.test_nothing_waits_for_the_device(10, "mean")
+    test_gpu.test_a_captured_step_replays(4, 10)
+    test_gpu.test_work_follows_the_current_stream(10)
+    test_gpu.test_twenty_runs_agree_bit_by_bit(8, 10, torch.float32)
+    test_gpu.test_the_kernels_are_what_runs()
+    test_gpu.assert_far_rows_are_right(80, 10)
+
+
+def test_values_of_the_gpu_tests(cuda, few):
+    test_gpu.test_half_precision_is_rounded_once(4, 10, torch.float16)
+    test_gpu.test_scores_are_those_of_float64(4, 10, torch.bfloat16)
+    test_gpu.test_rows_and_targets_at_any_address(21, torch.float16)
+
+
+def test_the_gpu_tests_refuse_a_wait_and_a_stale_replay(cuda, few, monkeypatch):
+    """The rules of the stand-in reach what they call."""
+    right = test_gpu.bonus_cross_entropy_with_scores
+
+    def waiting(*args, **options):
+        loss, scores = right(*args, **options)
+        loss.sum().item()
+        return loss, scores
+
+    monkeypatch.setattr(test_gpu, "bonus_cross_entropy_with_scores", waiting)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        test_gpu.test_nothing_waits_for_the_device(10, "mean")
+    with pytest.raises(RuntimeError, match="capturing"):
+        test_gpu.test_a_captured_step_replays(4, 10)
+
+
+def test_far_rows_are_skipped_where_memory_is_short(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    with pytest.raises(pytest.skip.Exception, match="not enough memory"):
+        test_gpu.test_more_logits_than_a_32_bit_offset_reaches()
+
+
+def test_the_launches_of_the_sanitizer(cuda, monkeypatch, capsys):
+    monkeypatch.setattr(launches, "CLASSES", ((19, 1),))
+    monkeypatch.setattr(launches, "N_CLASSES", 19)
+    kernels = []
+    submit = cuda.submit
+    monkeypatch.setattr(
+        cuda, "submit", lambda work, again=None: (kernels.append(again is None), submit(work, again))[1]
+    )
+    launches.main("cuda")
+    said = re.fullmatch(r"(\d+) launches of our kernels\n", capsys.readouterr().out)
+    assert int(said[1]) == sum(kernels) > 20
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Let steps run in this process on the stand-in, few shapes and few times each; formulas play the kernels."""
+    monkeypatch.setattr(devices, "Gpu", Toy)
+    monkeypatch.setattr(steps, "SHAPES", steps.SHAPES[:2])
+    monkeypatch.setattr(steps, "COMPILED_SHAPES", steps.SHAPES[:1])
+    monkeypatch.setattr(steps, "TARGET_SHAPES", steps.SHAPES[:1])
+    monkeypatch.setattr(steps, "SMALL", steps.SMALL[:1])
+    monkeypatch.setattr(steps, "SWEEP", [(*case[:3], case[3][:2]) for case in steps.SWEEP[:1]])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    interleave = measure.interleave
+
+    def thrice(step_of, on_gpu, budget_s, reps):
+        assert on_gpu and budget_s > 0 and reps in ((7, 51), (20, 20))
+        return interleave(step_of, True, budget_s, (3, 3))
+
+    monkeypatch.setattr(measure, "interleave", thrice)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", types.SimpleNamespace(linear_cross_entropy=linear_loss))
+    shape = steps.Bench.__init__
+
+    def few(bench, device, n_rows, n_classes, dtype):
+        shape(bench, device, *device.shape(n_rows, n_classes), dtype)
+
+    monkeypatch.setattr(steps.Bench, "__init__", few)
+    with cuda_stand_in.stand_in(kernels=False) as cuda:
+        yield cuda
+
+
+def linear_loss(e, c, targets):
+    return F.cross_entropy((e @ c.t()).float(), targets)
+
+
+def saved_by(tmp_path, step):
+    """Run a step as its process would; return what it saved."""
+    saved = tmp_path / "saved.json"
+    saved.unlink(missing_ok=True)
+    try:
+        gpu.main(["--step", step, "--save", str(saved)], tmp_path, lambda: "a commit")
+    except Exception as error:
+        return json.loads(saved.read_text()) | {"raised": error}
+    return json.loads(saved.read_text())
+
+
+def test_speed_times_every_peer_that_is_there(here, tmp_path):
+    found = saved_by(tmp_path, "speed")
+    timed = {(row["provider"], row["mode"], row["dtype"]) for row in found["rows"]}
+    both = {(name, mode, dtype) for name in (peers.OURS, peers.LOSS_ONLY, peers.EAGER)
+            for mode in ("train", "forward") for dtype in ("bf16", "fp16", "fp32")}  # fmt: skip
+    assert timed == both | {
+        ("difficulty_scores", "forward", dtype) for dtype in ("bf16", "fp16", "fp32")
+    } | {(peers.IN_FORWARD, "train", "bf16"), (peers.COMPILED, "train", "bf16")}  # fmt: skip
+    assert all(row["ms"]["median"] > 0 and row["ms"]["reps"] == 3 for row in found["rows"])
+    assert set(found["skipped"]) == {"Liger-Kernel", "flash-attention", "QuACK"}
+    assert all("No module named" in why for why in found["skipped"].values())
+    assert sum(row["provider"] == peers.OURS and row["mode"] == "train" for row in found["rows"]) == 2 + 4
