@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bonus_ops.operators import implementation
 
@@ -60,8 +59,23 @@ class There(Tensor):
             return func(*args, **(kwargs or {}))
 
 
+def each(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """Return ``x`` with every tensor in it replaced."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if type(x) in (list, tuple):
+        return type(x)(each(function, y) for y in x)
+    return {key: each(function, y) for key, y in x.items()} if type(x) is dict else x
+
+
 def held(x: Any) -> Any:
-    return tree_map_only(There, lambda t: t.held, x)
+    return each(lambda t: t.held if isinstance(t, There) else t, x)
+
+
+def tensors_in(*x: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    each(found.append, x)
+    return found
 
 
 class Stream:
@@ -118,6 +132,7 @@ class Cuda:
         self.stream = Stream(self)
         self.capture: list[Callable[[], None]] | None = None
         self.waits_raise = False
+        self.why_no_kernels: str | None = None
         self.memory = {"now": 0, "peak": 0}
         self.operators = Operators(self)
 
@@ -203,7 +218,7 @@ class Operators(TorchDispatchMode):
 
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = tensors_in(args, kwargs)
         there = [x for x in tensors if isinstance(x, There)]
         place = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         if place is not None:
@@ -217,13 +232,13 @@ class Operators(TorchDispatchMode):
             return func(*held(args), **held(kwargs))
 
         def again(out: Any) -> None:
-            for old, new in zip(tree_leaves(out), tree_leaves(run()), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+            for old, new in zip(tensors_in(out), tensors_in(run()), strict=True):
+                if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
         out = run() if func.is_view else self.cuda.submit(run, again)
         known = {id(x.held): x for x in there}
-        return tree_map_only(Tensor, lambda x: known.get(id(x), There(x) if is_there else x), out)
+        return each(lambda x: known[id(x)] if id(x) in known else There(x) if is_there else x, out)
 
     def _check(self, name: str, args: Any, tensors: list[Tensor], there: list[There], is_there: bool) -> None:
         here = [x for x in tensors if not isinstance(x, There) and x.dim() > 0]
@@ -262,8 +277,8 @@ class Places(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def stand_in(kernels: bool = True) -> Iterator[Cuda]:
-    """Let the stand-in be `torch.cuda` while the context lasts; ``kernels`` are interpreted there, or formulas run."""
+def stand_in() -> Iterator[Cuda]:
+    """Let the stand-in be `torch.cuda` while the context lasts, with interpreted kernels unless it says why not."""
     import pytest
     from triton.runtime.interpreter import GridExecutor
 
@@ -272,9 +287,10 @@ def stand_in(kernels: bool = True) -> Iterator[Cuda]:
     library = [m for name, m in sys.modules.items() if name.startswith("bonus_ops") and hasattr(m, "why_not_triton")]
 
     def interpret(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not any(isinstance(x, There) for x in tree_leaves((args, kwargs))):
+        there = [isinstance(x, There) for x in tensors_in(args, kwargs)]
+        if not any(there):
             return launch(self, *args, **kwargs)
-        if any(isinstance(x, Tensor) and not isinstance(x, There) for x in tree_leaves((args, kwargs))):
+        if not all(there):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
 
         def run() -> None:
@@ -283,11 +299,10 @@ def stand_in(kernels: bool = True) -> Iterator[Cuda]:
 
         cuda.submit(run)
 
-    none_there = None if kernels else "too slow"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", interpret)
         for module in library:
-            patch.setattr(module, "why_not_triton", lambda place: none_there if place == PLACE else why_not(place))
+            patch.setattr(module, "why_not_triton", lambda place: cuda.why_no_kernels if place == PLACE else why_not(place))
         patch.setattr(torch, "is_autocast_enabled", lambda place: place != PLACE and autocast(place))
         for name, value in {
             "Event": functools.partial(Event, cuda), "Stream": functools.partial(Stream, cuda),

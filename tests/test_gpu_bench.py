@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import gc
+import importlib.util
 import inspect
+import io
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -23,6 +27,8 @@ from bench import gpu, measure
 from bench.gpu import devices, goals, launches, peers, steps
 from bench.gpu import report as gpu_report
 from bonus_ops import bonus_cross_entropy_with_scores
+from bonus_ops.kernels import launch
+from bonus_ops.operators import implementation
 from tests import conftest
 
 pytest.importorskip("triton")
@@ -42,6 +48,9 @@ def cuda():
 
 class Toy(devices.Gpu):
     """The GPU's own methods, on few numbers."""
+
+    def kernels(self):
+        return implementation.default_implementation(cuda_stand_in.PLACE)
 
     def shape(self, n_rows, n_classes):
         return min(n_rows, 4), min(n_classes, 40)
@@ -383,58 +392,235 @@ def test_the_launches_of_the_sanitizer(cuda, monkeypatch, capsys):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def here(monkeypatch):
+@contextlib.contextmanager
+def few_and_small():
     """Let steps run in this process on the stand-in, few shapes and few times each; formulas play the kernels."""
-    monkeypatch.setattr(devices, "Gpu", Toy)
-    monkeypatch.setattr(steps, "SHAPES", steps.SHAPES[:2])
-    monkeypatch.setattr(steps, "COMPILED_SHAPES", steps.SHAPES[:1])
-    monkeypatch.setattr(steps, "TARGET_SHAPES", steps.SHAPES[:1])
-    monkeypatch.setattr(steps, "SMALL", steps.SMALL[:1])
-    monkeypatch.setattr(steps, "SWEEP", [(*case[:3], case[3][:2]) for case in steps.SWEEP[:1]])
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    interleave = measure.interleave
+    interleave, make, find_spec = measure.interleave, steps.Bench.__init__, importlib.util.find_spec
 
-    def thrice(step_of, on_gpu, budget_s, reps):
+    def twice(step_of, on_gpu, budget_s, reps):
         assert on_gpu and budget_s > 0 and reps in ((7, 51), (20, 20))
-        return interleave(step_of, True, budget_s, (3, 3))
+        return interleave(step_of, True, budget_s, (2, 2) if reps[0] == 7 else (3, 3))
 
-    monkeypatch.setattr(measure, "interleave", thrice)
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", types.SimpleNamespace(linear_cross_entropy=linear_loss))
-    shape = steps.Bench.__init__
-
-    def few(bench, device, n_rows, n_classes, dtype):
-        shape(bench, device, *device.shape(n_rows, n_classes), dtype)
-
-    monkeypatch.setattr(steps.Bench, "__init__", few)
-    with cuda_stand_in.stand_in(kernels=False) as cuda:
-        yield cuda
+    with pytest.MonkeyPatch.context() as patch, cuda_stand_in.stand_in() as cuda:
+        cuda.why_no_kernels = "formulas take less time"
+        patch.setattr(devices, "Gpu", Toy)
+        patch.setattr(measure, "interleave", twice)
+        for name in ("SHAPES", "COMPILED_SHAPES", "TARGET_SHAPES", "SMALL"):
+            patch.setattr(steps, name, getattr(steps, name)[1:2])
+        patch.setattr(steps, "SWEEP", [(*case[:3], case[3][:2]) for case in steps.SWEEP[:5:4]])
+        patch.setattr(steps, "LINEAR", (4, 40, 8))
+        patch.setattr(steps, "TARGETS", {"sigmoid": steps.TARGETS["sigmoid"]})  # the others: `test_other_losses`
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        patch.setattr(importlib.util, "find_spec", lambda name, *more: name == "xdist" or find_spec(name, *more))
+        patch.setitem(sys.modules, "cut_cross_entropy", types.SimpleNamespace(linear_cross_entropy=linear_loss))
+        yield patch, cuda
 
 
 def linear_loss(e, c, targets):
     return F.cross_entropy((e @ c.t()).float(), targets)
 
 
-def saved_by(tmp_path, step):
-    """Run a step as its process would; return what it saved."""
-    saved = tmp_path / "saved.json"
-    saved.unlink(missing_ok=True)
-    try:
-        gpu.main(["--step", step, "--save", str(saved)], tmp_path, lambda: "a commit")
-    except Exception as error:
-        return json.loads(saved.read_text()) | {"raised": error}
-    return json.loads(saved.read_text())
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
-def test_speed_times_every_peer_that_is_there(here, tmp_path):
-    found = saved_by(tmp_path, "speed")
+def child_here(name, limit_s, command=None):
+    """Run a step as its process would, in this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "saved.json"
+        status = "done"
+        try:
+            gpu.main(["--step", name, "--save", str(saved)], Path(folder), lambda: "a commit")
+        except Exception:
+            status = "failed"
+        return json.loads(saved.read_text()) | {"status": status, "seconds": 1.0}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of every step, on the stand-in: (its folder, what it printed, README)."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "bin").mkdir()
+    readme, folder = root / "README.md", root / "bench/results"
+    readme.write_text(f"before {gpu_report.BEGIN}{gpu_report.END} after")
+    script(root / "bin/compute-sanitizer", "echo 64 launches of our kernels")
+    python = script(root / "bin/python", "echo ..s; echo 2 passed, 1 skipped in 0.10s")
+    said = io.StringIO()
+    # it exits where a step is not done
+    with few_and_small() as (patch, _), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        patch.setenv("PATH", str(root / "bin"), prepend=os.pathsep)
+        patch.setattr(steps, "sys", types.SimpleNamespace(executable=python))
+        patch.setattr(gpu, "in_process", child_here)
+        patch.setattr(gpu_report, "draw", lambda results, path: False)  # the dry run draws
+        gpu.main([], folder, lambda: "a commit")
+    return folder, said.getvalue(), readme.read_text()
+
+
+def of_step(whole, name):
+    return json.loads((whole[0] / "gpu-nvidia-h200.json").read_text())["steps"][name]
+
+
+def test_a_whole_run_is_done_and_reported(whole):
+    folder, said, readme = whole
+    results = json.loads((folder / "gpu-nvidia-h200.json").read_text())
+    assert not results["dry"] and {step["status"] for step in results["steps"].values()} == {"done"}, said
+    assert list(results["steps"]) == list(gpu.STEPS)
+    assert {path.name for path in folder.iterdir()} - {"gpu-nvidia-h200.png"} == {
+        "gpu-nvidia-h200.json", "gpu-nvidia-h200.md",
+    }  # fmt: skip
+    written = (folder / "gpu-nvidia-h200.md").read_text()
+    assert "- gpu: NVIDIA H200" in written and "dry" not in written.lower()
+    for step in gpu.STEPS:
+        assert f"| {step} | done |" in written
+    assert "NVIDIA H200, " in readme and "**GPU: not measured.**" not in readme
+    verdicts = {row["goal"]: row["verdict"] for row in goals.goals(results) if "Liger" not in row["goal"]}
+    assert set(verdicts.values()) <= {goals.MET, goals.MISSED, goals.NOT_MEASURED}
+    of_one_shape = ("forward with all scores / R", "forward and backward with all scores / loss alone",
+                    "gradient made in the forward visit / in backward", "product, loss, scores, gradients / Cut Cross-Entropy")  # fmt: skip
+    rows = [row for row in goals.goals(results) if row["goal"] in of_one_shape and "8192 x 32000" in row["at"]]
+    assert len(rows) == 3 and all(row["outcome"] > 0 for row in rows)
+    assert "goals met" in said.splitlines()[-1]
+
+
+def test_speed_times_every_peer_that_is_there(whole):
+    found = of_step(whole, "speed")
     timed = {(row["provider"], row["mode"], row["dtype"]) for row in found["rows"]}
     both = {(name, mode, dtype) for name in (peers.OURS, peers.LOSS_ONLY, peers.EAGER)
             for mode in ("train", "forward") for dtype in ("bf16", "fp16", "fp32")}  # fmt: skip
-    assert timed == both | {
-        ("difficulty_scores", "forward", dtype) for dtype in ("bf16", "fp16", "fp32")
-    } | {(peers.IN_FORWARD, "train", "bf16"), (peers.COMPILED, "train", "bf16")}  # fmt: skip
-    assert all(row["ms"]["median"] > 0 and row["ms"]["reps"] == 3 for row in found["rows"])
+    scores = {("difficulty_scores", "forward", dtype) for dtype in ("bf16", "fp16", "fp32")}
+    assert timed == both | scores | {(peers.IN_FORWARD, "train", "bf16"), (peers.COMPILED, "train", "bf16")}
+    assert all(row["ms"]["median"] > 0 and row["ms"]["reps"] == 2 for row in found["rows"])
     assert set(found["skipped"]) == {"Liger-Kernel", "flash-attention", "QuACK"}
     assert all("No module named" in why for why in found["skipped"].values())
-    assert sum(row["provider"] == peers.OURS and row["mode"] == "train" for row in found["rows"]) == 2 + 4
+    # one shape, and two of each other dtype; the times beside compiled ones are not kept
+    assert sum(row["provider"] == peers.OURS and row["mode"] == "train" for row in found["rows"]) == 1 + 4
+
+
+def test_the_other_steps_have_numbers(whole):
+    assert of_step(whole, "ceilings")["copy_gb_per_s"] > 0 and of_step(whole, "ceilings")["gemm_tflop_per_s"] > 0
+    for row in of_step(whole, "small")["rows"]:
+        assert row["host_us"] > 0 and row["replay_us"] > 0, row
+    for row in of_step(whole, "targets")["rows"]:
+        assert set(row["ms"]) == {peers.OURS, peers.EAGER}, row
+    assert set(of_step(whole, "linear")["ms"]) == {peers.OURS, "Cut Cross-Entropy"}
+    swept = of_step(whole, "sweep")["rows"]
+    assert [row["kernel"] for row in swept] == ["forward", "forward"] and all(len(row["ms"]) == 3 for row in swept)
+    tools = of_step(whole, "sanitizer")["tools"]
+    assert {name: (tool["verdict"], tool["launches"]) for name, tool in tools.items()} == dict.fromkeys(
+        steps.TOOLS, ("clean", 64)
+    )
+    for name, file in (("gpu tests", "test_gpu.py"), ("matrix", "test_kernels.py"), ("parity", "test_sigmoid.py")):
+        assert of_step(whole, name)["passed"] == 2 and file in of_step(whole, name)["command"]
+        assert " -n " in of_step(whole, name)["command"]  # in parallel where a plugin can
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def options(**more):
+    return types.SimpleNamespace(**{"steps": list(gpu.STEPS), "budget": gpu.BUDGET_S, "dry_run": False} | more)
+
+
+def test_time_that_runs_out_skips_what_is_left(tmp_path, monkeypatch):
+    now, limits = [0.0], {}
+    in_process = gpu.in_process
+
+    def takes_its_limit(name, limit_s):
+        if limit_s < gpu.LEAST_S:
+            return in_process(name, limit_s)
+        limits[name] = limit_s
+        now[0] += limit_s
+        return {"status": "timed out", "seconds": limit_s, "error": "stopped"}
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "in_process", takes_its_limit)
+    monkeypatch.setattr(gpu_report, "draw", lambda results, path: False)
+    results = gpu.run(options(budget=200.0), tmp_path, "c", "d")
+    assert limits == {"ceilings": 60, "gpu tests": 90, "speed": 50}
+    assert {step["status"] for name, step in results["steps"].items() if name not in limits} == {"skipped"}
+    assert "| sweep | skipped | 0 | no time left |" in (tmp_path / "gpu-unknown.md").read_text()
+    assert "no time left" in gpu_report.summary(results)
+
+
+def test_a_step_without_a_device_says_why(monkeypatch):
+    """The command line of a step, in a process of its own."""
+    found = gpu.in_process("ceilings", 60)
+    assert found["status"] == "failed" and found["error"].split(":")[0] in ("AssertionError", "RuntimeError")
+    assert "describe" in "".join(found["traceback"])
+
+
+def test_memory_that_runs_out_costs_one_shape():
+    with few_and_small() as (patch, _):
+        speed_of, shapes = steps._speed_of, []
+
+        def once(device, losses, n_rows, n_classes, dtype, forward):
+            shapes.append((n_rows, n_classes, dtype))
+            if dtype == "fp32" and n_classes == 32000:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
+            return speed_of(device, losses, n_rows, n_classes, dtype, forward)
+
+        cleared = []
+        patch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
+        patch.setattr(steps, "_speed_of", once)
+        patch.setitem(peers.PEERS, peers.IN_FORWARD, peers.PEERS[peers.EAGER])  # not interpreted here
+        found = child_here("speed", 1)
+    assert found["status"] == "done" and len(cleared) == len(shapes) == 6
+    assert found["skipped"]["8192 x 32000 fp32"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert {(row["n_classes"], row["dtype"]) for row in found["rows"]} == {
+        (32000, "bf16"), (32000, "fp16"), (128256, "fp16"), (128256, "fp32"),
+    }  # fmt: skip
+
+
+def test_a_peer_that_fails_costs_its_own_times():
+    def out_of_memory(z, y):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with few_and_small():
+        losses = {peers.EAGER: F.cross_entropy, peers.LOSS_ONLY: out_of_memory}
+        rows = steps._speed_of(Toy(), losses, 8192, 32000, "bf16", True)
+    assert {(row["provider"], row["mode"]): row.get("skipped") for row in rows} == {
+        (peers.LOSS_ONLY, "train"): "OutOfMemoryError: CUDA out of memory.",
+        (peers.LOSS_ONLY, "forward"): "OutOfMemoryError: CUDA out of memory.",
+        (peers.EAGER, "train"): None, (peers.EAGER, "forward"): None, ("difficulty_scores", "forward"): None,
+    }  # fmt: skip
+
+
+def test_a_wrong_result_of_ours_is_no_success():
+    with few_and_small() as (patch, _):
+        wrong = peers.Peer(lambda: lambda z, y: 1.01 * F.cross_entropy(z, y), bonus=True)
+        patch.setitem(peers.PEERS, peers.OURS, wrong)
+        patch.setitem(peers.PEERS, peers.IN_FORWARD, peers.PEERS[peers.EAGER])
+        found = child_here("speed", 1)
+    assert found["status"] == "failed" and "not timed: ours" in found["error"]
+    assert "wrong result" in found["skipped"][peers.OURS] and {row["provider"] for row in found["rows"]} >= {peers.EAGER}
+
+
+def test_what_cannot_be_timed_is_said():
+    """Of small batches, of other targets, of launch parameters."""
+
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with few_and_small() as (patch, _):
+        patch.setattr(Toy, "replay_us", fails)
+        small = child_here("small", 1)
+        patch.setitem(steps.TARGETS, "sigmoid", (fails, fails))
+        targets = child_here("targets", 1)
+        make, tiles = steps.Bench.step, steps.SWEEP[0][3]
+
+        def too_large(bench, loss, trains):
+            made = make(bench, loss, trains)
+
+            def run():
+                return fails() if launch.forward(4, 40) == tiles[1] else made.run()
+
+            return made._replace(run=run)
+
+        patch.setattr(steps.Bench, "step", too_large)
+        patch.setattr(steps, "SWEEP", steps.SWEEP[:1])
+        swept = child_here("sweep", 1)
+    assert all("not permitted" in row["replay_us skipped"] and row["host_us"] > 0 for row in small["rows"])
+    assert [("skipped" in row, row["target"]) for row in targets["rows"]][-1] == (True, "sigmoid")
+    assert swept["status"] == "done" and set(swept["rows"][0]["ms"]) == {"now", str(tuple(tiles[0]))}

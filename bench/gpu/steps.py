@@ -54,6 +54,7 @@ SHAPES = (
 COMPILED_SHAPES = ((65536, 1000), (8192, 32000), (8192, 128256))
 TARGET_SHAPES = ((65536, 1000), (8192, 32000))
 SMALL = ((128, 10), (128, 1000), (1024, 1000))
+LINEAR = (8192, 128256, 2048)  # rows, classes, hidden width
 
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def _reason(error: Exception) -> str:
 
 def linear(device: Gpu, save: Save) -> None:
     """Time hidden states to loss and gradients: a product and ours beside Cut Cross-Entropy, which takes no logits."""
-    n_rows, n_classes, n_hidden = (4, 40, 8) if device.dry else (8192, 128256, 2048)
+    n_rows, n_classes, n_hidden = (4, 40, 8) if device.dry else LINEAR
     try:
         theirs = (lambda x, w, y: F.cross_entropy((x @ w.t()).float(), y)) if device.dry else cut_cross_entropy()
     except Exception as error:
