@@ -302,7 +302,9 @@ def stand_in() -> Iterator[Cuda]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", interpret)
         for module in library:
-            patch.setattr(module, "why_not_triton", lambda place: cuda.why_no_kernels if place == PLACE else why_not(place))
+            patch.setattr(
+                module, "why_not_triton", lambda place: cuda.why_no_kernels if place == PLACE else why_not(place)
+            )
         patch.setattr(torch, "is_autocast_enabled", lambda place: place != PLACE and autocast(place))
         for name, value in {
             "Event": functools.partial(Event, cuda), "Stream": functools.partial(Stream, cuda),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import gc
 import importlib.util
 import inspect
@@ -13,7 +12,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import types
@@ -26,7 +24,6 @@ from torch.nn import functional as F
 from bench import gpu, measure
 from bench.gpu import devices, goals, launches, peers, steps
 from bench.gpu import report as gpu_report
-from bonus_ops import bonus_cross_entropy_with_scores
 from bonus_ops.kernels import launch
 from bonus_ops.operators import implementation
 from tests import conftest
@@ -327,8 +324,8 @@ def test_memory_is_kept_where_malloc_agrees(monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two rounds of what a GPU does a hundred times."""
-    monkeypatch.setattr(test_gpu, "range", lambda *ends: range(*(min(end, 2) for end in ends)), raising=False)
+    """One or two rounds of what a GPU does a hundred times."""
+    monkeypatch.setattr(test_gpu, "range", lambda *ends: range(*(min(end, len(ends)) for end in ends)), raising=False)
 
 
 @pytest.mark.parametrize("call", test_gpu.OTHERS.values(), ids=test_gpu.OTHERS)
@@ -395,7 +392,7 @@ def test_the_launches_of_the_sanitizer(cuda, monkeypatch, capsys):
 @contextlib.contextmanager
 def few_and_small():
     """Let steps run in this process on the stand-in, few shapes and few times each; formulas play the kernels."""
-    interleave, make, find_spec = measure.interleave, steps.Bench.__init__, importlib.util.find_spec
+    interleave, find_spec = measure.interleave, importlib.util.find_spec
 
     def twice(step_of, on_gpu, budget_s, reps):
         assert on_gpu and budget_s > 0 and reps in ((7, 51), (20, 20))
@@ -477,10 +474,10 @@ def test_a_whole_run_is_done_and_reported(whole):
     assert "NVIDIA H200, " in readme and "**GPU: not measured.**" not in readme
     verdicts = {row["goal"]: row["verdict"] for row in goals.goals(results) if "Liger" not in row["goal"]}
     assert set(verdicts.values()) <= {goals.MET, goals.MISSED, goals.NOT_MEASURED}
-    of_one_shape = ("forward with all scores / R", "forward and backward with all scores / loss alone",
-                    "gradient made in the forward visit / in backward", "product, loss, scores, gradients / Cut Cross-Entropy")  # fmt: skip
-    rows = [row for row in goals.goals(results) if row["goal"] in of_one_shape and "8192 x 32000" in row["at"]]
-    assert len(rows) == 3 and all(row["outcome"] > 0 for row in rows)
+    rows = [
+        row for row in goals.goals(results) if "in the forward visit" in row["goal"] and "8192 x 32000" in row["at"]
+    ]
+    assert len(rows) == 2 and all(row["outcome"] > 0 for row in rows)
     assert "goals met" in said.splitlines()[-1]
 
 
@@ -553,13 +550,13 @@ def test_a_step_without_a_device_says_why(monkeypatch):
 
 def test_memory_that_runs_out_costs_one_shape():
     with few_and_small() as (patch, _):
-        speed_of, shapes = steps._speed_of, []
+        shapes = []
 
         def once(device, losses, n_rows, n_classes, dtype, forward):
             shapes.append((n_rows, n_classes, dtype))
             if dtype == "fp32" and n_classes == 32000:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
-            return speed_of(device, losses, n_rows, n_classes, dtype, forward)
+            return [{"provider": name, "mode": "train", "ms": {}} for name in losses]
 
         cleared = []
         patch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(1))
@@ -592,9 +589,12 @@ def test_a_wrong_result_of_ours_is_no_success():
         wrong = peers.Peer(lambda: lambda z, y: 1.01 * F.cross_entropy(z, y), bonus=True)
         patch.setitem(peers.PEERS, peers.OURS, wrong)
         patch.setitem(peers.PEERS, peers.IN_FORWARD, peers.PEERS[peers.EAGER])
+        patch.setattr(steps, "_speed_of", lambda device, losses, *_: [{"provider": name} for name in losses])
         found = child_here("speed", 1)
     assert found["status"] == "failed" and "not timed: ours" in found["error"]
-    assert "wrong result" in found["skipped"][peers.OURS] and {row["provider"] for row in found["rows"]} >= {peers.EAGER}
+    assert "wrong result" in found["skipped"][peers.OURS] and {row["provider"] for row in found["rows"]} >= {
+        peers.EAGER
+    }
 
 
 def test_what_cannot_be_timed_is_said():
@@ -624,3 +624,181 @@ def test_what_cannot_be_timed_is_said():
     assert all("not permitted" in row["replay_us skipped"] and row["host_us"] > 0 for row in small["rows"])
     assert [("skipped" in row, row["target"]) for row in targets["rows"]][-1] == (True, "sigmoid")
     assert swept["status"] == "done" and set(swept["rows"][0]["ms"]) == {"now", str(tuple(tiles[0]))}
+
+
+def test_the_first_failures_are_kept(monkeypatch, tmp_path):
+    failing = "echo F; echo '=== FAILURES ==='; echo why; echo FAILED tests/x.py::y; echo 1 failed in 0.10s; exit 1"
+    saved = {}
+    monkeypatch.setattr(steps, "sys", types.SimpleNamespace(executable=script(tmp_path / "python", failing)))
+    with pytest.raises(RuntimeError, match="pytest: exit 1"):
+        steps.gpu_tests(devices.Gpu(), saved.update)
+    assert saved["said"][:2] == ["=== FAILURES ===", "why"] and saved["failed"] == 1
+    assert saved["failures"] == ["FAILED tests/x.py::y"]
+    assert steps.first_failures(["INTERNALERROR", "a crash"]) == ["INTERNALERROR", "a crash"]
+    assert len(steps.first_failures(["=== ERRORS ==="] + ["x"] * 999)) == steps.SAID
+
+
+def test_tools_that_hang_or_are_not_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(steps, "SANITIZER_S", 0.5)
+    monkeypatch.setattr(steps, "TOOLS", ("memcheck", "racecheck"))
+    tool = script(tmp_path / "compute-sanitizer", '[ $2 = memcheck ] && exec sleep 60; echo "$@"; echo 64 launches')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    saved = {}
+    with pytest.raises(RuntimeError, match="compute-sanitizer: memcheck$"):
+        steps.sanitizer(devices.Gpu(), saved.update)
+    assert saved["tools"]["memcheck"] == {"verdict": "timed out"}
+    assert saved["tools"]["racecheck"]["verdict"] == "clean"
+    asked = saved["tools"]["racecheck"]["tail"][0]
+    assert asked.startswith("--tool racecheck --error-exitcode 9 --print-limit 5 ")
+    assert asked.endswith("-m bench.gpu.launches")
+    Path(tool).unlink()
+    monkeypatch.setattr(steps.os.path, "exists", lambda path: False)
+    saved.clear()
+    steps.sanitizer(devices.Gpu(), saved.update)
+    assert saved == {"skipped": "compute-sanitizer is not installed"}
+
+
+def test_a_tool_says_what_it_found():
+    found = steps.said_by_a_tool(9, "\n".join(["========= Invalid read", *["x"] * 999]))
+    assert found["verdict"] == "errors" and found["said"][0] == "========= Invalid read"
+    assert len(found["said"]) == steps.SAID and "said" not in steps.said_by_a_tool(0, "64 launches")
+
+
+def test_a_wrong_linear_loss_is_skipped(monkeypatch):
+    monkeypatch.setattr(steps, "LINEAR", (64, 40, 8))
+
+    def shifted(e, c, targets):
+        return linear_loss(e, c, (targets + 1) % len(c))
+
+    for loss, expected in ((shifted, "wrong result"), (linear_loss, None), (None, "ModuleNotFoundError")):
+        if loss is None:
+            monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
+        else:
+            monkeypatch.setitem(sys.modules, "cut_cross_entropy", types.SimpleNamespace(linear_cross_entropy=loss))
+        saved = {}
+        steps.linear(Elsewhere(), saved.update)
+        assert (expected in saved["skipped"]) if expected else set(saved["ms"]) == {peers.OURS, "Cut Cross-Entropy"}
+
+
+class Elsewhere(devices.StandIn):
+    """As a GPU does, of the sizes asked for."""
+
+    dry = False
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Return a function that installs a package of files until the test ends."""
+    roots = set()
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] in roots]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def install(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+            roots.add(name.split("/")[0])
+        monkeypatch.syspath_prepend(str(tmp_path))
+        forget()
+
+    yield install
+    forget()
+
+
+CROSS_ENTROPY = "from torch.nn.functional import cross_entropy as f\n"
+# what each package offers, with the parameters of its own, see its source
+INSTALLED = {
+    "Liger-Kernel": {
+        "liger_kernel/__init__.py": "",
+        "liger_kernel/transformers/__init__.py": CROSS_ENTROPY + "class LigerCrossEntropyLoss:\n"
+        "    def __init__(self, weight=None, ignore_index=-100, reduction='mean'): pass\n"
+        "    def __call__(self, _input, target): return f(_input, target)\n",
+    },
+    "flash-attention": {
+        "flash_attn/__init__.py": "raise ImportError('flash_attn_2_cuda')\n",
+        "flash_attn/ops/__init__.py": "raise ImportError('flash_attn_2_cuda')\n",
+        "flash_attn/ops/triton/cross_entropy.py": CROSS_ENTROPY + "def cross_entropy_loss(logits, labels, "
+        "precomputed_lse=None, label_smoothing=0.0):\n"
+        "    losses = f(logits, labels, reduction='none')\n    return losses, losses * 0\n",
+    },
+    "QuACK": {
+        "quack/__init__.py": "",
+        "quack/cross_entropy.py": CROSS_ENTROPY + "def cross_entropy(x, target, lse_partial=None, weight=None, "
+        "ignore_index=-100, reduction='mean', inplace_backward=False):\n"
+        "    assert lse_partial is None\n    return f(x, target, reduction=reduction)\n",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_peer_is_found_where_it_is_installed(install, name):
+    device = devices.StandIn()
+    losses, skipped = steps.load_peers(device, [name])
+    if name not in losses:
+        assert skipped[name].startswith("ModuleNotFoundError: No module named")
+    install(INSTALLED[name])
+    losses, skipped = steps.load_peers(device, [name])
+    assert set(losses) == {name} and not skipped
+    z, y = peers.logits(3, 10, torch.float32, "cpu")
+    assert losses[name](z, y) == F.cross_entropy(z, y)
+
+
+def test_cut_cross_entropy_is_found(install):
+    text = "def linear_cross_entropy(e, c, targets, bias=None, ignore_index=-100): return 'the loss'\n"
+    install({"cut_cross_entropy/__init__.py": text})
+    assert peers.cut_cross_entropy()(1, 2, 3) == "the loss"
+
+
+def test_a_peer_that_breaks_is_skipped(monkeypatch):
+    def breaks():
+        raise RuntimeError("ptxas exited with 255\nand more")
+
+    monkeypatch.setitem(peers.PEERS, "QuACK", peers.Peer(breaks, slow_start=True))
+    monkeypatch.setitem(peers.PEERS, "Liger-Kernel", peers.Peer(lambda: lambda z, y: z.sum()))
+    losses, skipped = steps.load_peers(devices.StandIn(), ["QuACK", "Liger-Kernel"])
+    assert not losses and skipped["QuACK"] == "RuntimeError: ptxas exited with 255"
+    assert skipped["Liger-Kernel"].startswith("wrong result")
+
+
+def test_the_compiled_peer_is_compiled_for_each_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    assert peers.PEERS[peers.COMPILED].load() and asked == [{"dynamic": False}]
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_went_wrong(tmp_path, monkeypatch, capsys):
+    steps_of = {
+        "ceilings": {"status": "failed", "error": "a | b"}, "linear": {"status": "done", "skipped": "not installed"},
+        "speed": {"status": "timed out", "skipped": {"QuACK": "no module"}, "rows": []},
+        "targets": {"status": "done", "rows": [{"n_rows": 1, "n_classes": 2, "target": "t", "skipped": "memory"}]},
+        "small": {"status": "done", "rows": [{"n_rows": 1, "n_classes": 2, "provider": "p", "host_us": 3.0}]},
+    }  # fmt: skip
+    results = {"dry": False, "date": "2030-01-01", "command": "c", "commit": "d",
+               "steps": {name: step | {"seconds": 1.0} for name, step in steps_of.items()}}  # fmt: skip
+    written = gpu_report.markdown(results)
+    for line in ("| ceilings | failed | 1 | a / b |", "| linear | done | 1 | not installed |",
+                 "| speed | timed out | 1 | QuACK: no module |", "| 1 x 2 | t | - | - | - |",
+                 "| 1 x 2 | p | 3.0 | - |"):  # fmt: skip
+        assert line in written
+    assert not gpu_report._is_timed(results["steps"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert gpu_report.draw(results, tmp_path / "x.png") is False
+    monkeypatch.setattr(gpu_report, "markdown", lambda *_: 1 / 0)
+    gpu.write(results, tmp_path, "gpu-x")  # the JSON is there all the same
+    assert json.loads((tmp_path / "gpu-x.json").read_text()) == results
+    assert "report: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_without_a_device_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main([], tmp_path, lambda: "a commit")

@@ -6,6 +6,7 @@ Peers are imported where they are asked for; one that is not there, or that fail
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def _flash_attention() -> Loss:
     path = Path(package.submodule_search_locations[0]) / "ops" / "triton" / "cross_entropy.py"
     spec = importlib.util.spec_from_file_location("flash_attn_cross_entropy", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda z, y: module.cross_entropy_loss(z, y)[0].mean()
 
