@@ -157,6 +157,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def graph(self, cuda_graph: CUDAGraph) -> Iterator[None]:
+        self.launched(0)  # torch waits for all streams here; who relies on it has forgotten one
         self.synchronize()
         work: list[Callable[[], None]] = []
         with self.on(Stream(self)):
@@ -218,6 +219,9 @@ class Operators(TorchDispatchMode):
 
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # below autograd it comes whole: `item` of `_local_scalar_dense`
+                return func.decompose(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         there = [x for x in tensors if isinstance(x, There)]
         place = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
