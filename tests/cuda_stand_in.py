@@ -268,15 +268,8 @@ class Places(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], There):
             self.cuda.host_waits("tolist")
             return args[0].held.tolist()
-        if str(kwargs.get("device")) in ("cuda", PLACE):
+        if str(kwargs.get("device")) == "cuda":
             kwargs["device"] = PLACE
-            if func is torch.tensor:  # values come from the host
-                self.cuda.host_waits("torch.tensor")
-                del kwargs["device"]
-                requires_grad = kwargs.pop("requires_grad", False)
-                with _disable_current_modes():
-                    made = func(*args, **kwargs)
-                return There(made).requires_grad_(requires_grad)
         return func(*args, **kwargs)
 
 
@@ -303,7 +296,19 @@ def stand_in() -> Iterator[Cuda]:
 
         cuda.submit(run)
 
+    def from_host(make: Callable[..., Tensor], data: Any, **options: Any) -> Tensor:
+        if str(options.get("device")) not in ("cuda", PLACE):
+            return make(data, **options)
+        cuda.host_waits(make.__name__)
+        del options["device"]
+        requires_grad = options.pop("requires_grad", False)
+        with _disable_current_modes():
+            made = make(data, **options)
+        return There(made).requires_grad_(requires_grad)
+
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("tensor", "as_tensor"):  # no mode sees them everywhere
+            patch.setattr(torch, name, functools.partial(from_host, getattr(torch, name)))
         patch.setattr(GridExecutor, "__call__", interpret)
         for module in library:
             patch.setattr(

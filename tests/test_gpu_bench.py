@@ -125,7 +125,7 @@ REFUSED = {
     "capturing: the host waits": lambda: captured(torch.cuda.synchronize),
     "capturing: an event is timed": lambda: captured(lambda: timed().record()),
     "capturing: _local_scalar": lambda: captured(lambda: torch.ones(1, device="cuda").item()),
-    "capturing: torch.tensor": lambda: captured(lambda: torch.tensor(1.0, device="cuda")),
+    "capturing: tensor": lambda: captured(lambda: torch.tensor(1.0, device="cuda")),
     "capturing: a graph is replayed": lambda: captured(torch.cuda.CUDAGraph().replay),
     "without a preceding": lambda: torch.cuda.CUDAGraph().replay(),
     "has not waited": lambda: on_side(lambda x: x + 1, after=True),
