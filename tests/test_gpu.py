@@ -72,7 +72,8 @@ def test_scores_are_those_of_float64(n_rows, n_classes, dtype):
     _, *scores, _ = step(logits, target)
     truth = reference.scores(logits.detach().double(), target, -100, torch.float64)
     for score, true in zip(scores[:5], truth[:5], strict=True):
-        torch.testing.assert_close(score.double(), true, rtol=1e-5, atol=1e-6)
+        # a margin near 0 is a difference of numbers near 8, which float32 spaces by 1e-6
+        torch.testing.assert_close(score.double(), true, rtol=1e-5, atol=2e-6)
     assert torch.equal(scores[5].long(), truth[5].long())
 
 

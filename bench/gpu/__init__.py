@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,5 +209,6 @@ def _child(options: argparse.Namespace) -> None:
     try:
         getattr(steps, STEPS[options.step].function)(Gpu(), save)
     except Exception as error:
-        save({"error": f"{type(error).__name__}: {str(error)[:300]}"})
+        said = traceback.format_exc().splitlines()[-40:]  # nobody may see the terminal
+        save({"error": f"{type(error).__name__}: {str(error)[:300]}", "traceback": said})
         raise

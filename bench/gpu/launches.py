@@ -17,11 +17,14 @@ from bonus_ops import (
     mixup_cross_entropy,
 )
 
+CLASSES = ((10, 0), (1003, 1), (5003, 3), (32779, 0))  # and elements past an aligned address
+N_CLASSES = 1003  # of the other losses
+
 
 def main(device: str) -> None:
     n_launches = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for n_classes, offset in ((10, 0), (1003, 1), (5003, 3), (32779, 0)):
+        for n_classes, offset in CLASSES:
             if device == "cpu" and n_classes > 2000:
                 continue
             storage = torch.randn(3 * n_classes + offset, device=device).to(dtype)
@@ -35,9 +38,10 @@ def main(device: str) -> None:
                 bonus_cross_entropy_with_softmax(logits.detach(), target)
                 n_launches += 1
     for dtype in (torch.float32, torch.bfloat16):
-        storage = torch.randn(3 * 1003 + 1, device=device).to(dtype)
-        logits = storage[1:].view(3, 1003).requires_grad_()
-        target, shares = torch.tensor([0, 1002, -100], device=device), torch.rand(3, 1003, device=device).to(dtype)
+        storage = torch.randn(3 * N_CLASSES + 1, device=device).to(dtype)
+        logits = storage[1:].view(3, N_CLASSES).requires_grad_()
+        target = torch.tensor([0, N_CLASSES - 1, -100], device=device)
+        shares = torch.rand(3, N_CLASSES, device=device).to(dtype)
         for loss in (
             bonus_cross_entropy(logits, target, label_smoothing=0.1),
             bonus_cross_entropy(logits, shares),
