@@ -194,9 +194,9 @@ def test_every_dtype_is_float64_truth_rounded_once(implementation, reduction, dt
     )
     true_value, true_grad = value_and_grad(F.cross_entropy, logits.double(), target, **options)
     assert value.dtype == grad.dtype == dtype
-    # interpreted bfloat16 stores truncate: a whole unit; wide types gather some rounding of the sums
+    # interpreted bfloat16 stores truncate: a whole unit; wide types gather some rounding of the sums, and a GPU's exp2
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
-    ulps = 1 if dtype in (torch.bfloat16, torch.float16) else 12
+    ulps = 1 if dtype in (torch.bfloat16, torch.float16) else 24
     for actual, truth in ((value, true_value), (grad, true_grad)):
         assert ((actual.double() - truth).abs() <= ulps * eps * truth.abs() + tiny).all()
 

@@ -160,7 +160,9 @@ def test_approximations_err_by_what_the_documents_allow(name):
 
 
 def test_bfloat16_is_rounded_to_nearest_even():
-    x = torch.cat([torch.randn(95), torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 3.4e38, INF, NAN])]).repeat_interleave(1)
+    x = torch.cat([torch.randn(95), torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 3.4e38, INF, NAN])]).repeat_interleave(
+        1
+    )
     x = torch.cat([x, torch.zeros(128 - len(x))])
     found = run(f"ld.global.b32 %r9, [%rd4]; cvt.rn.bf16.f32 %rs1, %r9; cvt.u32.u16 %r10, %rs1;{STORE}",
                 x.view(torch.int32), threads=128)  # fmt: skip

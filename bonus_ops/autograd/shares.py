@@ -137,13 +137,12 @@ def share_rows(
 
 
 def _needs_formula(logits: Tensor, loss: Loss, shares: Shares, implementation: str) -> bool:
-    """Return whether only the formula serves: transforms, a gradient of the shares, or a loss the path lacks."""
+    """Return whether only the formula serves: transforms, a gradient of the shares, or a loss or device the path lacks."""
     tensors = [x for x in shares[:3] if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
     dtype = reference.accumulation_dtype(logits.dtype)
     if any(torch.promote_types(x.dtype, dtype) != dtype for x in tensors):
         return True  # a float64 share makes a float64 loss
-    return (
-        is_transformed() or implementation == "torch" and isinstance(loss, GapLoss) and not loss.adds_to_cross_entropy
-    )
+    lacks = logits.device.type != "cpu" or isinstance(loss, GapLoss) and not loss.adds_to_cross_entropy
+    return is_transformed() or implementation == "torch" and lacks

@@ -135,7 +135,7 @@ def forward(
     fields: Tensor, smoothing: float, bonus_smoothing: float, ignore_index: int, loss: str, scores: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rows [outer, inner, C] to (loss, scores, runner_up, saved), see `DenseResult`."""
+    """Rows [outer, inner, C] to (loss, scores, runner_up, saved), see `DenseResult`: kernels, or a CPU's torch path."""
     decoded = decode(loss, fields)
     shares = Shares(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     if logits.device.type == "cpu" and probabilities is None:
@@ -143,19 +143,14 @@ def forward(
     if implementation == "triton":
         return tuple(_launch_forward(logits, label, ignore_index, decoded, shares, scores))  # type: ignore[return-value]
     out = _empty_result(logits, scores)
-    if logits.device.type == "cpu":
-        rows, _ = torch_shares.visit(logits, label, ignore_index, decoded, shares, scores, None)
-        columns = out.scores if rows.scores is None else rows.scores
-        return (
-            rows.loss,
-            columns,
-            out.runner_up.zero_() if rows.runner_up is None else rows.runner_up,
-            out.saved.zero_(),
-        )
-    value = reference.dense_rows(logits, label, ignore_index, decoded, shares).reshape(-1)
-    *five, runner_up = reference.scores(logits, label, ignore_index)
-    columns = torch.stack(five).reshape(5, -1) if scores else out.scores
-    return value.to(out.loss.dtype), columns, runner_up.reshape(-1), out.saved.zero_()
+    rows, _ = torch_shares.visit(logits, label, ignore_index, decoded, shares, scores, None)
+    columns = out.scores if rows.scores is None else rows.scores
+    return (
+        rows.loss,
+        columns,
+        out.runner_up.zero_() if rows.runner_up is None else rows.runner_up,
+        out.saved.zero_(),
+    )
 
 
 @forward.register_fake
@@ -177,15 +172,10 @@ def backward(
     shares = Shares(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     if implementation == "triton":
         return _launch_backward(logits, label, ignore_index, decoded, shares, (saved, runner_up), grad_loss)
-    if logits.device.type == "cpu":  # the sweep is made again: a second visit costs no more than a second sweep
-        upstream = grad_loss.to(reference.accumulation_dtype(logits.dtype))
-        grad = torch_shares.visit(logits, label, ignore_index, decoded, shares, False, upstream)[1]
-        return torch.empty_like(logits) if grad is None else grad
-    with torch.enable_grad():
-        inner = logits.detach().requires_grad_()
-        value = reference.dense_rows(inner, label, ignore_index, decoded, shares).reshape(-1)
-        (grad,) = torch.autograd.grad(value, inner, grad_loss.to(value.dtype))
-    return torch.empty_like(logits).copy_(grad)
+    # the sweep is made again: a second visit costs no more than a second sweep
+    upstream = grad_loss.to(reference.accumulation_dtype(logits.dtype))
+    grad = torch_shares.visit(logits, label, ignore_index, decoded, shares, False, upstream)[1]
+    return torch.empty_like(logits) if grad is None else grad
 
 
 @backward.register_fake

@@ -126,7 +126,10 @@ class Machine:
         """Return what an instruction does to the active lanes; a branch returns where which of them go."""
         act = getattr(self, f"_{x.name}", None)
         if x.name in ("ld", "st"):
-            act = getattr(self, f"_{x.name}_{'param' if 'param' in x.modifiers else 'shared' if 'shared' in x.modifiers else 'memory'}")
+            act = getattr(
+                self,
+                f"_{x.name}_{'param' if 'param' in x.modifiers else 'shared' if 'shared' in x.modifiers else 'memory'}",
+            )
         elif x.name == "mov" and any(isinstance(o, tuple) for o in x.operands):
             act = self._move_parts
         elif act is None:

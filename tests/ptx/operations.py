@@ -23,7 +23,14 @@ NUMPY: dict[str, Any] = {
     "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32,
 }  # fmt: skip
 TWICE = {"u16": "u32", "u32": "u64", "s16": "s32", "s32": "s64"}
-RELATIVE_ERROR = {"ex2": 2.0**-22, "lg2": 2.0**-22, "rsqrt": 2.0**-22, "sqrt": 2.0**-22, "div": 2.0**-22, "rcp": 2.0**-23}
+RELATIVE_ERROR = {
+    "ex2": 2.0**-22,
+    "lg2": 2.0**-22,
+    "rsqrt": 2.0**-22,
+    "sqrt": 2.0**-22,
+    "div": 2.0**-22,
+    "rcp": 2.0**-23,
+}
 
 
 class Operation:
