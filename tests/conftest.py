@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+from tests import compilers
+
 
 def _accelerator() -> str | None:
     for name in ("cuda", "xpu"):
@@ -25,6 +27,7 @@ INTERPRETED = False
 if ACCELERATOR is None:
     # read when triton is imported, so set before any test module is; with 0 tests of kernels are skipped
     INTERPRETED = os.environ.setdefault("TRITON_INTERPRET", "0" if EMULATED else "1") == "1"
+COMPILED = ACCELERATOR is not None or bool(EMULATED)  # kernels are; their exp2 and division approximate
 WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
     collect_ignore = [
@@ -57,7 +60,11 @@ def pytest_report_header() -> str:
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not WITHOUT_TRITON and not EMULATED and not session.config.option.collectonly:
+        compilers.start(
+            session.config.rootpath, {item.module.__name__ for item in session.items if "compiled" in item.fixturenames}
+        )
     gc.collect()
     gc.freeze()  # thousands of tests that every full collection would walk, and the benchmark makes many
 
@@ -90,6 +97,13 @@ def kernel_device(device: str) -> str:
     if why is not None:
         pytest.skip(f"kernels cannot run: {why}")
     return device
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> str:
+    """Return what this file's compiler printed, see `compilers`."""
+    pytest.importorskip("triton")
+    return compilers.output(request.config.rootpath, request.module.__name__)
 
 
 @pytest.fixture

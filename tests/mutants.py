@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
 TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedules.py", "tests/test_sigmoid.py"
 TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
+GPU_BENCH = "tests/test_gpu_bench.py"
 
 
 class Mutant(NamedTuple):
@@ -40,6 +41,50 @@ def path(case: str) -> str:
 
 
 MUTANTS = (
+    # what only compiled kernels show
+    Mutant(
+        "threads that hold the same sum round another product of it", "kernels/rest.py",
+        "return tl.where(product == 0.0, 0.0, product)", "return product",
+        "tests/test_ptx.py::test_compiled_kernels_pass_the_tests_of_interpreted_ones",
+    ),
+    Mutant(
+        "a constant of the compiler's is set twice", "kernels/elementwise.py",
+        "for axis in tl.static_range(len(shape) - 1, 0, -1):",
+        "for i in tl.static_range(len(shape) - 1):\n            axis: tl.constexpr = len(shape) - 1 - i",
+        f"{SIGMOID}::test_every_launch_binds_compiles_and_fits",
+    ),
+    # devices, and what is timed on them
+    Mutant(
+        "a device without kernels has no gradient of shares", "bonus_ops/autograd/shares.py",
+        'lacks = logits.device.type != "cpu" or isinstance', "lacks = isinstance",
+        "tests/test_other_devices.py::test_gradients_need_no_kernels[smoothing]",
+    ),
+    Mutant(
+        "backward waits for the GPU", "bonus_ops/operators/labels.py",
+        '    how = launching.kernel_modules()["launch"].backward',
+        '    grad_loss.sum().item()\n    how = launching.kernel_modules()["launch"].backward',
+        f"{GPU_BENCH}::test_steps_of_the_gpu_tests",
+    ),
+    Mutant(
+        "a side stream does not wait for its input", "bench/gpu/devices.py",
+        "        side.wait_stream(torch.cuda.current_stream())\n", "",
+        f"{GPU_BENCH}::test_replayed_time_is_that_of_a_call",
+    ),
+    Mutant(
+        "a property that torch calls otherwise", "bench/gpu/devices.py",
+        "properties.L2_cache_size", "properties.l2_cache_size",
+        f"{GPU_BENCH}::test_names_and_keywords_are_those_of_torch",
+    ),
+    Mutant(
+        "a step is timed after it was launched", "bench/measure.py",
+        "    begin.record()\n    step.run()", "    step.run()\n    begin.record()",
+        f"{GPU_BENCH}::test_a_step_is_timed_without_what_prepares_it",
+    ),
+    Mutant(
+        "a wrong result of ours counts as a run", "bench/gpu/steps.py",
+        "    if wrong := [name for name in (OURS, LOSS_ONLY) if name not in losses]:", "    if wrong := []:",
+        f"{GPU_BENCH}::test_a_wrong_result_of_ours_is_no_success",
+    ),
     # which classes are read
     Mutant(
         "the last class is dropped", "kernels/forward.py",
@@ -82,11 +127,11 @@ MUTANTS = (
     ),
     Mutant(
         "0 * -inf is not guarded", "kernels/rest.py",
-        "tl.sum(e * tl.maximum(d, LOWEST), 2)", "tl.sum(e * d, 2)", path("fp32-masked-10"),
+        "e * e, e * tl.maximum(d, LOWEST)", "e * e, e * d", path("fp32-masked-10"),
     ),
     Mutant(
         "sums of squares are rescaled once", "kernels/rest.py",
-        "rest.sum_exp2 * (scale * scale) + tl.sum(e * e, 2)", "rest.sum_exp2 * scale + tl.sum(e * e, 2)",
+        "rest.sum_exp2 * (scale * scale) + tl.sum(e2, 2)", "rest.sum_exp2 * scale + tl.sum(e2, 2)",
         f"{REST}::test_absorb_is_the_definition[typical-fp32]",
     ),
     Mutant(
@@ -96,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "the entropy sum weighs by plain z", "kernels/rest.py",
-        "tl.sum(e * tl.maximum(d, LOWEST), 2)", "tl.sum(e * tl.maximum(z, LOWEST), 2)", path("fp32-shifted-10"),
+        "e * e, e * tl.maximum(d, LOWEST)", "e * e, e * tl.maximum(z, LOWEST)", path("fp32-shifted-10"),
     ),
     Mutant(
         "log2(e) is multiplied in before the max is subtracted", "kernels/rest.py",

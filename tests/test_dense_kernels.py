@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,45 +114,39 @@ def test_every_byte_of_probabilities_and_weights(n_rows, n_classes, layout, bonu
 # --- what the compiler makes of them ----------------------------------------------------------------------------------
 
 
-@functools.cache
-def builds() -> list[dict]:
-    """Compile in another process: under TRITON_INTERPRET nothing can be."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_dense"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def builds(compiled):
+    return json.loads(compiled.splitlines()[-1])
 
 
-def named(wanted) -> dict[str, object]:
-    return {f"{x['target']} {x['kernel']} {x['case']}": wanted(x) for x in builds()}
+def named(builds, wanted) -> dict[str, object]:
+    return {f"{x['target']} {x['kernel']} {x['case']}": wanted(x) for x in builds}
 
 
-def test_every_launch_binds_and_compiles():
+def test_every_launch_binds_and_compiles(builds):
     """`None` in a tuple, a number below the smallest float32: the interpreter takes what the compiler does not."""
-    assert {(x["target"], x["kernel"]) for x in builds()} == {
+    assert {(x["target"], x["kernel"]) for x in builds} == {
         (target, f"dense_{kernel}_kernel") for target in ("sm_90", "gfx942") for kernel in ("forward", "backward")
     }
-    assert len(builds()) == 2 * (7 + 2)
+    assert len(builds) == 2 * (7 + 2)
 
 
 @of_tested_compiler
-def test_no_stack_and_no_spill():
-    assert {name: x for name, x in named(lambda x: x["stack"] + x["spills"]).items() if x} == {}
+def test_no_stack_and_no_spill(builds):
+    assert {name: x for name, x in named(builds, lambda x: x["stack"] + x["spills"]).items() if x} == {}
 
 
-def test_registers_leave_room_for_many_lanes():
+def test_registers_leave_room_for_many_lanes(builds):
     """float64 aside; a transposed row, and one whose weights are read class by class, take most."""
-    used = {name: x for name, x in named(lambda x: x["registers"]).items() if "float64" not in name}
+    used = {name: x for name, x in named(builds, lambda x: x["registers"]).items() if "float64" not in name}
     assert {name: x for name, x in used.items() if x > 192} == {}
     wide = {name: x for name, x in used.items() if "50257" in name and "weight" not in name}
     assert wide and {name: x for name, x in wide.items() if x > 104} == {}
 
 
-def test_long_rows_are_read_and_written_by_whole_vectors_and_no_lane_waits():
+def test_long_rows_are_read_and_written_by_whole_vectors_and_no_lane_waits(builds):
     """Odd numbers of classes too; class weights are read one by one."""
-    rows = [x for x in builds() if x["target"] == "sm_90" and "50257 torch.bfloat16" in x["case"]]
+    rows = [x for x in builds if x["target"] == "sm_90" and "50257 torch.bfloat16" in x["case"]]
     assert len(rows) == 4
     for x in rows:
         name = f"{x['kernel']} {x['case']}"

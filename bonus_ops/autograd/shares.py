@@ -137,7 +137,7 @@ def share_rows(
 
 
 def _needs_formula(logits: Tensor, loss: Loss, shares: Shares, implementation: str) -> bool:
-    """Return whether only the formula serves: transforms, a gradient of the shares, or a loss or device the path lacks."""
+    """Return whether only the formula serves: transforms, gradients of shares, what the path lacks."""
     tensors = [x for x in shares[:3] if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True

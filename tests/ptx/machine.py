@@ -124,16 +124,13 @@ class Machine:
 
     def _step(self, x: Instruction) -> Callable[[Array], tuple[int, Array] | None]:
         """Return what an instruction does to the active lanes; a branch returns where which of them go."""
-        act = getattr(self, f"_{x.name}", None)
         if x.name in ("ld", "st"):
-            act = getattr(
-                self,
-                f"_{x.name}_{'param' if 'param' in x.modifiers else 'shared' if 'shared' in x.modifiers else 'memory'}",
-            )
+            (space,) = {"param", "shared", "global"} & set(x.modifiers)
+            act = getattr(self, f"_{x.name}_{space}")
         elif x.name == "mov" and any(isinstance(o, tuple) for o in x.operands):
             act = self._move_parts
-        elif act is None:
-            act = self._compute(x)
+        else:
+            act = getattr(self, f"_{x.name}", None) or self._compute(x)
 
         def step(active: Array) -> tuple[int, Array] | None:
             if x.guard is not None:
@@ -183,7 +180,7 @@ class Machine:
         self.write(into, np.array(self.parameters[where.base] % 2 ** (8 * _bytes(x.type)), f"u{_bytes(x.type)}").view(
             NUMPY[x.type]), active)  # fmt: skip
 
-    def _ld_memory(self, x: Instruction, active: Array) -> None:
+    def _ld_global(self, x: Instruction, active: Array) -> None:
         self._load(x, active, self.memory.load)
 
     def _ld_shared(self, x: Instruction, active: Array) -> None:
@@ -200,7 +197,7 @@ class Machine:
             value[lanes] = part
             self.write(name, value.view(NUMPY[x.type]), active)
 
-    def _st_memory(self, x: Instruction, active: Array) -> None:
+    def _st_global(self, x: Instruction, active: Array) -> None:
         self._store(x, active, self.memory.store)
 
     def _st_shared(self, x: Instruction, active: Array) -> None:

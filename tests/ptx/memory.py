@@ -31,10 +31,9 @@ class Region:
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.begin = tensor.data_ptr()
         self.end = self.begin + (last + 1) * tensor.element_size()
-        self._floor = self.begin & ~15
-        self._bytes = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * (-(-(self.end - self._floor) // 16) * 16)).from_address(self._floor)
-        )
+        self._floor = self.begin & ~15  # words of any size are whole from here on; those outside are never used
+        whole = -(-(self.end - self._floor) // 16) * 16
+        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * whole).from_address(self._floor))
 
     def words(self, addresses: Array, size: int) -> tuple[Array, Array]:
         """Return all words of a size, and which of them lie at the addresses."""

@@ -23,14 +23,7 @@ NUMPY: dict[str, Any] = {
     "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32,
 }  # fmt: skip
 TWICE = {"u16": "u32", "u32": "u64", "s16": "s32", "s32": "s64"}
-RELATIVE_ERROR = {
-    "ex2": 2.0**-22,
-    "lg2": 2.0**-22,
-    "rsqrt": 2.0**-22,
-    "sqrt": 2.0**-22,
-    "div": 2.0**-22,
-    "rcp": 2.0**-23,
-}
+RELATIVE_ERROR = dict.fromkeys(("ex2", "lg2", "rsqrt", "sqrt", "div"), 2.0**-22) | {"rcp": 2.0**-23}
 
 
 class Operation:
@@ -187,9 +180,9 @@ def _setp(x: Instruction) -> Operation:
         function = lambda a, b: compare(widened(a), widened(b))  # noqa: E731
     if "ftz" in x.modifiers:
         function = lambda a, b: compare(_flushed(a), _flushed(b))  # noqa: E731
-    both = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
-    for name in both.keys() & set(x.modifiers[1:-1]):
-        return Operation("pred", (kind, kind, "pred"), lambda a, b, p: both[name](function(a, b), p))
+    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(x.modifiers[1])
+    if join is not None:
+        return Operation("pred", (kind, kind, "pred"), lambda a, b, p: join(function(a, b), p))
     return Operation("pred", (kind, kind), function)
 
 

@@ -1,0 +1,71 @@
+"""Compilers beside the tests: in processes of their own, since under TRITON_INTERPRET nothing can be compiled.
+
+They start with the session, for the test files that were chosen, and run one after another on a core that the tests
+leave idle.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+
+KERNELS = "tests/test_kernels.py::"
+EMULATED = (
+    "tests/test_emulated.py",
+    *(f"{KERNELS}test_every_regime_and_path[fp32-typical-{n}]" for n in (1, 2, 3, 8, 10, 63, 64, 65, 1000, 1003, 2056)),
+    *(f"{KERNELS}test_every_regime_and_path[bf16-{x}]" for x in ("ties-10", "typical-65", "masked-1003")),
+    *(f"{KERNELS}test_every_regime_and_path[fp64-{x}]" for x in ("confident-10", "typical-65", "masked-1003")),
+    *(f"{KERNELS}test_paths_of_whole_vectors_and_split_rows[16391-{x}]" for x in ("fp32", "bf16", "fp16")),
+    *(f"{KERNELS}test_every_layout[fp32-{x}-1003]" for x in ("transposed", "padded_rows", "offset_3")),
+    *(f"{KERNELS}test_a_bad_logit_spoils_its_row_alone[rest-nan-{n}]" for n in (10, 1003)),
+    "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+    "tests/test_dense.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
+    "tests/test_mixup.py::test_any_number_of_classes[137-triton]",
+    "tests/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
+)
+COMMANDS = {  # in the order in which the tests ask for them
+    "tests.test_codegen": ("-m", "bench", "codegen", "--quick", "--json"),
+    "tests.test_dense_kernels": ("-m", "tests.compile_dense"),
+    "tests.test_launch": ("-m", "tests.compile_launches"),
+    "tests.test_sigmoid": ("-m", "tests.compile_elementwise"),
+    "tests.test_ptx": ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED),
+}
+_outputs: dict[str, Future[str]] = {}
+
+
+def start(root: Path, modules: Iterable[str]) -> None:
+    """Start what these test files will ask for, on the tree at ``root``; returns at once."""
+    new = [name for name in COMMANDS if name in set(modules) and name not in _outputs]
+    _outputs.update({name: Future() for name in new})
+    if new:
+        threading.Thread(target=_run, args=(root, new), daemon=True).start()
+
+
+def output(root: Path, module: str) -> str:
+    """Return what the compiler of a test file printed."""
+    start(root, [module])
+    return _outputs[module].result()
+
+
+def _run(root: Path, names: list[str]) -> None:
+    for name in names:
+        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EMULATE")}
+        environment["PYTHONPATH"] = str(root)
+        if name == "tests.test_ptx":
+            environment |= {"EMULATE": "sm_90", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+        command = [sys.executable, *COMMANDS[name]]
+        done = subprocess.Popen(
+            command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        atexit.register(done.kill)
+        said, complained = done.communicate()
+        if done.returncode:
+            _outputs[name].set_exception(AssertionError(f"{' '.join(command)}\n{said[-5000:]}{complained[-3000:]}"))
+        else:
+            _outputs[name].set_result(said)
