@@ -103,9 +103,14 @@ NAN, INF = math.nan, math.inf
         ("cvt.rzi.s32.f32 %r10, 0f7F800000;", 2**31 - 1),
         ("cvt.rzi.s32.f32 %r10, 0f7FC00000;", 0),
         ("cvt.rn.bf16x2.f32 %r10, 0f3F800000, 0f40000000;", 0x3F804000),
+        ("mov.b16 %rs1, 0x3FC0; sub.rn.f32.bf16 %r10, %rs1, 0f3F000000;", bits(1.0)),
+        ("mov.b16 %rs1, 0x3E00; fma.rn.f32.f16 %r10, %rs1, %rs1, 0f3F000000;", bits(2.75)),
         ("mov.b16 %rs1, 0x3FC0; cvt.f32.bf16 %r10, %rs1;", bits(1.5)),
         ("mov.b16 %rs1, 0x3E00; cvt.f32.f16 %r10, %rs1;", bits(1.5)),
         ("cvt.rn.f32.s32 %r10, 16777217;", bits(16777216.0)),
+        ("mov.b64 %rd9, {0f40000000, 0f3F800000}; fma.rn.f32x2 %rd9, %rd9, %rd9, %rd9; mov.b64 {_, %r10}, %rd9;",
+         bits(2.0)),
+        ("mov.b64 %rd9, {0f40000000, 0f3F800000}; add.f32x2 %rd9, %rd9, %rd9; mov.b64 {%r10, _}, %rd9;", bits(4.0)),
         ("add.s16x2 %r10, 0x0001FFFF, 0x00010001;", 0x00020000),
         ("mov.b32 %r10, 3; setp.lt.s32 %p1, 1, 2; @!%p1 mov.b32 %r10, 4;", 3),
     ],
@@ -118,6 +123,7 @@ def test_integers_and_formats(line, expected):
     ("line", "a", "b", "expected"),
     [
         ("max.f32 %r10, %r8, %r9;", NAN, -1.0, -1.0),
+        ("max.f32 %r10, %r8, %r9, 0f40A00000;", NAN, -1.0, 5.0),
         ("max.NaN.f32 %r10, %r8, %r9;", NAN, -1.0, NAN),
         ("min.f32 %r10, %r8, %r9;", 2.0, NAN, 2.0),
         ("fma.rn.f32 %r10, %r8, %r8, %r9;", 1 + 2.0**-12, -1 - 2.0**-11, 2.0**-24),
@@ -297,6 +303,30 @@ def test_reads_by_several_warps_are_all_remembered():
         with pytest.raises(Fault, match="before a barrier"):
             run(body + first_writes.format(thread=thread), threads=64)
         run(body + PROGRAM + first_writes.format(thread=thread), threads=64)
+
+
+def test_matrices_of_eight_columns():
+    """Transposed: a lane's two elements lie in two rows."""
+    body = """
+	mul.lo.s32 %r7, %r1, 16;
+	and.b32 %r7, %r7, 127;
+	add.s32 %r7, %r91, %r7;
+	st.shared.b32 [%r5], %r1;
+	bar.warp.sync -1;
+	ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r10}, [%r7];
+	bar.warp.sync -1;
+	stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {%r10};
+	bar.warp.sync -1;
+	ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r11}, [%r7];
+	bar.warp.sync -1;
+	stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%r7], {%r11};
+	bar.warp.sync -1;
+	ld.shared.b32 %r12, [%r5];
+"""
+    elements = np.arange(32, dtype=np.uint32).view(np.uint16).reshape(8, 8)
+    columns = np.ascontiguousarray(elements.T).view(np.uint32).ravel().tolist()
+    assert run(body + STORE) == columns
+    assert run(body + "mov.b32 %r10, %r12;" + STORE) == list(range(32))  # twice transposed
 
 
 def test_matrices_of_eight_rows():

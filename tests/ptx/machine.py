@@ -250,27 +250,37 @@ class Machine:
     def _ldmatrix(self, x: Instruction, active: Array) -> None:
         names, where = x.operands
         lanes = np.flatnonzero(active)
-        for name, at in zip(names, self._matrix_words(x, where, active), strict=False):
+        for name, places in zip(names, self._matrices(x, where, active), strict=False):
             value = np.zeros(self.n_lanes, np.uint32)
-            (value[lanes],) = self.shared.load(lanes, at, 4, 1)
+            for i, at in enumerate(places):
+                (part,) = self.shared.load(lanes, at, 4 // len(places), 1)
+                value[lanes] |= part.astype(np.uint32) << np.uint32(16 * i)
             self.write(name, value, active)
 
     def _stmatrix(self, x: Instruction, active: Array) -> None:
         where, names = x.operands
         lanes = np.flatnonzero(active)
-        for name, at in zip(names, self._matrix_words(x, where, active), strict=False):
-            self.shared.store(lanes, at, [np.broadcast_to(self.read(name, "b32"), self.n_lanes)[lanes]])
+        for name, places in zip(names, self._matrices(x, where, active), strict=False):
+            value = np.broadcast_to(self.read(name, "b32"), self.n_lanes)[lanes]
+            for i, at in enumerate(places):
+                part = (value >> np.uint32(16 * i)).astype(f"u{4 // len(places)}")
+                self.shared.store(lanes, at, [part])
 
-    def _matrix_words(self, x: Instruction, where: Address, active: Array) -> list[Array]:
-        """Return for up to four 8 x 8 matrices where each lane's two elements lie.
+    def _matrices(self, x: Instruction, where: Address, active: Array) -> list[list[Array]]:
+        """Return for up to four 8 x 8 matrices where each lane's two elements lie: in one word, or transposed in two.
 
-        8 lanes give the addresses of the rows, 16 bytes each; four lanes share a row.
+        8 lanes give the addresses of the rows, 16 bytes each; four lanes share a row, or a column.
         """
-        assert x.type == "b16" and "trans" not in x.modifiers, x.line
+        assert x.type == "b16", x.line
         self._whole(active, WARP, "warp")
         lanes, address = np.flatnonzero(active), self._address(where)
         lane, warp = lanes % WARP, lanes // WARP * WARP
-        return [address[warp + 8 * i + lane // 4] + np.uint64(4) * (lane % 4).astype(np.uint64) for i in range(4)]
+        quarter, eighth = (lane % 4).astype(np.uint64), (lane // 4).astype(np.uint64)
+        if "trans" not in x.modifiers:
+            return [[address[warp + 8 * i + lane // 4] + np.uint64(4) * quarter] for i in range(4)]
+        return [
+            [address[warp + 8 * i + 2 * (lane % 4) + e] + np.uint64(2) * eighth for e in range(2)] for i in range(4)
+        ]
 
     def _redux(self, x: Instruction, active: Array) -> None:
         into, value, _ = x.operands

@@ -6,6 +6,7 @@ as the bits of the result fall: what holds with them holds on hardware.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ NUMPY: dict[str, Any] = {
     "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64,
     "bf16": np.uint16, "f16x2": np.uint32, "bf16x2": np.uint32, "s16x2": np.uint32, "u16x2": np.uint32,
+    "f32x2": np.uint64,
 }  # fmt: skip
 TWICE = {"u16": "u32", "u32": "u64", "s16": "s32", "s32": "s64"}
 RELATIVE_ERROR = dict.fromkeys(("ex2", "lg2", "rsqrt", "sqrt", "div"), 2.0**-22) | {"rcp": 2.0**-23}
@@ -69,10 +71,14 @@ def _pair(high: Array, low: Array) -> Array:
 
 def _plain(function: Function, n: int) -> Callable[[Instruction], Operation]:
     def build(x: Instruction) -> Operation:
+        if x.modifiers[-2:] in (("f32", "bf16"), ("f32", "f16")):  # all but the last argument are narrow
+            wide = widened if x.type == "bf16" else lambda a: a.astype(np.float32)
+            return Operation("f32", (x.type,) * (n - 1) + ("f32",), lambda *a: function(*map(wide, a[:-1]), a[-1]))
         if x.type == "bf16":
             return Operation("bf16", ("bf16",) * n, lambda *a: as_bfloat16(function(*map(widened, a))))
         if x.type.endswith("x2"):
-            return Operation("b32", ("b32",) * n, _by_halves(function, NUMPY[x.type[:-2]]))
+            packed = "b64" if x.type == "f32x2" else "b32"
+            return Operation(packed, (packed,) * n, _by_halves(function, NUMPY[x.type[:-2]]))
         flush = "ftz" in x.modifiers
         return Operation(x.type, (x.type,) * n, _with_flush(function) if flush else function)
 
@@ -84,10 +90,13 @@ def _with_flush(function: Function) -> Function:
 
 
 def _by_halves(function: Function, kind: Any) -> Function:
+    bits = 8 * np.dtype(kind).itemsize
+    word, pair = np.dtype(f"u{bits // 8}").type, np.dtype(f"u{bits // 4}").type
+
     def run(*packed: Array) -> Array:
-        halves = [np.stack([p & 0xFFFF, p >> 16]).astype(np.uint16).view(kind) for p in packed]
-        low, high = function(*halves).view(np.uint16)
-        return _pair(high, low)
+        halves = [np.stack([p, p >> pair(bits)]).astype(word).view(kind) for p in packed]
+        low, high = function(*halves).view(word).astype(pair)
+        return low | (high << pair(bits))
 
     return run
 
@@ -111,7 +120,7 @@ def _mad(x: Instruction) -> Operation:
 
 def _fma(x: Instruction) -> Operation:
     exact = np.longdouble if x.type == "f64" else np.float64  # a product of two float32 is exact in float64
-    kind = NUMPY[x.type]
+    kind = NUMPY["f32" if "f32" in x.modifiers else x.type.removesuffix("x2")]
     return _plain(lambda a, b, c: (a.astype(exact) * b.astype(exact) + c.astype(exact)).astype(kind), 3)(x)
 
 
@@ -155,7 +164,8 @@ def _extreme(number: Function, or_nan: Function) -> Callable[[Instruction], Oper
         function = or_nan if "NaN" in x.modifiers else number
         if "relu" in x.modifiers:
             return _plain(lambda a, b: np.maximum(function(a, b), 0).astype(a.dtype), 2)(x)
-        return _plain(function, 2)(x)
+        n = len(x.operands) - 1  # two, or three
+        return _plain(lambda *a: functools.reduce(function, a), n)(x)
 
     return build
 
