@@ -55,7 +55,7 @@ def first_sweep(
     z = tl.where(others, z, -float("inf"))
     both = merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
     at = both.max[:, None]
-    edge = pay(unpaid(z), at, at, z[:, :, None], t[:, :, None], v[:, :, None], others[:, :, None], gamma)
+    edge = pay(unpaid(z), at, at, z[:, :, None], t[:, :, None], v[:, :, None], others[:, :, None], gamma, False)
     body = Paid(paid.total[:, None], paid.cost[:, None], paid.power[:, None])
     body = paid_by_row(body, rest.max[:, None], both.max, gamma)
     return both, Paid(
@@ -79,7 +79,7 @@ def pay_tile(
         rest = absorb_in_any_order(rest, z, chunk, SPREAD)
     else:
         rest = absorb(rest, z, chunk)
-    return rest, pay(paid, before, rest.max, z, t, v, others, gamma)
+    return rest, pay(paid, before, rest.max, z, t, v, others, gamma, SPREAD)
 
 
 class Sums(NamedTuple):

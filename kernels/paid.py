@@ -32,7 +32,7 @@ def unpaid(like):
 
 
 @triton.jit
-def pay(paid, before, maximum, z, t, v, others, gamma):
+def pay(paid, before, maximum, z, t, v, others, gamma, SPREAD: tl.constexpr):
     """Add the tile ``z`` that moved the max from ``before`` to ``maximum``: all of it, or ``others``.
 
     ``t`` and ``v`` are numbers where all classes of the tile have the same share; without one a class pays nothing.
@@ -49,7 +49,8 @@ def pay(paid, before, maximum, z, t, v, others, gamma):
         total, cost = tl.sum(t, 2), tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)
     power = paid.power
     if gamma is not None:
-        power = power * exp(gamma * (before - at)) + tl.sum(where_any(others, v * exp(gamma * d)), 2)
+        of_tile = v * exp(gamma * d)
+        power = power * exp(gamma * (before - at)) + tl.sum(rounded(of_tile) if SPREAD else of_tile, 2)
     return Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)
 
 
