@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from .rest import rounded
+from .rest import chunk_sum, rounded
 from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin
 
 TINY = tl.constexpr(2.0**-126)  # the smallest normal float32: a smaller constant would make everything float64
@@ -138,6 +138,5 @@ def log_bonus_below_half_sums(TERMS: tl.constexpr, mask, p, log_p, share, params
         value, odds = share * tl.log(product), share * odds
     else:
         odds, product = tl.reduce((share * p, rest), 2, add_fractions_alike if SPREAD else add_fractions)
-        value = share * log_of_rest(p)
-        value = tl.sum(rounded(value) if SPREAD else value, 2)
+        value = chunk_sum(share * log_of_rest(p), SPREAD)
     return params[0] * value, params[0] * odds * reciprocal(product)

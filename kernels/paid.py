@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rest import origin, rounded
+from .rest import chunk_sum, origin, rounded
 from .rows import CHUNK
 from .scalar import exp
 from .shares import where_any
@@ -49,8 +49,7 @@ def pay(paid, before, maximum, z, t, v, others, gamma, SPREAD: tl.constexpr):
         total, cost = tl.sum(t, 2), tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)
     power = paid.power
     if gamma is not None:
-        of_tile = v * exp(gamma * d)
-        power = power * exp(gamma * (before - at)) + tl.sum(rounded(of_tile) if SPREAD else of_tile, 2)
+        power = power * exp(gamma * (before - at)) + chunk_sum(v * exp(gamma * d), SPREAD)
     return Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)
 
 

@@ -52,17 +52,14 @@ def absorb(rest, z, index, SPREAD: tl.constexpr = False):
     at = origin(new_max)
     d = z - at[:, :, None]
     e = exp(d)
-    e2, e_d = e * e, e * tl.maximum(d, LOWEST)
-    if SPREAD:
-        e2, e_d = rounded(e2), rounded(e_d)
     shift = tl.maximum(rest.max - at, LOWEST)
     scale = exp(rest.max - at)
     return RestStats(
         new_max,
         tl.where(tile_max > rest.max, index, rest.argmax),
         rest.sum_exp * scale + tl.sum(e, 2),
-        rest.sum_exp2 * (scale * scale) + tl.sum(e2, 2),
-        (rest.sum_exp_z + rest.sum_exp * shift) * scale + tl.sum(e_d, 2),
+        rest.sum_exp2 * (scale * scale) + chunk_sum(e * e, SPREAD),
+        (rest.sum_exp_z + rest.sum_exp * shift) * scale + chunk_sum(e * tl.maximum(d, LOWEST), SPREAD),
     )
 
 
@@ -99,6 +96,12 @@ def across(rest):
         tl.sum(rounded(rest.sum_exp2 * (scale * scale)), 1),
         tl.sum(rounded((rest.sum_exp_z + rest.sum_exp * shift) * scale), 1),
     )
+
+
+@triton.jit
+def chunk_sum(product, SPREAD: tl.constexpr):
+    """Return the sum over the classes of each chunk, ``SPREAD`` over threads or in one."""
+    return tl.sum(rounded(product) if SPREAD else product, 2)
 
 
 @triton.jit

@@ -127,11 +127,11 @@ MUTANTS = (
     ),
     Mutant(
         "0 * -inf is not guarded", "kernels/rest.py",
-        "e * e, e * tl.maximum(d, LOWEST)", "e * e, e * d", path("fp32-masked-10"),
+        "chunk_sum(e * tl.maximum(d, LOWEST), SPREAD)", "chunk_sum(e * d, SPREAD)", path("fp32-masked-10"),
     ),
     Mutant(
         "sums of squares are rescaled once", "kernels/rest.py",
-        "rest.sum_exp2 * (scale * scale) + tl.sum(e2, 2)", "rest.sum_exp2 * scale + tl.sum(e2, 2)",
+        "rest.sum_exp2 * (scale * scale) + chunk_sum(", "rest.sum_exp2 * scale + chunk_sum(",
         f"{REST}::test_absorb_is_the_definition[typical-fp32]",
     ),
     Mutant(
@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "the entropy sum weighs by plain z", "kernels/rest.py",
-        "e * e, e * tl.maximum(d, LOWEST)", "e * e, e * tl.maximum(z, LOWEST)", path("fp32-shifted-10"),
+        "chunk_sum(e * tl.maximum(d, LOWEST)", "chunk_sum(e * tl.maximum(z, LOWEST)", path("fp32-shifted-10"),
     ),
     Mutant(
         "log2(e) is multiplied in before the max is subtracted", "kernels/rest.py",
@@ -496,7 +496,7 @@ MUTANTS = (
     ),
     Mutant(
         "lanes are not rescaled to a new max", "kernels/paid.py",
-        "power = power * exp(gamma * (before - at)) + tl.sum", "power += tl.sum",
+        "power = power * exp(gamma * (before - at)) + chunk_sum", "power += chunk_sum",
         "tests/test_dense.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
     ),
     Mutant(
