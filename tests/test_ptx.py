@@ -305,14 +305,20 @@ def test_reads_by_several_warps_are_all_remembered():
         run(body + PROGRAM + first_writes.format(thread=thread), threads=64)
 
 
-def test_matrices_of_eight_columns():
-    """Transposed: a lane's two elements lie in two rows."""
-    body = """
+EIGHT_ROWS = """
 	mul.lo.s32 %r7, %r1, 16;
 	and.b32 %r7, %r7, 127;
-	add.s32 %r7, %r91, %r7;
+	add.s32 %r7, %r91, %r7;               // row of the lane, modulo 8
 	st.shared.b32 [%r5], %r1;
 	bar.warp.sync -1;
+"""
+
+
+def test_matrices_of_eight_columns():
+    """Transposed: a lane's two elements lie in two rows."""
+    body = (
+        EIGHT_ROWS
+        + """
 	ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r10}, [%r7];
 	bar.warp.sync -1;
 	stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {%r10};
@@ -323,6 +329,7 @@ def test_matrices_of_eight_columns():
 	bar.warp.sync -1;
 	ld.shared.b32 %r12, [%r5];
 """
+    )
     elements = np.arange(32, dtype=np.uint32).view(np.uint16).reshape(8, 8)
     columns = np.ascontiguousarray(elements.T).view(np.uint32).ravel().tolist()
     assert run(body + STORE) == columns
@@ -331,12 +338,9 @@ def test_matrices_of_eight_columns():
 
 def test_matrices_of_eight_rows():
     """Four lanes share a row of 16 bytes whose address another lane gives."""
-    body = """
-	mul.lo.s32 %r7, %r1, 16;
-	and.b32 %r7, %r7, 127;
-	add.s32 %r7, %r91, %r7;
-	st.shared.b32 [%r5], %r1;
-	bar.warp.sync -1;
+    body = (
+        EIGHT_ROWS
+        + """
 	ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r10}, [%r7];
 	bar.warp.sync -1;
 	add.s32 %r11, %r10, 100;
@@ -345,6 +349,7 @@ def test_matrices_of_eight_rows():
 	ld.shared.b32 %r12, [%r5];
 	add.s32 %r10, %r10, %r12;
 """
+    )
     assert run(body + STORE) == [2 * i + 100 for i in range(32)]
 
 
