@@ -28,7 +28,7 @@ MOST_INSTRUCTIONS_OF = {
     "mixup_backward_kernel": 9.0,
 }
 # bytes of stack, outside the loops or not: not met yet, and printed as such
-STACK_OF = {("dense_forward_kernel", "sm_100"): 16, ("dense_forward_kernel", "sm_90"): 8}
+STACK_OF = {("dense_forward_kernel", "sm_100"): 16}
 MERGED = 2 * (CHUNK + 3) + 12  # exponentials of the edge, the merge of lanes and the scalar functions of the gap
 
 
