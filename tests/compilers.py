@@ -18,6 +18,8 @@ from pathlib import Path
 KERNELS = "tests/test_kernels.py::"
 EMULATED = (
     "tests/test_emulated.py",
+    "tests/test_gpu.py::test_half_precision_is_rounded_once",
+    "tests/test_gpu.py::test_rows_and_targets_at_any_address",
     *(f"{KERNELS}test_every_regime_and_path[fp32-typical-{n}]" for n in (1, 2, 3, 8, 10, 63, 64, 65, 1000, 1003, 2056)),
     *(f"{KERNELS}test_every_regime_and_path[bf16-{x}]" for x in ("ties-10", "typical-65", "masked-1003")),
     *(f"{KERNELS}test_every_regime_and_path[fp64-{x}]" for x in ("confident-10", "typical-65", "masked-1003")),

@@ -1,4 +1,7 @@
-"""What only a GPU can show: rounding of the hardware's exp2, 64-bit offsets, streams, graphs, synchronisation."""
+"""What only a GPU can show: rounding of the hardware's exp2, 64-bit offsets, streams, graphs, synchronisation.
+
+Where a GPU is emulated its arithmetic and addresses are tested.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,19 @@ from bonus_ops import (
     mixup_cross_entropy,
     reference,
 )
-from tests.conftest import ACCELERATOR
+from tests.conftest import ACCELERATOR, EMULATED
 
-pytestmark = pytest.mark.skipif(ACCELERATOR != "cuda", reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(ACCELERATOR != "cuda" and not EMULATED, reason="needs a CUDA device")
+only_cuda = pytest.mark.skipif(bool(EMULATED), reason="needs a CUDA device")
+DEVICE = "cpu" if EMULATED else "cuda"
 HALVES = (torch.bfloat16, torch.float16)
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get
 SHAPES = ((600, 10), (70, 1000), (70, 1003), (9, 5003), (5, 50257), (3, 262144))
 
 
 def draw(n_rows, n_classes, dtype=torch.float32, scale=3.0):
-    logits = (scale * torch.randn(n_rows, n_classes, device="cuda")).to(dtype)
-    return logits.requires_grad_(), torch.randint(n_classes, (n_rows,), device="cuda")
+    logits = (scale * torch.randn(n_rows, n_classes, device=DEVICE)).to(dtype)
+    return logits.requires_grad_(), torch.randint(n_classes, (n_rows,), device=DEVICE)
 
 
 def step(logits, target, **options):
@@ -57,7 +62,7 @@ def test_half_precision_is_rounded_once(n_rows, n_classes, dtype):
         logits, target, reduction="none", bonus=None, implementation="triton"
     )
     (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.5))
-    upstream = torch.full((n_rows,), 0.5, device="cuda", dtype=torch.float64)
+    upstream = torch.full((n_rows,), 0.5, device=DEVICE, dtype=torch.float64)
     assert grad.dtype == softmax.dtype == dtype
     assert ulps(grad, reference.gradient(exact, target, -100, CrossEntropy(), upstream)) <= 0.51
     assert ulps(softmax, reference.softmax(exact, target, -100)) <= 0.51
@@ -77,6 +82,7 @@ def test_scores_are_those_of_float64(n_rows, n_classes, dtype):
     assert torch.equal(scores[5].long(), truth[5].long())
 
 
+@only_cuda
 def test_more_logits_than_a_32_bit_offset_reaches():
     for n_logits in (2**31, 2**32):  # one test, so that parallel workers do not hold both
         for n_classes in (1000, 262144):
@@ -87,8 +93,8 @@ def test_more_logits_than_a_32_bit_offset_reaches():
 def assert_far_rows_are_right(n_rows, n_classes):
     if torch.cuda.mem_get_info()[0] < 5.2 * n_rows * n_classes:
         pytest.skip(f"not enough memory for {n_rows} x {n_classes} logits and their gradient")
-    logits = torch.empty(n_rows, n_classes, device="cuda", dtype=torch.bfloat16).normal_().requires_grad_()
-    target = torch.randint(n_classes, (n_rows,), device="cuda")
+    logits = torch.empty(n_rows, n_classes, device=DEVICE, dtype=torch.bfloat16).normal_().requires_grad_()
+    target = torch.randint(n_classes, (n_rows,), device=DEVICE)
     everything = step(logits, target)
     for rows in (slice(0, 8), slice(n_rows - 64, n_rows)):
         few = logits.detach()[rows].clone().requires_grad_()
@@ -103,20 +109,21 @@ def test_rows_and_targets_at_any_address(n_classes, dtype):
     logits, target = draw(5, n_classes, dtype)
     expected = step(logits, target)
     for offset in range(1, 9):
-        storage = torch.full((5 * n_classes + offset,), float("nan"), device="cuda", dtype=dtype)
+        storage = torch.full((5 * n_classes + offset,), float("nan"), device=DEVICE, dtype=dtype)
         moved = storage[offset:].view(5, n_classes)
         moved.copy_(logits.detach())
-        labels = torch.full((5 + offset,), -(10**9), device="cuda")[offset:]  # 8 bytes past an aligned address
+        labels = torch.full((5 + offset,), -(10**9), device=DEVICE)[offset:]  # 8 bytes past an aligned address
         labels.copy_(target)
         for x, y in zip(step(moved.requires_grad_(), labels), expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-2 if x.dtype in HALVES else 1e-5, atol=1e-6)
 
 
+@only_cuda
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("n_classes", [10, 1003, 262144])
 def test_nothing_waits_for_the_device(n_classes, reduction):
     logits, target = draw(8, n_classes)
-    weight = torch.rand(n_classes, device="cuda")
+    weight = torch.rand(n_classes, device=DEVICE)
 
     def run():
         found = []
@@ -145,10 +152,11 @@ OTHERS = {
 }
 
 
+@only_cuda
 @pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
 def test_other_losses_wait_for_nothing_and_replay(call):
     logits, target = draw(64, 1003)
-    shares = torch.rand(64, 1003, device="cuda")
+    shares = torch.rand(64, 1003, device=DEVICE)
 
     def run():
         loss, *scores = call(logits, target, shares)
@@ -173,6 +181,7 @@ def test_other_losses_wait_for_nothing_and_replay(call):
         assert_same(captured, run())
 
 
+@only_cuda
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(128, 10), (64, 1000), (4, 262144)])
 def test_a_captured_step_replays(n_rows, n_classes):
     """100 replays, each on other logits and labels."""
@@ -193,6 +202,7 @@ def test_a_captured_step_replays(n_rows, n_classes):
         assert_same(captured, step(logits, target))
 
 
+@only_cuda
 @pytest.mark.parametrize("n_classes", [10, 1003, 262144])
 def test_work_follows_the_current_stream(n_classes):
     """Inputs appear late on a second stream; a launch elsewhere would read them before."""
@@ -209,6 +219,7 @@ def test_work_follows_the_current_stream(n_classes):
     assert_same(found, expected)
 
 
+@only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS)
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(600, 10), (3000, 1000), (40, 50257), (4, 262144)])
 def test_twenty_runs_agree_bit_by_bit(n_rows, n_classes, dtype):
@@ -218,6 +229,7 @@ def test_twenty_runs_agree_bit_by_bit(n_rows, n_classes, dtype):
         assert_same(step(logits, target), first)
 
 
+@only_cuda
 def test_the_kernels_are_what_runs():
     """`implementation=None` on a GPU must not fall back."""
     from bonus_ops.operators import implementation
