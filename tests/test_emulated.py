@@ -30,7 +30,10 @@ def step(logits, target):
 def test_more_logits_than_a_32_bit_offset_reaches(n_logits, n_classes):
     """Memory that nobody touches costs nothing; the ends of the grid are what is run."""
     n_rows, few = n_logits // n_classes + 40, 4
-    logits = torch.empty(n_rows, n_classes, dtype=torch.bfloat16)
+    try:
+        logits, _ = (torch.empty(n_rows, n_classes, dtype=torch.bfloat16) for _ in range(2))  # and its gradient
+    except RuntimeError as error:
+        pytest.skip(f"a machine that grants no memory on trust: {error}")
     target = torch.zeros(n_rows, dtype=torch.int64)
     ends = slice(0, few), slice(n_rows - few, n_rows)
     for rows in ends:

@@ -355,7 +355,7 @@ def test_matrices_of_eight_rows():
 
 def test_compiled_kernels_pass_the_tests_of_interpreted_ones(compiled):
     """A choice of those tests; with EMULATE=sm_90 in the environment any of them runs so."""
-    assert re.search(r"^\d+ passed in", compiled.splitlines()[-1])
+    assert re.search(r"^\d+ passed(, \d+ skipped)? in", compiled.splitlines()[-1])
 
 
 def test_an_unknown_instruction_is_named():
