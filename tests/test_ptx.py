@@ -355,7 +355,8 @@ def test_matrices_of_eight_rows():
 
 def test_compiled_kernels_pass_the_tests_of_interpreted_ones(compiled):
     """A choice of those tests; with EMULATE=sm_90 in the environment any of them runs so."""
-    assert re.search(r"^\d+ passed(, \d+ skipped)? in", compiled.splitlines()[-1])
+    passed = re.match(r"(\d+) passed", compiled.splitlines()[-1])
+    assert passed and int(passed[1]) > 50
 
 
 def test_an_unknown_instruction_is_named():
