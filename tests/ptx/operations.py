@@ -1,7 +1,7 @@
 """What each arithmetic instruction computes, on arrays with a place for every thread.
 
-Instructions that round as they like (``approx``, ``full``) err here by 2^-22, up or down as the bits of the result fall;
-the PTX documents allow no more: 2 units in a quotient, 2^-22.9 in a reciprocal root.
+Instructions that round as they like (``approx``, ``full``) err here by 2^-22, up or down as the bits of the result
+fall; the PTX documents allow no more: 2 units in a quotient, 2^-22.9 in a reciprocal root.
 """
 
 from __future__ import annotations
