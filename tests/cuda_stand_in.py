@@ -277,8 +277,10 @@ class Places(TorchFunctionMode):
 def stand_in() -> Iterator[Cuda]:
     """Let the stand-in be `torch.cuda` while the context lasts, with interpreted kernels unless it says why not."""
     import pytest
+    from torch._dynamo import trace_rules
     from triton.runtime.interpreter import GridExecutor
 
+    trace_rules.get_torch_obj_rule_map()  # made once, at first use: it must not know what takes a function's place here
     cuda = Cuda.now = Cuda()
     launch, why_not, autocast = GridExecutor.__call__, implementation.why_not_triton, torch.is_autocast_enabled
     library = [m for name, m in sys.modules.items() if name.startswith("bonus_ops") and hasattr(m, "why_not_triton")]

@@ -63,22 +63,22 @@ MUTANTS = (
         "backward waits for the GPU", "bonus_ops/operators/labels.py",
         '    how = launching.kernel_modules()["launch"].backward',
         '    grad_loss.sum().item()\n    how = launching.kernel_modules()["launch"].backward',
-        f"{GPU_BENCH}::test_steps_of_the_gpu_tests",
+        "tests/test_gpu_rehearsal.py::test_steps_of_the_gpu_tests",
     ),
     Mutant(
         "a side stream does not wait for its input", "bench/gpu/devices.py",
         "        side.wait_stream(torch.cuda.current_stream())\n", "",
-        f"{GPU_BENCH}::test_replayed_time_is_that_of_a_call",
+        "tests/test_gpu_clock.py::test_replayed_time_is_that_of_a_call",
     ),
     Mutant(
         "a property that torch calls otherwise", "bench/gpu/devices.py",
         "properties.L2_cache_size", "properties.l2_cache_size",
-        f"{GPU_BENCH}::test_names_and_keywords_are_those_of_torch",
+        "tests/test_cuda_stand_in.py::test_names_and_keywords_are_those_of_torch",
     ),
     Mutant(
         "a step is timed after it was launched", "bench/measure.py",
         "    begin.record()\n    step.run()", "    step.run()\n    begin.record()",
-        f"{GPU_BENCH}::test_a_step_is_timed_without_what_prepares_it",
+        "tests/test_gpu_clock.py::test_a_step_is_timed_without_what_prepares_it",
     ),
     Mutant(
         "a wrong result of ours counts as a run", "bench/gpu/steps.py",

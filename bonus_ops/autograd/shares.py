@@ -112,7 +112,7 @@ def share_rows(
     """
     given = shares.probabilities
     by_formula = implementation == "reference" or _needs_formula(logits, loss, shares, implementation)
-    on_cpu = implementation == "torch" and logits.device.type == "cpu" and not by_formula
+    on_cpu = implementation == "torch" and not by_formula
     target = label if given is None else given
     if label is None and given is not None:
         # the torch path finds labels while a block is in cache
