@@ -43,12 +43,12 @@ def path(case: str) -> str:
 MUTANTS = (
     # what only compiled kernels show
     Mutant(
-        "threads that hold the same sum round another product of it", "kernels/rest.py",
+        "threads that hold the same sum round another product of it", "kernels/gpu/rest.py",
         "return tl.where(product == 0.0, 0.0, product)", "return product",
         "tests/test_ptx.py::test_compiled_kernels_pass_the_tests_of_interpreted_ones",
     ),
     Mutant(
-        "a constant of the compiler's is set twice", "kernels/elementwise.py",
+        "a constant of the compiler's is set twice", "kernels/gpu/sigmoid.py",
         "for axis in tl.static_range(len(shape) - 1, 0, -1):",
         "for i in tl.static_range(len(shape) - 1):\n            axis: tl.constexpr = len(shape) - 1 - i",
         f"{SIGMOID}::test_every_launch_binds_compiles_and_fits",
@@ -87,25 +87,25 @@ MUTANTS = (
     ),
     # which classes are read
     Mutant(
-        "the last class is dropped", "kernels/forward.py",
+        "the last class is dropped", "kernels/gpu/sweep.py",
         "tl.where(part == 0, n_classes, 0)", "tl.where(part == 0, n_classes - 1, 0)", path("fp32-typical-3"),
     ),
     Mutant(
-        "the bound of a tile is one chunk too far", "kernels/forward.py",
+        "the bound of a tile is one chunk too far", "kernels/gpu/sweep.py",
         "(chunk < rows.n_chunks[:, None]) & rows.active", "(chunk <= rows.n_chunks[:, None]) & rows.active",
         path("fp32-typical-63"),
     ),
     Mutant(
-        "every program of a split row counts the edge", "kernels/forward.py",
+        "every program of a split row counts the edge", "kernels/gpu/sweep.py",
         "tl.where(part == 0, n_classes, 0)", "tl.where(part >= 0, n_classes, 0)", path("fp32-uniform-16391"),
     ),
     Mutant(
-        "the label is counted among the rest", "kernels/forward.py",
+        "the label is counted among the rest", "kernels/gpu/sweep.py",
         'return tl.where(tl.arange(0, CHUNK)[None, None, :] == at[:, :, None], -float("inf"), z)', "return z",
         path("fp32-confident-10"),
     ),
     Mutant(
-        "the tile that holds the label is summed without masking it", "kernels/forward.py",
+        "the tile that holds the label is summed without masking it", "kernels/gpu/sweep.py",
         "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
     ),
     Mutant(
@@ -115,141 +115,141 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel PR #1430: an alignment hint that does not hold",
     ),
     Mutant(
-        "row offsets are int32", "kernels/rows.py",
+        "row offsets are int32", "kernels/gpu/rows.py",
         "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS", f"{KERNELS}::test_offsets_pass_int32",
         seen_in="Dao-AILab/flash-attention #714, linkedin/Liger-Kernel #251, pytorch/pytorch #190139",
     ),
     # sums
     Mutant(
-        "-inf - -inf is not guarded", "kernels/rest.py",
+        "-inf - -inf is not guarded", "kernels/formulas/rest.py",
         'return tl.where(maximum == -float("inf"), 0.0, maximum)', "return maximum", path("fp32-masked-1003"),
         seen_in="Dao-AILab/flash-attention #1930; linkedin/Liger-Kernel 0.8.5 when a row's first block is -inf",
     ),
     Mutant(
-        "0 * -inf is not guarded", "kernels/rest.py",
+        "0 * -inf is not guarded", "kernels/gpu/rest.py",
         "chunk_sum(e * tl.maximum(d, LOWEST), SPREAD)", "chunk_sum(e * d, SPREAD)", path("fp32-masked-10"),
     ),
     Mutant(
-        "sums of squares are rescaled once", "kernels/rest.py",
+        "sums of squares are rescaled once", "kernels/gpu/rest.py",
         "rest.sum_exp2 * (scale * scale) + chunk_sum(", "rest.sum_exp2 * scale + chunk_sum(",
         f"{REST}::test_absorb_is_the_definition[typical-fp32]",
     ),
     Mutant(
-        "a merge forgets that its origin moved", "kernels/rest.py",
+        "a merge forgets that its origin moved", "kernels/formulas/rest.py",
         "(b.sum_exp_z + b.sum_exp * shift_b) * scale_b", "b.sum_exp_z * scale_b",
         f"{REST}::test_merge_is_associative[typical-fp64]",
     ),
     Mutant(
-        "the entropy sum weighs by plain z", "kernels/rest.py",
+        "the entropy sum weighs by plain z", "kernels/gpu/rest.py",
         "chunk_sum(e * tl.maximum(d, LOWEST)", "chunk_sum(e * tl.maximum(z, LOWEST)", path("fp32-shifted-10"),
     ),
     Mutant(
-        "log2(e) is multiplied in before the max is subtracted", "kernels/rest.py",
+        "log2(e) is multiplied in before the max is subtracted", "kernels/gpu/rest.py",
         "e = exp(d)", "e = tl.exp2(z * 1.4426950408889634 - at[:, :, None] * 1.4426950408889634)",
         path("fp32-far_shifted-10"),
         seen_in="pytorch/pytorch PR #195829: a common offset changes the loss",
     ),
     Mutant(
-        "float64 is summed in float32", "kernels/rows.py",
+        "float64 is summed in float32", "kernels/gpu/rows.py",
         "if z.dtype == tl.float64:\n        return z\n", "if z.dtype == tl.float64:\n        return z.to(tl.float32)\n",
         path("fp64-typical-10"),
         seen_in="linkedin/Liger-Kernel 0.8.5 and flash-attention: float64 to 1e-7 only",
     ),
     # the runner-up
     Mutant(
-        "a tie goes to the later tile", "kernels/rest.py",
+        "a tie goes to the later tile", "kernels/gpu/rest.py",
         "tl.where(tile_max > rest.max, index", "tl.where(tile_max >= rest.max, index",
         f"{REST}::test_argmax_of_ties_is_the_smallest",
     ),
     Mutant(
-        "a tie goes to the first operand", "kernels/rest.py",
+        "a tie goes to the first operand", "kernels/formulas/rest.py",
         "tl.where(b.max == new_max, b.argmax, NO_CLASS)", "tl.where(b.max > a.max, b.argmax, NO_CLASS)",
         f"{REST}::test_argmax_of_ties_is_the_smallest",
     ),
     Mutant(
-        "the runner-up stays a chunk", "kernels/forward.py",
+        "the runner-up stays a chunk", "kernels/gpu/sweep.py",
         "rest = exact_argmax(across(rest), rows, class_stride)", "rest = across(rest)", path("fp32-ties-10"),
     ),
     Mutant(
-        "the runner-up is counted from the first vector", "kernels/forward.py",
+        "the runner-up is counted from the first vector", "kernels/gpu/sweep.py",
         "classes = rows.head[:, None] + (tl.where(found", "classes = (tl.where(found",
         f"{TRAFFIC}::test_forward_reads_each_logit_once[3-1003-contiguous-fp32]",
     ),
     # the gap and what follows from it
     Mutant(
-        "the loss is lse - z", "kernels/scores.py",
+        "the loss is lse - z", "kernels/formulas/scores.py",
         "gap = (z_target - rest.max) - tl.log(rest.sum_exp)", "gap = z_target - (rest.max + tl.log(rest.sum_exp))",
         path("fp32-shifted-10"),
         seen_in="ml-explore/mlx PR #4188; Liger-Kernel and flash-attention: 1.3e-4 at an offset of 1e4",
     ),
     Mutant(
-        "log(1 + x) stands for log1p", "kernels/scalar.py",
+        "log(1 + x) stands for log1p", "kernels/formulas/scalar.py",
         "return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))", "return tl.log(y)",
         f"{KERNELS}::test_confident_rows_stay_ordered",
     ),
     Mutant(
-        "el2n leaves out the label's own term", "kernels/scores.py",
+        "el2n leaves out the label's own term", "kernels/formulas/scores.py",
         "u * tl.sqrt(1.0 + purity)", "u * tl.sqrt(purity)", path("fp32-typical-10"),
     ),
     Mutant(
-        "0 * inf in the entropy of a certain row", "kernels/scores.py",
+        "0 * inf in the entropy of a certain row", "kernels/formulas/scores.py",
         "tl.where(u == 0.0, 0.0, u * (log_odds_loss + rest_entropy))", "u * (log_odds_loss + rest_entropy)",
         path("fp32-typical-1"),
     ),
     Mutant(
-        "the clamp of the bonus is forgotten", "kernels/gap_losses.py",
+        "the clamp of the bonus is forgotten", "kernels/formulas/gap_losses.py",
         "return with_bonus(gap, tl.maximum(bonus, floor), params)", "return with_bonus(gap, bonus, params)",
         f"{KERNELS}::test_every_loss[log_bonus_clamped-fp32]",
     ),
     Mutant(
-        "parameters of a float64 loss are float32", "kernels/forward.py",
+        "parameters of a float64 loss are float32", "kernels/gpu/params.py",
         "params[i] + low[i],)", "params[i],)", f"{KERNELS}::test_every_loss[log_bonus_half-fp64]",
     ),
     Mutant(
-        "probabilities leave out the label's share", "kernels/forward.py",
+        "probabilities leave out the label's share", "kernels/gpu/labels.py",
         "scale = sigmoid(-gap) / tl.where", "scale = 1.0 / tl.where",
         f"{KERNELS}::test_softmax_from_the_same_kernel[fp32-3]",
     ),
     # labels
     Mutant(
-        "an ignored class is clamped before it is compared", "kernels/rows.py",
+        "an ignored class is clamped before it is compared", "kernels/gpu/rows.py",
         "& (target < n_classes) & (target != ignore_index)", "& (target < n_classes)",
         f"{KERNELS}::test_a_class_can_be_the_ignore_index",
     ),
     Mutant(
-        "labels past the last class are read", "kernels/rows.py",
+        "labels past the last class are read", "kernels/gpu/rows.py",
         "(target >= 0) & (target < n_classes)", "(target >= 0)",
         f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10-10]",
         seen_in="flash-attention: a plausible loss for label V; tenstorrent/tt-metal #53209",
     ),
     Mutant(
-        "labels below 0 are read", "kernels/rows.py",
+        "labels below 0 are read", "kernels/gpu/rows.py",
         "(target >= 0) & (target < n_classes)", "(target < n_classes)",
         f"{TRAFFIC}::test_a_label_out_of_range_reads_nothing[10--1]",
         seen_in="flash-attention: a plausible loss for label -1",
     ),
     # the gradient
     Mutant(
-        "the label's entry is that of any class", "kernels/spread.py",
+        "the label's entry is that of any class", "kernels/gpu/spread.py",
         "return tl.where(classes == rows.target[:, None], at_target[:, None], x)", "return x", path("fp32-typical-10"),
     ),
     Mutant(
-        "ignored rows pass on what they hold", "kernels/backward.py",
-        "slope = tl.where(rows.ignored, 0.0, slope)", "pass",
+        "ignored rows pass on what they hold", "kernels/gpu/labels.py",
+        "pulls(tl.where(rows.ignored, 0.0, slope), sum_exp)", "pulls(slope, sum_exp)",
         f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
         seen_in="torch 2.13.0 and flash-attention: NaN gradient of an ignored row of NaN",
     ),
     Mutant(
-        "the tail is not written", "kernels/spread.py",
+        "the tail is not written", "kernels/gpu/spread.py",
         "mask = (classes < shape[1]) & inside", "mask = (classes < shape[1] - 1) & inside", path("fp32-typical-10"),
     ),
     Mutant(
-        "every program of a split row writes the edge", "kernels/backward.py",
+        "every program of a split row writes the edge", "kernels/gpu/labels.py",
         "part == 0, ROWS, LANES, VECTOR", "True, ROWS, LANES, VECTOR",
         f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[1-32779-offset_1-fp32]",
     ),
     Mutant(
-        "the upstream gradient is taken as contiguous", "kernels/backward.py",
+        "the upstream gradient is taken as contiguous", "kernels/gpu/labels.py",
         "grad_loss_ptr + row * grad_loss_stride", "grad_loss_ptr + row",
         f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[19-10-contiguous-fp32]",
         seen_in="volcengine/verl PR #6960",
@@ -316,30 +316,30 @@ MUTANTS = (
         seen_in="linkedin/Liger-Kernel 0.8.5: requires_grad is read after contiguous()",
     ),
     Mutant(
-        "the upstream gradient of each row is ignored", "kernels/backward.py",
+        "the upstream gradient of each row is ignored", "kernels/gpu/labels.py",
         "widen(loss_params[0], loss_params[1], gap)) * grad_loss", "widen(loss_params[0], loss_params[1], gap))",
         path("fp32-typical-10"), seen_in="linkedin/Liger-Kernel #678: reduction='none'",
     ),
     Mutant(
-        "probabilities are exp(z - lse)", "kernels/backward.py",
+        "probabilities are exp(z - lse)", "kernels/gpu/labels.py",
         "    part, n_parts =",
         "    total = tl.where(sum_exp == 0.0, 1.0, sum_exp)\n"
         "    rest_max, scale = rest_max + tl.log(total), scale * total\n    part, n_parts =",
         path("fp32-shifted-10"), seen_in="flash-attention: gradient off by 5.5e-5 at an offset of 1e4",
     ),
     Mutant(
-        "exponentials are rounded to halves before they are summed", "kernels/rest.py",
+        "exponentials are rounded to halves before they are summed", "kernels/gpu/rest.py",
         "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-typical-65"),
         seen_in="apple/ml-cross-entropy PR #45: a loop that must be float32",
     ),
     Mutant(
-        "the label's gradient is taken from a rounded probability", "kernels/backward.py",
+        "the label's gradient is taken from a rounded probability", "kernels/gpu/labels.py",
         "rest_max, scale, at_target,",
         "rest_max, scale, (1.0 + at_target).to(grad_ptr.dtype.element_ty).to(gap.dtype) - 1.0,",
         path("fp16-confident-10"), seen_in="apple/ml-cross-entropy #14: bfloat16 gradients differ",
     ),
     Mutant(
-        "a guard of -inf swallows NaN", "kernels/rest.py",
+        "a guard of -inf swallows NaN", "kernels/gpu/rest.py",
         "    tile_max = tl.max(z, 2)\n",
         '    z = tl.where(z > -float("inf"), z, -float("inf"))\n    tile_max = tl.max(z, 2)\n',
         f"{KERNELS}::test_a_bad_logit_spoils_its_row_alone[rest-nan-10]",
@@ -396,13 +396,13 @@ MUTANTS = (
     ),
     # naive
     Mutant(
-        "the sum is not rescaled when the max moves", "kernels/rest.py",
+        "the sum is not rescaled when the max moves", "kernels/gpu/rest.py",
         "    scale = exp(rest.max - at)\n    return RestStats(\n        new_max,\n        tl.where(tile_max",
         "    scale = exp(new_max - at)\n    return RestStats(\n        new_max,\n        tl.where(tile_max",
         f"{REST}::test_absorb_is_the_definition[typical-fp32]",
     ),
     Mutant(
-        "label -1 is ignored whatever ignore_index says", "kernels/rows.py",
+        "label -1 is ignored whatever ignore_index says", "kernels/gpu/rows.py",
         "ignored = target == ignore_index", "ignored = (target == ignore_index) | (target == -1)",
         f"{KERNELS}::test_a_label_out_of_range_makes_its_row_nan[-1-10]",
     ),
@@ -449,70 +449,70 @@ MUTANTS = (
         "tests/test_dense.py::test_a_weight_changed_before_backward_changes_no_gradient[bonus_weight-sum]",
     ),
     Mutant(
-        "a class at -inf without a share makes the loss NaN", "kernels/paid.py",
+        "a class at -inf without a share makes the loss NaN", "kernels/gpu/paid.py",
         "tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)", "tl.sum(-t * d, 2)",
         "tests/test_dense.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
     ),
     Mutant(
-        "the runner-up is counted twice where two sweeps are made", "kernels/dense_sweeps.py",
+        "the runner-up is counted twice where two sweeps are made", "kernels/gpu/soft_sweeps.py",
         "others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])",
         "others = mask & (classes != rows.target[:, None])",
         "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
     ),
     Mutant(
-        "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/dense_forward.py",
+        "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/gpu/soft.py",
         "mass -= of_runner_up.pull", "pass", "tests/test_dense.py::test_kernels[power_bonus-any sum-torch.float32-9]",
     ),
     Mutant(
-        "the tile of the runner-up is summed whole", "kernels/tiles.py",
+        "the tile of the runner-up is summed whole", "kernels/gpu/tiles.py",
         "b = tl.where((b >= first) & (b < full) & (b != a), b, full)", "b = full",
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "a tile is summed twice that holds both", "kernels/tiles.py",
+        "a tile is summed twice that holds both", "kernels/gpu/tiles.py",
         "(b < full) & (b != a), b, full)", "(b < full), b, full)",
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "what is paid is not counted from a new max", "kernels/paid.py",
+        "what is paid is not counted from a new max", "kernels/gpu/paid.py",
         "Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)",
         "Paid(paid.total + total, paid.cost + cost, power)",
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "odds are added without their denominators", "kernels/class_terms.py",
+        "odds are added without their denominators", "kernels/gpu/class_sums.py",
         "return n * other_d + other_n * d, d * other_d", "return n + other_n, d * other_d",
         "tests/test_dense.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
-        "the label's 1 - p is a difference", "kernels/apart.py",
+        "the label's 1 - p is a difference", "kernels/gpu/apart.py",
         "- one.rest * (one.pull + one.share)", "- (1.0 - one.p) * (one.pull + one.share)",
         "tests/test_dense.py::test_kernels[log_bonus-one-hot-torch.float32-9]",
     ),
     Mutant(
-        "an edge far below 0 is counted from 0", "kernels/dense_sweeps.py",
+        "an edge far below 0 is counted from 0", "kernels/gpu/soft_sweeps.py",
         "edge = pay(unpaid(z), at, at,", "edge = pay(unpaid(z), 0.0 * at, at,",
         "tests/test_dense.py::test_a_shift_changes_no_bit_in_kernels",
     ),
     Mutant(
-        "lanes are not rescaled to a new max", "kernels/paid.py",
+        "lanes are not rescaled to a new max", "kernels/gpu/paid.py",
         "power = power * exp(gamma * (before - at)) + chunk_sum", "power += chunk_sum",
         "tests/test_dense.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
     ),
     Mutant(
-        "probabilities are walked as the logits are", "kernels/shares.py",
+        "probabilities are walked as the logits are", "kernels/gpu/soft_targets.py",
         "rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
         "rest = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
         "tests/test_dense.py::test_every_layout_in_kernels[transposed]",
     ),
     Mutant(
-        "the smallest number is below float32's", "kernels/class_terms.py",
+        "the smallest number is below float32's", "kernels/formulas/class_terms.py",
         "TINY = tl.constexpr(2.0**-126)", "TINY = tl.constexpr(1e-38)",
         "tests/test_dense_kernels.py::test_every_launch_binds_and_compiles",
     ),
     # bits that tell the batch
     Mutant(
-        "a row is split by the number of rows", "kernels/launch.py",
+        "a row is split by the number of rows", "kernels/gpu/launch.py",
         "while parts < 16 and", "while parts * n_rows < 528 and",
         "tests/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
     ),
@@ -604,12 +604,12 @@ MUTANTS = (
     ),
     # the sigmoid family
     Mutant(
-        "the pull of the negative share has the wrong sign", "kernels/elementwise.py",
+        "the pull of the negative share has the wrong sign", "kernels/gpu/sigmoid.py",
         "slope -= e.other * SLOPE(-e.gap, numbers)", "slope += e.other * SLOPE(-e.gap, numbers)",
         f"{SIGMOID}::test_every_loss_is_exact_in_the_kernels",
     ),
     Mutant(
-        "a sum counts what lies past the end", "kernels/elementwise.py",
+        "a sum counts what lies past the end", "kernels/gpu/sigmoid.py",
         "total += tl.where(index < n, loss, 0.0)", "total += loss",
         f"{SIGMOID}::test_a_program_of_a_sum_adds_up_several_tiles",
     ),

@@ -52,7 +52,7 @@ def test_nothing_is_missing(found):
             "two labels": ("forward", "backward"), "sigmoid": ("sum", "losses", "backward"),
         }.items() for what in calls
     }  # fmt: skip
-    sweeps = {x["call"]: len(x["loops"]) for x in found["builds"] if x["kernel"] == "dense_forward_kernel"}
+    sweeps = {x["call"]: len(x["loops"]) for x in found["builds"] if x["kernel"] == "soft_forward_kernel"}
     # a sweep is a loop over whole tiles and one over the others
     assert sweeps == {f"{target}, {what}": 2 * n for target in ("smoothing", "probabilities")
                       for what, n in (("forward", 2), ("one sweep", 1))}  # fmt: skip

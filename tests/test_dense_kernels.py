@@ -37,7 +37,7 @@ def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False
             implementation="triton",
         )  # fmt: skip
         loss.backward()
-    assert [x.kernel for x in launches] == ["dense_forward_kernel", "dense_backward_kernel"]
+    assert [x.kernel for x in launches] == ["soft_forward_kernel", "soft_backward_kernel"]
     return logits.detach(), target, launches
 
 
@@ -126,7 +126,7 @@ def named(builds, wanted) -> dict[str, object]:
 def test_every_launch_binds_and_compiles(builds):
     """`None` in a tuple, a number below the smallest float32: the interpreter takes what the compiler does not."""
     assert {(x["target"], x["kernel"]) for x in builds} == {
-        (target, f"dense_{kernel}_kernel") for target in ("sm_90", "gfx942") for kernel in ("forward", "backward")
+        (target, f"soft_{kernel}_kernel") for target in ("sm_90", "gfx942") for kernel in ("forward", "backward")
     }
     assert len(builds) == 2 * (7 + 2)
 

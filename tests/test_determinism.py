@@ -168,7 +168,7 @@ def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device)
 
 @in_kernels
 def test_a_split_row_is_merged_by_one_tree(kernel_device):
-    from bonus_ops.kernels import launch
+    from bonus_ops.kernels.gpu import launch
 
     for n_classes in (16392, 32784, 10**6):
         assert len({launch.forward(n_rows, n_classes) for n_rows in (1, 7, 600, 10**6)}) == 1

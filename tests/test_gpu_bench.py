@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bench import gpu, measure
 from bench.gpu import devices, goals, peers, steps
 from bench.gpu import report as gpu_report
-from bonus_ops.kernels import launch
+from bonus_ops.kernels.gpu import launch
 from tests import conftest
 
 pytest.importorskip("triton")

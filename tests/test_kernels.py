@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import bonus_ops
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, reference
-from bonus_ops.kernels import launch
+from bonus_ops.kernels.gpu import launch
 from bonus_ops.operators import labels as operators
 from tests import cases
 from tests.budget import assert_within_budget

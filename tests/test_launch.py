@@ -5,7 +5,7 @@ import json
 import pytest
 
 pytest.importorskip("triton")
-from bonus_ops.kernels import launch
+from bonus_ops.kernels.gpu import launch
 
 
 def test_every_launch_binds_and_compiles(compiled):

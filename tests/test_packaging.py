@@ -81,7 +81,7 @@ except RuntimeError as error:
 def test_kernels_import_from_anywhere_and_are_no_package_of_their_own(tmp_path):
     pytest.importorskip("triton")
     code = """
-import bonus_ops.kernels.forward, bonus_ops.kernels.backward
+import bonus_ops.kernels.formulas.rest, bonus_ops.kernels.gpu.labels
 import torch, bonus_ops
 logits, target = torch.zeros(2, 4), torch.tensor([0, 1])
 print(bonus_ops.bonus_cross_entropy(logits, target, bonus=None, implementation="triton").item())
@@ -114,8 +114,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_kernels_as_regular_files(wheel):
     held = {info.filename: info for info in wheel.infolist()}
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        info = held[f"bonus_ops/kernels/{path.name}"]
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        info = held[f"bonus_ops/{path.relative_to(ROOT).as_posix()}"]
         assert not stat.S_ISLNK(info.external_attr >> 16)
         assert wheel.read(info) == path.read_bytes()
     for path in sorted((ROOT / "bonus_ops").rglob("*.py")):
@@ -130,9 +130,9 @@ def test_the_wheel_works_from_where_it_is_unpacked(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     code = """
 import torch, bonus_ops
-import bonus_ops.kernels.forward as forward
+import bonus_ops.kernels.gpu.labels as labels
 print(bonus_ops.__file__)
-print(forward.__file__)
+print(labels.__file__)
 logits, target = torch.zeros(2, 4), torch.tensor([0, 1])
 for implementation in ("torch", "triton"):
     print(bonus_ops.bonus_cross_entropy(logits, target, bonus=None, implementation=implementation).item())

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonus_ops.kernels.rest import RestStats, absorb, across, empty, merge
+from bonus_ops.kernels.formulas.rest import RestStats, merge
+from bonus_ops.kernels.gpu.rest import absorb, across, empty
 
 LANES, K = 4, 8
 LAST = 2**31 - 1  # the class of nothing

@@ -666,10 +666,10 @@ def test_each_element_is_read_once_a_sweep_and_written_once(n, reduction, kernel
 
 @only_interpreted
 def test_a_program_of_a_sum_adds_up_several_tiles(kernel_device, monkeypatch):
-    from bonus_ops.kernels import launch
+    from bonus_ops.kernels.gpu import launch
     from tests.interpreter_guard import guard
 
-    monkeypatch.setattr(launch, "elementwise_sum", lambda n, warp_size: launch.ElementwiseLaunch(32, 3, 1))
+    monkeypatch.setattr(launch, "sigmoid_sum", lambda n, warp_size: launch.SigmoidLaunch(32, 3, 1))
     for n in (31, 96, 97, 200, 288):
         x, t = draw((n,))
         with guard() as launches:
@@ -702,7 +702,7 @@ def test_every_launch_binds_compiles_and_fits(builds):
     assert len(builds) == 14
     assert [x for x in builds if x["stack"] or x["spills"]] == []
     assert {x["kernel"] for x in builds} == {
-        "elementwise_kernel", "elementwise_sum_kernel", "elementwise_backward_kernel",
+        "sigmoid_kernel", "sigmoid_sum_kernel", "sigmoid_backward_kernel",
     }  # fmt: skip
     # 512 threads of 128 registers fill a multiprocessor's file; float64 is for tests
     assert [x for x in builds if x["registers"] > 128 and x["case"] != "float64"] == []
@@ -715,7 +715,7 @@ def test_tensors_in_order_move_by_128_bits(builds):
     for x in in_order:
         tail = {bits: n for bits, n in x["loads"].items() if bits != "128"}
         assert x["loads"]["128"] >= 2 and sum(tail.values()) <= 2 * 8 + 2, x  # 8 elements a thread; the upstream twice
-        if x["kernel"] != "elementwise_sum_kernel":
+        if x["kernel"] != "sigmoid_sum_kernel":
             assert x["stores"]["128"] >= 1, x
 
 

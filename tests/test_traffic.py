@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 import bonus_ops
-from bonus_ops.kernels import launch
+from bonus_ops.kernels.gpu import launch
 from bonus_ops.operators import labels as operators
 from bonus_ops.operators import launching
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical

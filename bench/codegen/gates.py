@@ -22,13 +22,13 @@ MOST_INSTRUCTIONS_MASKED = 17.0  # where rows share a warp and every tile is mas
 MOST_REGISTERS_SHARES = 104  # 16 warps in programs of 8
 MOST_REGISTERS_ELEMENTS = 128  # 16 warps
 MOST_INSTRUCTIONS_OF = {
-    "dense_forward_kernel": 28.0,  # a sweep
-    "dense_backward_kernel": 20.0,
+    "soft_forward_kernel": 28.0,  # a sweep
+    "soft_backward_kernel": 20.0,
     "mixup_forward_kernel": 9.0,
     "mixup_backward_kernel": 9.0,
 }
 # bytes of stack, outside the loops or not: not met yet, and printed as such
-STACK_OF = {("dense_forward_kernel", "sm_100"): 16}
+STACK_OF = {("soft_forward_kernel", "sm_100"): 16}
 MERGED = 2 * (CHUNK + 3) + 12  # exponentials of the edge, the merge of lanes and the scalar functions of the gap
 
 
@@ -75,7 +75,7 @@ def no_spill(build: Build) -> str | None:
 
 def registers(build: Build) -> str | None:
     most = MOST_REGISTERS_SHORT if shares_a_warp(build) or build["threads"] == 32 else MOST_REGISTERS
-    if build["kernel"].startswith("dense"):
+    if build["kernel"].startswith("soft"):
         most = MOST_REGISTERS_SHARES
     if not by_vectors(build):
         most = MOST_REGISTERS_ELEMENTS if by_elements(build) else MOST_REGISTERS_FEW_CLASSES
@@ -125,17 +125,17 @@ def one_exponential_a_logit(build: Build) -> str | None:
         first_most *= 2
     for number, loop in enumerate(build["loops"]):
         most = CHUNK if loop["stores"] else first_most
-        checked = number == 0 or loop["stores"] or build["kernel"].startswith(("dense", "mixup"))
+        checked = number == 0 or loop["stores"] or build["kernel"].startswith(("soft", "mixup"))
         if checked and loop["exp"] > most:
             return f"{loop['exp']} exponentials a turn, at most {most}"
     inside = build["loops"][0]["exp"] + (build["loops"][-1]["exp"] if build["loops"][-1]["stores"] else 0)
-    if build["kernel"].startswith(("dense", "mixup")):
+    if build["kernel"].startswith(("soft", "mixup")):
         return None  # more functions of the gap
     return f"{build['exp']} exponentials in all" if build["exp"] > inside + MERGED + CHUNK + 1 else None
 
 
 def no_barrier_in_a_loop(build: Build) -> str | None:
-    if not by_vectors(build) and build["kernel"] != "elementwise_sum_kernel":
+    if not by_vectors(build) and build["kernel"] != "sigmoid_sum_kernel":
         return None
     waits = [(loop["barriers"], loop["shuffles"]) for loop in build["loops"]]
     return f"barriers, shuffles {waits}" if any(map(any, waits)) else None

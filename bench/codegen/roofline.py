@@ -39,8 +39,8 @@ PASSES = {
     "partial_kernel": ("full", "masked"),
     "merge_kernel": (),
     "backward_kernel": ("all",),
-    "dense_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
-    "dense_backward_kernel": ("full", "masked"),
+    "soft_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
+    "soft_backward_kernel": ("full", "masked"),
     "mixup_forward_kernel": ("full", "masked"),
     "mixup_backward_kernel": ("full", "masked"),
 }
@@ -82,7 +82,7 @@ def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes:
     tiles, full = -(-n_chunks // lanes), n_chunks // lanes
     names = passes(build)
     # the label's tile leaves the full ones, and that of the runner-up or a second label
-    held = min(1 + build["kernel"].startswith(("dense", "mixup")), full)
+    held = min(1 + build["kernel"].startswith(("soft", "mixup")), full)
     copies = names.count("masked") / max(names.count("full"), 1)
     per_row = {
         "full": full - held,

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bonus_ops.kernels import launch
-from bonus_ops.kernels.backward import pulls_of
-from bonus_ops.kernels.forward import finish, sweep
-from bonus_ops.kernels.rows import CHUNK, row_index, row_ptr, rows_at
-from bonus_ops.kernels.spread import write_rows
+from bonus_ops.kernels.formulas.scores import pulls
+from bonus_ops.kernels.gpu import launch
+from bonus_ops.kernels.gpu.labels import finish
+from bonus_ops.kernels.gpu.params import widen
+from bonus_ops.kernels.gpu.rows import CHUNK, row_index, row_ptr, rows_at
+from bonus_ops.kernels.gpu.spread import write_rows
+from bonus_ops.kernels.gpu.sweep import sweep
 from bonus_ops.operators import launching
 
 from .peers import BONUS
@@ -38,7 +40,8 @@ def forward_gradient_kernel(
     rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
     gap = finish(rest, rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
-    scale, at_target = pulls_of(gap, rest.sum_exp, rows, upstream, loss_params, SLOPE)
+    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * upstream
+    scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), rest.sum_exp)
     out = row_ptr(grad_ptr, row, shape[2], grad_strides)
     write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest.max, scale, at_target,
                0, tl.cdiv(shape[1] // CHUNK, LANES), True, ROWS, LANES, VECTOR)  # fmt: skip

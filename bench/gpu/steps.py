@@ -435,7 +435,7 @@ SWEEP = (
 
 def sweep(device: Gpu, save: Save) -> None:
     """Time other launch parameters than those of launch.py; the best are printed as it would say them."""
-    from bonus_ops.kernels import launch
+    from bonus_ops.kernels.gpu import launch
 
     found: list[dict[str, Any]] = []
     for kernel, n_rows, n_classes, tiles in SWEEP:

@@ -42,18 +42,18 @@ def _launch_forward(of: Elements, reduce: bool, out: Tensor) -> Tensor:
     n = of.input.numel()
     if n == 0:
         return out.zero_()
-    kernels, launch = launching.kernel_modules()["elementwise"], launching.kernel_modules()["launch"]
+    kernels, launch = launching.kernel_modules()["sigmoid"], launching.kernel_modules()["launch"]
     value, _ = launching.kernel_pair(of.loss)
-    how = (launch.elementwise_sum if reduce else launch.elementwise)(n, launching.WARP_SIZE)
+    how = (launch.sigmoid_sum if reduce else launch.sigmoid)(n, launching.WARP_SIZE)
     n_tiles = -(-n // how.block)
     with launching.device_guard(of.input):
         if not reduce:
-            kernels.elementwise_kernel[(n_tiles,)](
+            kernels.sigmoid_kernel[(n_tiles,)](
                 out_ptr=out, **_layout(of, out), VALUE=value, BLOCK=how.block, num_warps=how.num_warps
             )
             return out
         sums = out.new_empty(-(-n_tiles // how.tiles))
-        kernels.elementwise_sum_kernel[(len(sums),)](
+        kernels.sigmoid_sum_kernel[(len(sums),)](
             sums_ptr=sums, **_layout(of), VALUE=value, BLOCK=how.block, TILES=how.tiles, num_warps=how.num_warps
         )
     return sums.sum()
@@ -64,12 +64,12 @@ def _launch_backward(of: Elements, grad_loss: Tensor) -> Tensor:
     n = of.input.numel()
     if n == 0:
         return grad
-    kernels, launch = launching.kernel_modules()["elementwise"], launching.kernel_modules()["launch"]
+    kernels, launch = launching.kernel_modules()["sigmoid"], launching.kernel_modules()["launch"]
     _, slope = launching.kernel_pair(of.loss)
-    how = launch.elementwise(n, launching.WARP_SIZE)
+    how = launch.sigmoid(n, launching.WARP_SIZE)
     one = grad_loss.dim() == 0
     with launching.device_guard(of.input):
-        kernels.elementwise_backward_kernel[(-(-n // how.block),)](
+        kernels.sigmoid_backward_kernel[(-(-n // how.block),)](
             upstream_ptr=grad_loss, grad_ptr=grad, **_layout(of, grad, None if one else grad_loss), SLOPE=slope,
             BLOCK=how.block, ONE_UPSTREAM=one, num_warps=how.num_warps,
         )  # fmt: skip

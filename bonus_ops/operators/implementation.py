@@ -19,7 +19,7 @@ def _triton_found() -> bool:
 
 
 def _interpreted() -> bool:
-    return type(kernel_modules()["forward"].forward_kernel).__name__ == "InterpretedFunction"
+    return type(kernel_modules()["labels"].forward_kernel).__name__ == "InterpretedFunction"
 
 
 @constant_when_compiled

@@ -31,7 +31,7 @@ class RowResult(NamedTuple):
 def _launch_forward(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
 ) -> RowResult:
-    kernels, launch = launching.kernel_modules()["forward"], launching.kernel_modules()["launch"]
+    kernels, launch = launching.kernel_modules()["labels"], launching.kernel_modules()["launch"]
     n_outer, n_inner, n_classes = logits.shape
     n_rows = n_outer * n_inner
     out = _empty_result(logits, scores, softmax)
@@ -83,7 +83,7 @@ def _launch_backward(
     how = launching.kernel_modules()["launch"].backward(n_rows, n_classes, launching.WARP_SIZE)
     target = target.reshape(-1).contiguous()
     with launching.device_guard(logits):
-        launching.kernel_modules()["backward"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
+        launching.kernel_modules()["labels"].backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits_ptr=logits, target_ptr=target, saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
             shape=(n_rows, n_classes, n_inner), strides=logits.stride(), grad_strides=grad.stride(),
             grad_loss_stride=grad_loss.stride(0), ignore_index=ignore_index, loss_params=launching.loss_params(loss),

@@ -21,20 +21,10 @@ WARP_SIZE = 64 if torch.version.hip else 32
 @functools.cache
 def kernel_modules() -> dict[str, ModuleType]:
     """Return the files of ``kernels`` by name, imported when the first kernel is asked for."""
-    from ..kernels import (
-        backward,
-        class_terms,
-        dense_backward,
-        dense_forward,
-        elementwise,
-        forward,
-        gap_losses,
-        launch,
-        mixup,
-    )
+    from ..kernels.formulas import class_terms, gap_losses
+    from ..kernels.gpu import class_sums, labels, launch, mixup, sigmoid, soft
 
-    dense = dense_forward, dense_backward
-    modules = (backward, class_terms, *dense, elementwise, forward, gap_losses, launch, mixup)
+    modules = (class_sums, class_terms, gap_losses, labels, launch, mixup, sigmoid, soft)
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 

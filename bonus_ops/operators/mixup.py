@@ -29,7 +29,7 @@ def forward(
     if implementation == "triton":
         n_outer, n_inner, n_classes = logits.shape
         value, _ = launching.kernel_pair(gap_loss)
-        how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
+        how = launching.kernel_modules()["launch"].soft_forward(n_classes, launching.WARP_SIZE)
         with launching.device_guard(logits):
             launching.kernel_modules()["mixup"].mixup_forward_kernel[(-(-n_outer * n_inner // how.rows),)](
                 logits_ptr=logits, targets_ptr=targets.contiguous(), outputs=(values, saved),
@@ -69,7 +69,7 @@ def backward(
     if implementation == "triton":
         n_outer, n_inner, n_classes = logits.shape
         _, slope = launching.kernel_pair(gap_loss)
-        how = launching.kernel_modules()["launch"].dense_backward(n_classes, launching.WARP_SIZE)
+        how = launching.kernel_modules()["launch"].soft_backward(n_classes, launching.WARP_SIZE)
         with launching.device_guard(logits):
             launching.kernel_modules()["mixup"].mixup_backward_kernel[(-(-n_outer * n_inner // how.rows), how.parts)](
                 logits_ptr=logits, targets_ptr=targets.contiguous(), saved_ptr=saved,

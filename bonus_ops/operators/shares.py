@@ -52,7 +52,8 @@ def _terms(loss: Loss) -> tuple[Any, Any, Any]:
     if isinstance(loss, LogBonus) and loss.is_logarithm_below_half():
         few = "log_bonus_below_half"
     names = f"{loss.kernel}_terms", f"{few}_terms"
-    return *(getattr(module, name) for name in names), getattr(module, f"{few}_sums", module.sums_of_terms)
+    sums = launching.kernel_modules()["class_sums"]
+    return *(getattr(module, name) for name in names), getattr(sums, f"{few}_sums", sums.sums_of_terms)
 
 
 def _common(logits: Tensor, label: Tensor, loss: Loss, shares: Shares, ignore_index: int) -> dict[str, Any]:
@@ -89,9 +90,9 @@ def _launch_forward(
     loss = _as_power(loss)
     terms, _, sums = _terms(loss)
     one_sweep = isinstance(loss, PowerBonus) and not loss.has_window()
-    how = launching.kernel_modules()["launch"].dense_forward(n_classes, launching.WARP_SIZE)
+    how = launching.kernel_modules()["launch"].soft_forward(n_classes, launching.WARP_SIZE)
     with launching.device_guard(logits):
-        launching.kernel_modules()["dense_forward"].dense_forward_kernel[(-(-n_rows // how.rows),)](
+        launching.kernel_modules()["soft"].soft_forward_kernel[(-(-n_rows // how.rows),)](
             **_common(logits, label, loss, shares, ignore_index),
             outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=terms, SUMS=sums,
             POWER=one_sweep, ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(shares, logits), num_warps=how.num_warps,
@@ -108,9 +109,9 @@ def _launch_backward(
     if n_rows == 0:
         return grad
     loss = _as_power(loss)
-    how = launching.kernel_modules()["launch"].dense_backward(n_classes, launching.WARP_SIZE)
+    how = launching.kernel_modules()["launch"].soft_backward(n_classes, launching.WARP_SIZE)
     with launching.device_guard(logits):
-        launching.kernel_modules()["dense_backward"].dense_backward_kernel[(-(-n_rows // how.rows), how.parts)](
+        launching.kernel_modules()["soft"].soft_backward_kernel[(-(-n_rows // how.rows), how.parts)](
             **_common(logits, label, loss, shares, ignore_index), saved=(*result, grad_loss.contiguous()),
             grad_ptr=grad, grad_strides=grad.stride(), TERMS=_terms(loss)[1], ROWS=how.rows, LANES=how.lanes,
             VECTOR=_vector(shares, logits, grad), num_warps=how.num_warps,

@@ -1,92 +1,24 @@
-"""Forward: one read of the logits to loss, scores and what backward needs.
+"""Labels as targets: logits and target to loss, scores and what backward needs, then to the gradient.
 
-Traffic a row of V logits of b bytes: reads V b + b (the label's logit, masked in the sweep, fetched apart) + CHUNK b a
-part (the runner-up's chunk again, from cache) + the target index; writes 4 bytes a requested column.
+    A = slope(gap) grad_loss        grad_y = -A        grad_k = A exp(z_k - max) / sum_exp
+
+Traffic a row of V logits of b bytes. Forward reads V b + b (the label's logit, masked in the sweep, fetched apart)
++ CHUNK b a part (the runner-up's chunk again, from cache) + the target index; writes 4 bytes a requested column.
+Backward reads V b + 3 saved columns + target and upstream gradient, writes V b.
 """
 
 import triton
 import triton.language as tl
 
-from .rest import NO_CLASS, RestStats, absorb, across, empty, merge
-from .rows import CHUNK, accumulable, edge_classes, is_spread, load, load_chunks, row_index, row_ptr, rows_at
-from .scalar import sigmoid
-from .scores import gap_of, store_scores
+from ..formulas.rest import RestStats
+from ..formulas.scalar import sigmoid
+from ..formulas.scores import gap_of, pulls
+from .params import widen
+from .rest import across
+from .rows import CHUNK, load, row_index, row_ptr, rows_at
+from .scores import store_scores
 from .spread import write_rows
-
-
-@triton.jit
-def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Summarise the rest of each row (of its ``part``-th share of tiles): RestStats of [ROWS]."""
-    lane = tl.arange(0, LANES)[None, :]
-    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
-    share = tl.cdiv(n_tiles, n_parts)
-    first, last = part * share, tl.minimum(part * share + share, n_tiles)
-    rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
-
-    if ROWS == 1:
-        # the long run: whole tiles without the label, so nothing is masked
-        full = tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0)
-        full = tl.maximum(tl.minimum(full, last), first)
-        target_tile = tl.max((rows.target - rows.head) // (CHUNK * LANES), 0)
-        held = ((target_tile >= first) & (target_tile < full)).to(tl.int32)
-        for i in range(first, full - held):
-            tile = i + tl.where(i >= target_tile, held, 0)
-            chunk = tile * LANES + lane
-            rest = absorb(rest, load_chunks(rows, chunk, None, class_stride, VECTOR), chunk, is_spread(VECTOR))
-        # then the tile that holds the label and the last, partial one
-        first, last = 1 - held, 1 + (full < last).to(tl.int32)
-
-    for i in range(first, last):
-        tile = tl.where(i == 0, target_tile, full) if ROWS == 1 else i
-        chunk = tile * LANES + lane
-        mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
-        z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
-        rest = absorb_in_any_order(rest, z, chunk, is_spread(VECTOR))
-
-    rest = exact_argmax(across(rest), rows, class_stride)
-    classes = edge_classes(rows)
-    bound = tl.where(part == 0, n_classes, 0)  # one part has the edge
-    mask = (classes < bound) & (classes != rows.target[:, None]) & rows.active[:, None]
-    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
-    edge = across(absorb(empty(z), z[:, :, None], classes))
-    return merge(rest, edge)
-
-
-@triton.jit
-def absorb_in_any_order(rest, z, chunk, SPREAD: tl.constexpr):
-    """As `absorb`, of chunks that may come after later ones: argmax wants the smallest."""
-    tied = (tl.max(z, 2) == rest.max) & (rest.max > -float("inf"))
-    smallest = tl.minimum(rest.argmax, chunk)
-    rest = absorb(rest, z, chunk, SPREAD)
-    argmax = tl.where(tied, smallest, rest.argmax)
-    return RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
-
-
-@triton.jit
-def without_target(z, rows, chunk):
-    """Replace the label's logit by -inf in the tile ``z`` of chunks ``chunk``."""
-    at = rows.target[:, None] - rows.head[:, None] - chunk * CHUNK
-    return tl.where(tl.arange(0, CHUNK)[None, None, :] == at[:, :, None], -float("inf"), z)
-
-
-@triton.jit
-def exact_argmax(rest, rows, class_stride):
-    """Turn argmax from a chunk number into the smallest class of that chunk which attains the max."""
-    found = rest.argmax < rows.n_chunks
-    classes = rows.head[:, None] + (tl.where(found, rest.argmax, 0) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
-    mask = found[:, None] & (classes != rows.target[:, None])
-    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
-    argmax = tl.min(tl.where(mask & (z == rest.max[:, None]), classes, NO_CLASS), 1)
-    return RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)
-
-
-@triton.jit
-def widen(params, low, like):
-    """Return run-time parameters in the dtype of ``like``: two float32 halves restore a float64."""
-    wide = ()
-    for i in tl.static_range(len(params)):
-        wide = wide + (tl.zeros((), like.dtype) + params[i] + low[i],)
-    return wide
+from .sweep import sweep
 
 
 @triton.jit
@@ -178,3 +110,28 @@ def merge_kernel(
         tl.load(sums_ptr + at + 3 * column),
     )
     finish(across(rest), rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
+
+
+@triton.jit
+def backward_kernel(
+    logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, shape, strides, grad_strides, grad_loss_stride,
+    ignore_index, loss_params, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Some rows (axis 0) and a share of their tiles (axis 1)."""
+    row = row_index(ROWS)
+    inside = row < shape[0]
+    rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
+    gap = tl.load(saved_ptr + row, inside, 0.0)
+    rest_max = tl.load(saved_ptr + row + shape[0], inside, 0.0)
+    sum_exp = tl.load(saved_ptr + row + shape[0] + shape[0], inside, 1.0)
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride, inside, 0.0).to(gap.dtype)
+
+    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
+    # an ignored row teaches nothing whatever it holds
+    scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), sum_exp)
+    part, n_parts = tl.program_id(1), tl.num_programs(1)
+    n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
+    share = tl.cdiv(n_tiles, n_parts)
+    out = row_ptr(grad_ptr, row, shape[2], grad_strides)
+    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest_max, scale, at_target,
+               part * share, tl.minimum(part * share + share, n_tiles), part == 0, ROWS, LANES, VECTOR)  # fmt: skip

@@ -11,8 +11,11 @@ Traffic a row of V logits of b bytes: forward reads V b + 2 b; backward reads V 
 import triton
 import triton.language as tl
 
-from .forward import widen
-from .rest import NO_CLASS, RestStats, absorb, across, empty, merge, origin
+from ..formulas.rest import NO_CLASS, RestStats, merge, origin
+from ..formulas.scalar import exp
+from ..formulas.scores import gap_of
+from .params import widen
+from .rest import absorb, across, empty
 from .rows import (
     CHUNK,
     Rows,
@@ -29,8 +32,6 @@ from .rows import (
     rows_at,
     store_chunks,
 )
-from .scalar import exp
-from .scores import gap_of
 from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
 
 

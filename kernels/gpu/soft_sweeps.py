@@ -8,13 +8,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .forward import absorb_in_any_order, exact_argmax
+from ..formulas.rest import merge
+from ..formulas.scalar import exp
 from .paid import Paid, paid_by_row, pay, unpaid
 from .probabilities import probabilities
-from .rest import absorb, across, empty, merge
+from .rest import absorb, across, empty
 from .rows import accumulable, chunk_classes, chunk_mask, edge_classes, is_spread, load_chunks, load_classes
-from .scalar import exp
-from .shares import shares_at, shares_in_chunks
+from .soft_targets import shares_at, shares_in_chunks
+from .sweep import absorb_in_any_order, exact_argmax
 from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .forward import widen
+from .params import widen
 from .rows import accumulable
 
 
@@ -111,7 +111,7 @@ def gradient_of(operands, index, mask, shape, strides, loss_params, scales, SLOP
 
 
 @triton.jit(do_not_specialize=["n"])
-def elementwise_kernel(
+def sigmoid_kernel(
     operands, out_ptr, n, shape, strides, loss_params, scales,
     VALUE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def elementwise_kernel(
 
 
 @triton.jit(do_not_specialize=["n"])
-def elementwise_sum_kernel(
+def sigmoid_sum_kernel(
     operands, sums_ptr, n, shape, strides, loss_params, scales,
     VALUE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def load_upstream(ptr, index, mask, shape, strides, WIDE: tl.constexpr, ONE: tl.
 
 
 @triton.jit(do_not_specialize=["n"])
-def elementwise_backward_kernel(
+def sigmoid_backward_kernel(
     operands, upstream_ptr, grad_ptr, n, shape, strides, loss_params, scales,
     SLOPE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, ONE_UPSTREAM: tl.constexpr,
 ):  # fmt: skip

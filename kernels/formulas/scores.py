@@ -7,13 +7,13 @@ Identities: with ``u = 1 - p = sigmoid(-gap)``, ``w = sum_exp2 / sum_exp^2`` and
     entropy = p softplus(-gap) + u (softplus(gap) + h)   energy = -logsumexp(z)
 """
 
-import triton
-import triton.language as tl
+from __future__ import annotations
 
+from .language import jit, tl
 from .scalar import log_sigmoid, sigmoid
 
 
-@triton.jit
+@jit
 def gap_of(z_target, rest):
     """Return z_y - logsumexp(rest); +inf with no rest, NaN where torch's loss is NaN."""
     gap = (z_target - rest.max) - tl.log(rest.sum_exp)
@@ -22,7 +22,7 @@ def gap_of(z_target, rest):
     return tl.where(nothing | (z_target == float("inf")) | (z_target != z_target), float("nan"), gap)
 
 
-@triton.jit
+@jit
 def scores_of(z_target, gap, rest):
     """Return (loss, el2n, margin, entropy, energy)."""
     one_class = rest.sum_exp == 0.0
@@ -38,10 +38,9 @@ def scores_of(z_target, gap, rest):
     return loss, u * tl.sqrt(1.0 + purity), margin, entropy, energy
 
 
-@triton.jit
-def store_scores(scores_ptr, row, n_rows, z_target, gap, rest, missing):
-    """Store the five scores of each row, a column each; ``missing`` is NaN where there are none, else 0."""
-    column = scores_ptr + row
-    for score in tl.static_range(5):
-        tl.store(column, scores_of(z_target, gap, rest)[score] + missing, row < n_rows)
-        column += n_rows
+@jit
+def pulls(slope, sum_exp):
+    """Return a row's factor of exp(z - max) and its gradient at the label, from the slope at its gap."""
+    # a row with no rest teaches nothing; an infinite slope is NaN at the label, as torch's
+    slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
+    return slope / tl.where(sum_exp == 0.0, 1.0, sum_exp), slope * 0.0 - slope

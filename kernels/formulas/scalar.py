@@ -1,18 +1,22 @@
 """Scalar functions that stay accurate where a loss of the gap needs them, in the dtype of their argument."""
 
+from __future__ import annotations
+
 import math
 
-import triton
-import triton.language as tl
+from .language import jit, tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 HALF_PI = tl.constexpr(math.pi / 2)
 PI = tl.constexpr(math.pi)
+# Divisors of series, as floats: an integer would make a float32 a float64 on CPUs.
 SIN_TERMS = tl.constexpr(11)
+SIN_DIVISORS = tl.constexpr(tuple(float(n * (n + 1)) for n in range(22, 0, -2)))
 EXPM1_TERMS = tl.constexpr(14)  # 0.5^15 / 16! leaves nothing of a float64
+EXPM1_DIVISORS = tl.constexpr(tuple(float(n) for n in range(15, 1, -1)))
 
 
-@triton.jit
+@jit
 def exp(x):
     """Return e^x by one exp2; subtract any offset before, since the product rounds relative to |x|."""
     if x.dtype == tl.float64:
@@ -21,7 +25,7 @@ def exp(x):
         return tl.exp2(x * LOG2_E)
 
 
-@triton.jit
+@jit
 def reciprocal(x):
     """Return 1 / x for x in [2^-126, 1], within 2 ulp: a division would also guard against larger ones."""
     if x.dtype == tl.float64:
@@ -31,7 +35,7 @@ def reciprocal(x):
         return root * root
 
 
-@triton.jit
+@jit
 def log_of_rest(p):
     """Return log(1 - p) for p in [0, 1/2]: half the instructions of a logarithm, and small ones keep their digits."""
     if p.dtype == tl.float64:
@@ -48,41 +52,40 @@ def log_of_rest(p):
         return -p * (y * p + 1.0)
 
 
-@triton.jit
+@jit
 def log1p(x):
     """Return log(1 + x) for x in [0, 1] without libdevice (Kahan): the rounding of 1 + x divides out."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
-@triton.jit
+@jit
 def log_sigmoid(x):
     """Return log(sigmoid(x)) = -softplus(-x)."""
     return tl.minimum(x, 0.0) - log1p(exp(-tl.abs(x)))
 
 
-@triton.jit
+@jit
 def sigmoid(x):
     """Return 1 / (1 + e^-x) with full relative accuracy on both sides."""
     e = exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
 
 
-@triton.jit
+@jit
 def expm1(x):
     """Return e^x - 1 for x <= 0: by its series near 0, where the difference would cancel."""
     y = 1.0
     for i in tl.static_range(EXPM1_TERMS):
-        y = 1.0 + x / (EXPM1_TERMS + 1 - i) * y
+        y = 1.0 + x / EXPM1_DIVISORS[i] * y
     return tl.where(x > -0.5, x * y, exp(x) - 1.0)
 
 
-@triton.jit
+@jit
 def sin(x):
     """Return the sine for x in [0, pi/2] by its series, whose first term left out is x^25 / 25! = 5e-21."""
     x2 = x * x
     y = 1.0
     for i in tl.static_range(SIN_TERMS):
-        n = 2 * (SIN_TERMS - i)
-        y = 1.0 - x2 / (n * (n + 1)) * y
+        y = 1.0 - x2 / SIN_DIVISORS[i] * y
     return x * y

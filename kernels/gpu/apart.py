@@ -5,10 +5,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .class_terms import TINY
-from .rest import origin
-from .scalar import exp, log_sigmoid, sigmoid
-from .shares import shares_at
+from ..formulas.class_terms import TINY
+from ..formulas.rest import origin
+from ..formulas.scalar import exp, log_sigmoid, sigmoid
+from .soft_targets import shares_at
 
 
 class Apart(NamedTuple):

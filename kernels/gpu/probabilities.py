@@ -10,8 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rest import origin
-from .scalar import exp, log_sigmoid, sigmoid
+from ..formulas.rest import origin
+from ..formulas.scalar import exp, log_sigmoid, sigmoid
 
 
 class Softmax(NamedTuple):

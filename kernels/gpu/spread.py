@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .rest import origin
+from ..formulas.rest import origin
+from ..formulas.scalar import exp
 from .rows import CHUNK, edge_classes, load
-from .scalar import exp
 
 
 @triton.jit

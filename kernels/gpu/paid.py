@@ -10,10 +10,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rest import chunk_sum, origin, rounded
+from ..formulas.rest import origin
+from ..formulas.scalar import exp
+from .rest import chunk_sum, rounded
 from .rows import CHUNK
-from .scalar import exp
-from .shares import where_any
+from .soft_targets import where_any
 
 LARGEST = tl.constexpr(3.4e38)  # a float32
 

@@ -44,23 +44,23 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     return Launch(1, 256, max(n_chunks // (256 * 8), 1), 256 // warp_size)
 
 
-def dense_forward(n_classes: int, warp_size: int = 32) -> Launch:
-    """Return the shape of a forward program for targets that are shares: rows are not split.
+def soft_forward(n_classes: int, warp_size: int = 32) -> Launch:
+    """Return the shape of a forward program for soft targets: rows are not split.
 
     A warp for a row below 16384 classes: every thread repeats some 1200 instructions at its end, so fewer cost less;
     longer rows take 256 threads, so that few of them still fill a GPU.
     """
     n_chunks = max(n_classes // CHUNK, 1)
-    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 2048 else Launch(1, 256, 1, 256 // warp_size)
+    return _soft_short_rows(n_chunks, warp_size) if n_chunks < 2048 else Launch(1, 256, 1, 256 // warp_size)
 
 
-def dense_backward(n_classes: int, warp_size: int = 32) -> Launch:
-    """Return the shape of a backward program for targets that are shares: as `backward`."""
+def soft_backward(n_classes: int, warp_size: int = 32) -> Launch:
+    """Return the shape of a backward program for soft targets: as `backward`."""
     n_chunks = max(n_classes // CHUNK, 1)
-    return _dense_short_rows(n_chunks, warp_size) if n_chunks < 256 else backward(1, n_classes, warp_size)
+    return _soft_short_rows(n_chunks, warp_size) if n_chunks < 256 else backward(1, n_classes, warp_size)
 
 
-def _dense_short_rows(n_chunks: int, warp_size: int) -> Launch:
+def _soft_short_rows(n_chunks: int, warp_size: int) -> Launch:
     """Return a warp a row, of few classes four for 32: more edges, and their shares, a thread could not hold."""
     lanes = _power_of_two(n_chunks)
     if lanes >= warp_size:
@@ -74,21 +74,21 @@ def _short_rows(n_chunks: int, warp_size: int) -> Launch:
     return Launch(warp_size // lanes, lanes, 1, 1)
 
 
-class ElementwiseLaunch(NamedTuple):
+class SigmoidLaunch(NamedTuple):
     block: int  # elements of a tile
     tiles: int  # tiles a program of a sum adds up
     num_warps: int
 
 
-def elementwise(n: int, warp_size: int = 32) -> ElementwiseLaunch:
+def sigmoid(n: int, warp_size: int = 32) -> SigmoidLaunch:
     """Return the shape of an elementwise program: 8 elements a thread, one 16-byte vector of a 2-byte type."""
-    return ElementwiseLaunch(1024, 1, 1024 // 8 // warp_size)
+    return SigmoidLaunch(1024, 1, 1024 // 8 // warp_size)
 
 
-def elementwise_sum(n: int, warp_size: int = 32) -> ElementwiseLaunch:
+def sigmoid_sum(n: int, warp_size: int = 32) -> SigmoidLaunch:
     """Return the shape of a program of a sum: a warp alone, so that asking for soft targets is no barrier in its loop.
 
     A sum is cut into some 8000 programs, fewer where there is less, whose numbers are added apart.
     """
     block = 8 * warp_size
-    return ElementwiseLaunch(block, min(max(-(-n // (block * 8192)), 1), 1 << 16), 1)
+    return SigmoidLaunch(block, min(max(-(-n // (block * 8192)), 1), 1 << 16), 1)
