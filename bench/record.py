@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bonus_ops.operators import implementation
+from bonus_ops import call, losses
 
 __all__ = ["ROOT", "between", "commit", "environment", "plain", "progress"]
 
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment(device: str) -> dict[str, Any]:
     """Return versions, machine, and which implementation runs by default and why."""
-    why_not, on_gpu = implementation.why_not_triton(device), device == "cuda"
+    on_gpu = device == "cuda"
+    why_not = call.why_not_triton(device) if on_gpu else call.why_not_numba(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -36,8 +37,8 @@ def environment(device: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if on_gpu else "none used",
         "gpu_driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
         "threads": torch.get_num_threads(),
-        "implementation": implementation.default_implementation(device),
-        "why": why_not or "triton is installed and has kernels for this device",
+        "implementation": call.decide(None, torch.empty(1, 2, device=device), "labels", losses.LogBonus(), None),
+        "why": why_not or f"{'triton' if on_gpu else 'numba'} is installed",
     }  # fmt: skip
 
 

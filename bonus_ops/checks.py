@@ -18,7 +18,7 @@ from .schedules import Scheduled
 __all__ = [
     "check_bonus",
     "check_call",
-    "check_shares",
+    "check_soft",
     "check_validate",
     "checked_bonus_smoothing",
     "checked_ignore_index",
@@ -68,7 +68,7 @@ def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> flo
     return float(bonus_smoothing)
 
 
-def check_shares(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
+def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
     """Raise for options of the bonus that the loss or the input cannot have."""
     given = [n for n, x in (("bonus_smoothing", bonus_smoothing), ("bonus_weight", bonus_weight)) if x is not None]
     loss = bonus.loss if isinstance(bonus, Scheduled) else bonus

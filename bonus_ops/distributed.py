@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from .operators import labels, shares  # noqa: F401  the operators must exist
+from .ops import labels, soft  # noqa: F401  the operators must exist
 
 __all__ = ["register_row_sharding"]
 
 # the axis of rows: of the arguments that have one, and of the results
 _ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0}
 _ROWS_OUT = {
-    "forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, softmax
-    "backward": (0,),
-    "dense_forward": (0, 1, 0, 1),  # loss, scores, runner_up, saved
-    "dense_backward": (0,),
+    "labels_forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, softmax
+    "labels_backward": (0,),
+    "soft_forward": (0, 1, 0, 1),  # loss, scores, runner_up, saved
+    "soft_backward": (0,),
 }
 
 
@@ -57,14 +57,16 @@ def register_row_sharding() -> None:
 def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Run ``op`` on this rank's rows of the arguments that have rows; the others are the same on every rank."""
     call = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
-    for name in _ROWS_IN:
-        if isinstance(call.get(name), Tensor) and not isinstance(call[name], DTensor):
-            raise RuntimeError(
-                f"{op}: got mixed torch.Tensor and DTensor.\nExpected input and target to be DTensors on one mesh, got "
-                f"a plain tensor as {name}, of shape {list(call[name].shape)}."
-            )
     logits = call["logits"]
+    if not isinstance(logits, DTensor):
+        raise RuntimeError(
+            f"{op}: got mixed torch.Tensor and DTensor.\nExpected input to be a DTensor where the target is one, got a "
+            f"plain tensor of shape {list(logits.shape)}."
+        )
     mesh = logits.device_mesh
+    for name in _ROWS_IN:  # a plain tensor beside a DTensor is the same on every rank, as torch takes it
+        if isinstance(call.get(name), Tensor) and not isinstance(call[name], DTensor):
+            call[name] = DTensor.from_local(call[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
     n_outer, n_inner, _ = logits.shape
     # outer * inner rows are cut as the outer ones were only if every rank has as many
     cut = n_inner == 1 or n_outer % mesh.size() == 0

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .losses import GapLoss, Loss
+from .losses import CrossEntropy, GapLoss, Loss
 from .scores import Scores
-from .shares import Shares
+from .soft_targets import SoftTargets
 
-__all__ = ["check_target", "dense_rows", "elements", "elements_gradient", "gradient", "rows", "scores", "softmax"]
+__all__ = ["check_target", "soft_rows", "elements", "elements_gradient", "gradient", "rows", "scores", "softmax"]
+
+
+CROSS_ENTROPY = CrossEntropy()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,10 +34,15 @@ def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:
         target = torch._C._functorch.get_unwrapped(target)
     bad = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
     if bad.any():
-        raise IndexError(
-            f"Target {int(target[bad][0])} is out of bounds.\nExpected class indices in [0, {n_classes}) or "
-            f"ignore_index={ignore_index}, got {int(bad.sum())} outside."
-        )
+        raise out_of_bounds(int(target[bad][0]), int(bad.sum()), n_classes, ignore_index)
+
+
+def out_of_bounds(label: int, count: int, n_classes: int, ignore_index: int) -> IndexError:
+    """Return the error of ``count`` class indices out of range, one of which is ``label``."""
+    return IndexError(
+        f"Target {label} is out of bounds.\nExpected class indices in [0, {n_classes}) or "
+        f"ignore_index={ignore_index}, got {count} outside."
+    )
 
 
 def _masked(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,8 +141,8 @@ def scores(logits: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
     )  # fmt: skip
 
 
-def dense_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, shares: Shares) -> Tensor:
-    """Return the loss of each row for a target that is shares of the classes (see `Shares`), 0 where ignored.
+def soft_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targets: SoftTargets) -> Tensor:
+    """Return the loss of each row for a target that is shares of the classes (see `SoftTargets`), 0 where ignored.
 
     ``L = sum_k t_k (-log p_k) + sum_k c(p_k, v_k)``: every class pays by its share what it would pay as the label. The
     first sum is there for losses that add to cross-entropy; for any other loss of the gap ``c = v_k value(gap_k)``.
@@ -142,7 +150,7 @@ def dense_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, sha
     """
     n_classes = logits.shape[-1]
     counts = label != ignore_index
-    hard = shares.hard(label, n_classes, accumulation_dtype(logits.dtype))
+    hard = targets.hard(label, n_classes, accumulation_dtype(logits.dtype))
     logits = logits.to(hard.dtype).masked_fill(~counts[..., None], 0.0)
     if n_classes == 0:
         return logits.sum(-1)
@@ -155,13 +163,13 @@ def dense_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, sha
     others = torch.where(is_top, -1.0, log_p).clamp(max=-1e-9)
     gap = torch.where(is_top, gap_top[..., None], others - torch.log(-torch.expm1(others)))
     log_p = torch.where(is_top, logsigmoid(gap), log_p)
-    v = shares.of_bonus(n_classes).of(hard)
+    v = targets.of_bonus(n_classes).of(hard)
     if isinstance(loss, GapLoss):
         value = _share_times(v, loss.excess(gap))
     else:
         value = loss.class_value(torch.sigmoid(gap), torch.sigmoid(-gap), log_p, v)
     if loss.adds_to_cross_entropy:
-        value = value + _share_times(shares.of_cross_entropy(n_classes).of(hard), -log_p)
+        value = value + _share_times(targets.of_cross_entropy(n_classes).of(hard), -log_p)
     bad = counts & ((label < 0) | (label >= n_classes))  # unchecked on a GPU and while compiling
     total = torch.where(bad, math.nan, value.sum(-1))
     return torch.where(counts, total, 0.0)

@@ -12,13 +12,13 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import reference
-from .autograd import elementwise
+from .call import decide
 from .checks import FLOATS, check_bonus
 from .functional import _DEFAULT_BONUS
+from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
-from .operators.implementation import default_implementation, why_not_triton
+from .ops import sigmoid
 from .schedules import KeepsEpoch
-from .torch_path.elementwise import Elements
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
@@ -61,7 +61,7 @@ def bonus_binary_cross_entropy_with_logits(
         alpha: balance in [0, 1]: factor alpha of the positive share, 1 - alpha of the negative one. None: both 1.
         normalizer: what ``"mean"`` divides the sum by, instead of the number of elements: a number > 0 or a 0-d tensor.
             Detectors take the number of positives, see `PositiveCount`.
-        implementation: None chooses; ``"triton"``, ``"torch"`` and ``"reference"`` run or raise.
+        implementation: None chooses; ``"triton"``, ``"numba"`` and ``"reference"`` run or raise.
 
     Returns:
         Loss in nats in the dtype of ``target``, as torch (half types give float32 under autocast): a scalar, or shaped
@@ -96,17 +96,10 @@ def bonus_binary_cross_entropy_with_logits(
         dtype = torch.float32
     loss = CrossEntropy() if bonus is None else bonus
     of = Elements(input, target, _on(weight, input), _on(pos_weight, input), loss, _scales(alpha))
-    how = _choose(of, implementation)
-    if how == "reference":
-        value = reference.elements(*of)
-        if reduction != "none":
-            # by a number, torch would make the tangent a float64
-            value = value.sum() / torch.as_tensor(divisor, dtype=value.dtype, device=value.device)
-    elif reduction == "none":
-        value = elementwise.element_losses(of, dtype, how)
-    else:
-        value = elementwise.element_sum(of, divisor, how)
-    return value.to(dtype)
+    implementation = decide(implementation, input, "sigmoid", loss, _only_by_formula(target))
+    if reduction == "none":
+        return sigmoid.losses(of, dtype, implementation)
+    return sigmoid.total(of, divisor, implementation).to(dtype)
 
 
 class BonusBCEWithLogitsLoss(KeepsEpoch):
@@ -327,24 +320,8 @@ def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
     return float(normalizer)
 
 
-def _choose(of: Elements, requested: str | None) -> str:
-    """Return the implementation; what only the formula can do falls to it, unless kernels were asked for."""
-    if requested not in (None, "triton", "torch", "reference"):
-        raise ValueError(f"implementation must be None, 'triton', 'torch' or 'reference', got {requested!r}")
-    formula = None
-    if of.target.requires_grad and torch.is_grad_enabled():
-        formula = "the gradient of target"
-    elif is_transformed():
-        formula = "torch.func and forward mode"
-    if requested == "triton":
-        why = why_not_triton(of.input.device.type)
-        if why is not None:
-            raise RuntimeError(f"implementation='triton' cannot run: {why}")
-        if formula is not None:
-            raise NotImplementedError(f"implementation='triton' has no kernel for {formula}; None computes it")
-        return requested
-    if formula is not None:
-        return "reference"
-    if requested is not None:
-        return requested
-    return "torch" if of.loss.kernel is None else default_implementation(of.input.device.type)
+def _only_by_formula(target: Tensor) -> str | None:
+    """Return what no kernel does of a call, if anything."""
+    if target.requires_grad and torch.is_grad_enabled():
+        return "the gradient of target"
+    return "torch.func and forward mode" if is_transformed() else None

@@ -41,15 +41,21 @@ def log_of_rest(p):
     if p.dtype == tl.float64:
         return tl.log(1.0 - p)
     else:
-        # least squares for (log(1 - p) + p) / -p^2, reweighted to level the errors: 1.3 2^-24, rounding and all
-        y = 1.479392930 * p - 1.760112100
-        y = y * p + 1.298339893
-        y = y * p - 0.2148487575
-        y = y * p + 0.2705133429
-        y = y * p + 0.2429934416
-        y = y * p + 0.3336601418
-        y = y * p + 0.4999950621
-        return -p * (y * p + 1.0)
+        return log_of_rest_series(p)
+
+
+@jit
+def log_of_rest_series(p):
+    """Return `log_of_rest` of a float32."""
+    # least squares for (log(1 - p) + p) / -p^2, reweighted to level the errors: 1.3 2^-24, rounding and all
+    y = 1.479392930 * p - 1.760112100
+    y = y * p + 1.298339893
+    y = y * p - 0.2148487575
+    y = y * p + 0.2705133429
+    y = y * p + 0.2429934416
+    y = y * p + 0.3336601418
+    y = y * p + 0.4999950621
+    return -p * (y * p + 1.0)
 
 
 @jit

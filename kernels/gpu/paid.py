@@ -12,11 +12,10 @@ import triton.language as tl
 
 from ..formulas.rest import origin
 from ..formulas.scalar import exp
+from ..formulas.soft_targets import LARGEST
 from .rest import chunk_sum, rounded
 from .rows import CHUNK
 from .soft_targets import where_any
-
-LARGEST = tl.constexpr(3.4e38)  # a float32
 
 
 class Paid(NamedTuple):
@@ -66,10 +65,3 @@ def paid_by_row(paid, lanes_max, maximum, gamma):
     at = origin(maximum)[:, None]
     power = paid.power if gamma is None else rounded(paid.power * exp(gamma * (lanes_max - at)))
     return Paid(tl.sum(paid.total, 1), tl.sum(paid.cost + paid.total * rise(lanes_max, at), 1), tl.sum(power, 1))
-
-
-@triton.jit
-def cross_entropy_of(paid, log_scale):
-    """Return sum t (lse - z) from max - lse: by way of the max no term is negative."""
-    above = tl.where(log_scale == -float("inf"), LARGEST, -log_scale)  # an overflow
-    return tl.where(paid.total == 0.0, 0.0, paid.total * above) + paid.cost

@@ -14,20 +14,6 @@ from ..formulas.rest import origin
 from ..formulas.scalar import exp, log_sigmoid, sigmoid
 
 
-class Softmax(NamedTuple):
-    """Of each row [ROWS]."""
-
-    max: tl.tensor
-    scale: tl.tensor
-    log_scale: tl.tensor
-
-
-@triton.jit
-def softmax_of(gap, rest):
-    sum_exp = tl.maximum(rest.sum_exp, 1.0)  # no rest, no matter
-    return Softmax(rest.max, sigmoid(-gap) / sum_exp, log_sigmoid(-gap) - tl.log(sum_exp))
-
-
 @triton.jit
 def probabilities(softmax, z, mask):
     """Return (exp(z - max), p, log p) of logits [ROWS, ...], the first two 0 where masked."""

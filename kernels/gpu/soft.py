@@ -18,10 +18,18 @@ import triton.language as tl
 
 from ..formulas.class_terms import TINY
 from ..formulas.scores import gap_of
-from .apart import apart, cross_entropy_apart, gap_of_runner_up, gradient_apart, where_known
-from .paid import cross_entropy_of
+from ..formulas.soft_targets import (
+    Softmax,
+    cross_entropy_apart,
+    cross_entropy_of,
+    gap_of_runner_up,
+    gradient_apart,
+    softmax_of,
+    where_known,
+)
+from .apart import apart
 from .params import widen
-from .probabilities import Softmax, along, probabilities, softmax_of
+from .probabilities import along, probabilities
 from .rows import (
     chunk_classes,
     chunk_mask,

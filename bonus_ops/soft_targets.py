@@ -1,4 +1,4 @@
-"""Targets as shares of the classes: smoothed labels, probabilities, class weights.
+"""Soft targets, shares of the classes: smoothed labels, probabilities, class weights.
 
 Cross-entropy is paid by shares ``t`` and what a loss adds to it by shares ``v``, both [..., C]:
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Share", "Shares"]
+__all__ = ["Share", "SoftTargets"]
 
 
 class Share(NamedTuple):
@@ -35,7 +35,7 @@ class Share(NamedTuple):
         return self.weight is other.weight and (self.keep, self.off) == (other.keep, other.off)
 
 
-class Shares(NamedTuple):
+class SoftTargets(NamedTuple):
     """What turns the labels of a batch into shares."""
 
     probabilities: Tensor | None  # [outer, inner, C]; None for class indices

@@ -1,0 +1,271 @@
+"""Class indices: from a checked call to rows of kernels or loops, with every derivative.
+
+First derivatives run the operators. Derivatives that are differentiated again, forward-mode ones and those of
+`torch.func` follow the closed form of `reference.gradient`, from the input: plain torch, hence right at any depth.
+Eager calls that only the tape watches go from a Function straight to kernels or loops; the two registered operators
+are for all others: torch.compile, torch.export, torch.func, DTensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import reference
+from ..call import Call
+from ..kernels.results import LabelResult, empty_labels
+from ..losses import GapLoss, decode, encode
+from ..scores import Scores
+from ..watchers import is_plain_eager
+from . import room
+from .made import MadeInForward, Tensors, Visited
+
+__all__ = ["Result", "run", "softmax"]
+
+
+class Result(NamedTuple):
+    """What a call returns, in the shapes of its arguments; None where it was not asked for."""
+
+    loss: Tensor
+    scores: Scores | None
+    softmax: Tensor | None
+
+
+def run(call: Call) -> Result:
+    """Return loss, scores and probabilities of a call."""
+    return _WAYS[call.implementation](call)
+
+
+def _by_formula(call: Call) -> Result:
+    logits = call.logits()
+    target = call.target.reshape(logits.shape[:2])
+    if logits.device.type == "cpu":
+        reference.check_target(target, call.n_classes, call.ignore_index)
+    value = reference.rows(logits, target, call.ignore_index, cast(GapLoss, call.loss)).reshape(-1)
+    columns = reference.scores(logits, target, call.ignore_index) if call.scores else None
+    probabilities = reference.softmax(logits.detach(), target, call.ignore_index) if call.softmax else None
+    return _result(call, _reduced(call, value), columns, probabilities)
+
+
+def _by_loops(call: Call) -> Result:
+    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(call.input)
+    if not eager or call.reduction == "none" or call.softmax:
+        return _by_rows(call)
+    logits = call.logits()
+    target = call.target.reshape(-1)
+    weight = call.row_weight()
+    visit = _Visit(call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.reduction == "mean")
+    loss, *columns = MadeInForward.apply(logits, visit, target, weight)  # type: ignore[no-untyped-call]
+    return _result(call, loss, (*columns[0], columns[1]) if columns else None, None)
+
+
+def _by_kernels(call: Call) -> Result:
+    return _by_rows(call)
+
+
+_WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
+
+
+def _by_rows(call: Call) -> Result:
+    """Return the result by the registered operators, which make the gradient in backward by a second read."""
+    logits = call.logits()
+    target = call.target.reshape(logits.shape[:2])
+    name, fields = encode(call.loss)
+    out = _apply(logits, target, fields, call.ignore_index, name, call.scores, call.softmax, call.implementation)
+    columns = (*out.scores, out.runner_up) if call.scores else None
+    return _result(call, _reduced(call, out.loss), columns, out.softmax if call.softmax else None)
+
+
+def softmax(call: Call, logits: Tensor, label: Tensor) -> Tensor:
+    """Return the probabilities of rows [outer, inner, C], detached, 0 where the label is ignored."""
+    if call.implementation not in ("triton", "numba"):
+        return reference.softmax(logits.detach(), label, call.ignore_index)
+    name, fields = encode(reference.CROSS_ENTROPY)
+    return forward(logits.detach(), label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+
+
+def _reduced(call: Call, loss: Tensor) -> Tensor:
+    """Return the losses of rows [N] reduced, each times its weight."""
+    weight = call.row_weight()
+    loss = loss if weight is None else loss * weight
+    if call.reduction == "none":
+        return loss
+    return loss.sum() / call.divisor(weight) if call.reduction == "mean" else loss.sum()
+
+
+def _result(call: Call, loss: Tensor, columns: Any, probabilities: Tensor | None) -> Result:
+    loss = call.shaped(loss) if call.reduction == "none" else loss
+    scores = None if columns is None else Scores(*(c.reshape(call.row_shape) for c in columns))
+    softmax = None if probabilities is None else call.shaped_as_input(probabilities)
+    return Result(loss.to(call.dtype), scores, softmax)
+
+
+# --- eager on a CPU ---------------------------------------------------------------------------------------------------
+
+
+class _Visit(NamedTuple):
+    """A reduced loss of labels for `MadeInForward`; operands are the target [N] and weights of rows [N] or None."""
+
+    ignore_index: int
+    loss: GapLoss
+    scores: bool
+    mean: bool
+
+    def visit(self, logits: Tensor, operands: Tensors) -> Visited:
+        target, weight = operands
+        assert target is not None
+        loops, n_classes = room("numba", "labels"), logits.shape[2]
+        n, n_bad, bad = loops.count(target, n_classes, self.ignore_index)
+        if n_bad:
+            raise reference.out_of_bounds(bad, n_bad, n_classes, self.ignore_index)
+        dtype = reference.accumulation_dtype(logits.dtype)
+        if weight is None:
+            divisor: Any = n if self.mean else 1
+            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype)
+        else:
+            divisor = weight.sum() if self.mean else 1
+            upstream = (weight / divisor).to(dtype)
+        halves = logits.dtype.itemsize == 2
+        out, grad = loops.visit(logits, target, self.ignore_index, self.loss, self.scores, upstream, halves)
+        total = out.loss.sum() if weight is None else (out.loss * weight).sum()
+        total = total / divisor if self.mean else total
+        others = (out.scores, out.runner_up) if self.scores else ()
+        return Visited(total, others, grad, (upstream, out.saved if halves else None))
+
+    def again(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+        target, (upstream, saved) = operands[0], kept
+        assert target is not None and upstream is not None
+        loops, upstream = room("numba", "labels"), upstream * factor.to(upstream.dtype)
+        if saved is None:
+            grad: Tensor = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False)[1]
+            return grad
+        grad = loops.backward(logits, target, saved, upstream, self.ignore_index, self.loss)
+        return grad
+
+    def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+        target, upstream = operands[0], kept[0]
+        assert target is not None and upstream is not None
+        return _gradient(logits, target, (factor * upstream).expand(target.numel()), self.ignore_index, self.loss)
+
+
+def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
+    rows = logits.shape[:2]
+    return reference.gradient(logits, target.reshape(rows), ignore_index, loss, grad_loss.reshape(rows))
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("bonus_ops::labels_forward", mutates_args=())
+def forward(
+    logits: Tensor, target: Tensor, fields: Tensor, ignore_index: int, loss: str, scores: bool, softmax: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows [outer, inner, C] to what `LabelResult` holds; ``loss`` and ``fields`` are what `losses.encode` returns."""
+    if logits.device.type == "cpu":
+        reference.check_target(target, logits.shape[2], ignore_index)
+    out: LabelResult = room(implementation, "labels").forward(
+        logits, target, ignore_index, decode(loss, fields), scores, softmax
+    )
+    return tuple(out)
+
+
+@forward.register_fake
+def _(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+    out = empty_labels(logits, scores, True)
+    return tuple(out._replace(softmax=torch.empty_like(logits)) if softmax else out)
+
+
+@torch.library.custom_op("bonus_ops::labels_backward", mutates_args=())
+def backward(
+    logits: Tensor, target: Tensor, fields: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: str,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
+    grad: Tensor = room(implementation, "labels").backward(
+        logits, target, saved, grad_loss, ignore_index, decode(loss, fields)
+    )
+    return grad
+
+
+@backward.register_fake
+def _(logits, target, fields, saved, grad_loss, ignore_index, loss, implementation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits)
+
+
+def fold(x: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
+    """Return ``x`` with a mapped dimension (None: repeated ``size`` times) folded into dimension ``at``."""
+    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    return x.flatten(at, at + 1)
+
+
+def unfold(x: Tensor, at: int, size: int) -> Tensor:
+    """Undo `fold`, leaving the mapped dimension in place ``at``."""
+    return x.view(*x.shape[:at], size, x.shape[at] // size, *x.shape[at + 1 :])
+
+
+@backward.register_vmap
+def _(info, in_dims, logits, target, fields, saved, grad_loss, *options):  # type: ignore[no-untyped-def]
+    size, dims = info.batch_size, in_dims
+    logits, target = fold(logits, dims[0], size), fold(target, dims[1], size)
+    saved, grad_loss = fold(saved, dims[3], size, at=1), fold(grad_loss, dims[4], size)
+    return unfold(backward(logits, target, fields, saved, grad_loss, *options), 0, size), 0
+
+
+class _Rows(torch.autograd.Function):
+    """Loss of each row; the gradient is made in backward by a second read."""
+
+    @staticmethod
+    def forward(*args):  # type: ignore[no-untyped-def]
+        return forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        logits, target, fields, ctx.ignore_index, ctx.loss, _, _, ctx.implementation = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for probabilities would be as large as the gradient
+        ctx.save_for_backward(logits, target, fields, output[3])
+        ctx.save_for_forward(logits, target, fields)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None:
+            return (None,) * 8
+        logits, target, fields, saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: the closed form in torch, from the input, is differentiable again
+            grad = _gradient(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, fields))
+        else:
+            options = (ctx.ignore_index, ctx.loss, ctx.implementation)
+            grad = backward(logits, target, fields, saved, grad_loss, *options)
+        return grad, *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        size = info.batch_size
+        logits, target = fold(logits, in_dims[0], size), fold(target, in_dims[1], size)
+        out = _apply(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
+        dims = (0, 1 if scores else None, 0 if scores else None, 1, 0 if softmax else None)
+        return tuple(x if d is None else unfold(x, d, size) for x, d in zip(out, dims, strict=True)), dims
+
+
+class _ForwardModeRows(_Rows):
+    """`_Rows` with a forward-mode derivative, which torch.compile refuses to see."""
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):  # type: ignore[no-untyped-def]
+        logits, target, fields = ctx.saved_tensors
+        dtype = reference.accumulation_dtype(logits.dtype)
+        one = torch.ones_like(target, dtype=dtype)
+        # torch turns it off here: an outer jvp would see zeros, and under the compiler a primal keeps its tangent
+        with forward_ad._set_fwd_grad_enabled(True):
+            logits = forward_ad.unpack_dual(logits).primal  # type: ignore[no-untyped-call]
+            grad = _gradient(logits.to(dtype), target, one, ctx.ignore_index, decode(ctx.loss, fields))
+            return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
+
+
+def _apply(*args: Any) -> LabelResult:
+    function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
+    return LabelResult._make(function.apply(*args))  # type: ignore[no-untyped-call]

@@ -1,0 +1,222 @@
+"""Class indices on a CPU: what `gpu.labels` computes, by loops over rows that stay in cache.
+
+A tile of rows takes three steps: sum up every row, finish them all, write what follows from it. Rows are summed up one
+after another, by vectors of classes (`rows`); where classes are few or lie apart, side by side, by vectors of rows
+(`lanes`). Traffic a row of V logits of b bytes: reads V b, writes V b for a gradient and 4 bytes a requested column.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..results import LabelResult, empty_labels
+from . import lanes, rows, stored, threads
+from .elements import NAMES, real_of, record_of
+from .losses import Columns, columns_of, probability
+from .names import int32, int64, real, real_size, record, vector
+from .tile import END, GAP, MAX, ROWS, SUM_EXP, finish, load_labels, load_upstream, padded, pay, pull
+
+__all__ = ["backward", "count", "forward", "visit"]
+
+FEW = 24  # classes up to which rows go side by side; measured on a server with AVX2, one thread
+
+rows_of_tile = sum_up = exps_again = write = None  # of the layout, bound by `_loop`
+
+
+class Plan(NamedTuple):
+    """What loops are told: sizes, addresses (0: not wanted) and strides in elements."""
+
+    n_rows: int
+    n_inner: int
+    n_classes: int
+    tile: int  # rows
+    logits: int
+    outer_stride: int
+    inner_stride: int
+    class_stride: int
+    target: int
+    ignore_index: int
+    column: int  # `losses.column` of the loss
+    params: int
+    upstream: int
+    upstream_stride: int
+    loss: int
+    scores: int
+    runner_up: int
+    saved: int
+    softmax: int  # whether out is of probabilities
+    out: int
+    out_outer_stride: int
+    out_inner_stride: int
+    out_class_stride: int
+    in_place: int  # whether exponentials are kept in the rows of out
+
+
+# --- loops ------------------------------------------------------------------------------------------------------------
+
+
+def visit_loop(plan, first, last, work):
+    """Compute rows ``first`` to ``last``: loss, scores, what backward needs; the gradient where it is wanted."""
+    p = record(plan, Plan)
+    column, index = vector(work, END, real), vector(work + END * real_size, 2 * ROWS, int32)
+    exps = work + END * real_size + 2 * ROWS * 4
+    row = first
+    while row < last:
+        n = rows_of_tile(p, row, last)
+        load_labels(p, row, n, index)
+        sum_up(p, row, n, index, column, exps)
+        finish(p, row, n, index, column, work)
+        if p.out:
+            load_upstream(p, row, n, column)
+            pull(p, n, column)
+            write(p, row, n, index, column, exps)
+        row += n
+
+
+def again_loop(plan, first, last, work):
+    """Write the gradient of rows, or their probabilities, from what `visit_loop` saved."""
+    p = record(plan, Plan)
+    column, index = vector(work, END, real), vector(work + END * real_size, 2 * ROWS, int32)
+    exps = work + END * real_size + 2 * ROWS * 4
+    saved = vector(p.saved, 3 * p.n_rows, real)
+    row = first
+    while row < last:
+        n = rows_of_tile(p, row, last)
+        load_labels(p, row, n, index)
+        for i in range(padded(n)):
+            at = row + min(i, n - 1)
+            column[GAP + i] = saved[at]
+            column[MAX + i] = saved[at + p.n_rows]
+            column[SUM_EXP + i] = saved[at + 2 * p.n_rows]
+        pay(p, padded(n), work)
+        load_upstream(p, row, n, column)
+        pull(p, n, column)
+        exps_again(p, row, n, index, column, exps)
+        write(p, row, n, index, column, exps)
+        row += n
+
+
+def count_loop(target, n, n_classes, ignore_index, out):
+    """Write how many labels count, how many are out of range, and one of these."""
+    labels, found = vector(target, n, int64), vector(out, 3, int64)
+    counted = bad = one = 0
+    for i in range(n):
+        y = labels[i]
+        counts = y != ignore_index
+        outside = counts & ((y < 0) | (y >= n_classes))
+        counted += counts
+        bad += outside
+        one = y if outside else one
+    found[0], found[1], found[2] = counted, bad, one
+
+
+@functools.cache
+def _loop(body: Any, layout: Any, element: str) -> Any:
+    def make() -> str:
+        from .compile import machine_code
+
+        names = ("rows_of_tile", "sum_up", "exps_again", "write")
+        of_layout = {name: getattr(layout, name) for name in names}
+        return machine_code(body, element, of_layout | {"Plan": record_of(Plan)})
+
+    name = f"{body.__name__}_{layout.__name__.rpartition('.')[2]}_{element}"
+    return stored.entry(4, name, name, make)
+
+
+@functools.cache
+def _count() -> Any:
+    def make() -> str:
+        from .compile import machine_code
+
+        return machine_code(count_loop, "float32", {})
+
+    return stored.entry(5, "count", "count", make)
+
+
+# --- what the library calls -------------------------------------------------------------------------------------------
+
+
+def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
+    """Return how many labels of a contiguous target count, how many are out of range, and one of these."""
+    found = array("q", (0, 0, 0))
+    _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
+    return found[0], found[1], found[2]
+
+
+def visit(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | None, save: bool
+) -> tuple[LabelResult, Tensor | None]:
+    """Return the results of rows [outer, inner, C] and, for an upstream gradient [N] or [1], the gradient."""
+    out = empty_labels(logits, scores, save)
+    grad = None if upstream is None else _empty_like(logits)
+    if logits.numel():
+        columns = columns_of(loss, real_of(NAMES[logits.dtype]))
+        _run(visit_loop, logits, target, ignore_index, columns, out, grad, upstream, False)
+    return out, grad
+
+
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool
+) -> LabelResult:
+    """Return loss, scores, what `backward` needs and the probabilities of rows [outer, inner, C]."""
+    out, _ = visit(logits, target, ignore_index, loss, scores, None, True)
+    if softmax:
+        out = out._replace(softmax=_empty_like(logits))
+        if logits.numel():
+            columns = probability(real_of(NAMES[logits.dtype]))
+            one = out.loss.new_ones(1)
+            _run(again_loop, logits, target, ignore_index, columns, out, out.softmax, one, True)
+    return out
+
+
+def backward(
+    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any
+) -> Tensor:
+    """Return the gradient from what `forward` saved and the upstream gradient [N] or [1]: one read, one write."""
+    grad = _empty_like(logits)
+    if logits.numel():
+        out = LabelResult(saved, saved, saved, saved, saved)
+        columns = columns_of(loss, real_of(NAMES[logits.dtype]))
+        _run(again_loop, logits, target, ignore_index, columns, out, grad, grad_loss.to(saved.dtype), False)
+    return grad
+
+
+def _empty_like(logits: Tensor) -> Tensor:
+    out = torch.empty_like(logits)
+    if logits.stride(2) == 1 and out.stride(2) != 1:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return out
+
+
+def _run(
+    body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, result: LabelResult,
+    out: Tensor | None, upstream: Tensor | None, softmax: bool,
+) -> None:  # fmt: skip
+    n_outer, n_inner, n_classes = logits.shape
+    n_rows, strides, element = n_outer * n_inner, logits.stride(), NAMES[logits.dtype]
+    target = target.reshape(-1).contiguous()
+    real_bytes = 8 if element == "float64" else 4
+    side_by_side = n_classes <= FEW or strides[2] != 1
+    in_place = 0
+    if side_by_side:
+        tile = min(max(4096 // n_classes // 64 * 64, 64), ROWS)
+        kept = (tile + lanes.BETWEEN) * n_classes
+    else:
+        tile = min(max((1 << 16) // n_classes, 1), 64)
+        in_place = int(out is not None and logits.element_size() == real_bytes)
+        kept = 0 if in_place else tile * n_classes
+    plan = array("q", Plan(
+        n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
+        columns.function, columns.params,
+        0 if upstream is None else upstream.data_ptr(), 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
+        result.loss.data_ptr(), result.scores.data_ptr(), result.runner_up.data_ptr(), result.saved.data_ptr(), softmax,
+        0 if out is None else out.data_ptr(), *((0, 0, 0) if out is None else out.stride()), in_place,
+    ))  # fmt: skip
+    work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
+    loop = _loop(body, lanes if side_by_side else rows, element)
+    threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)

@@ -1,0 +1,175 @@
+"""A loss as loops call it: value and slope of a column of gaps, a C function a loss."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from ..formulas.scalar import sigmoid
+from . import stored
+from .names import numbers, real, vector
+
+__all__ = ["Columns", "columns_of", "described", "probability", "terms_of", "why_not_compiled"]
+
+VALUE = SLOPE = TERMS = N_PARAMS = None  # bound by what compiles them
+
+
+def column(n, gap, params, value, slope):
+    """Write value and slope of ``n`` gaps; all but ``n`` are addresses."""
+    gap, value, slope = vector(gap, n, real), vector(value, n, real), vector(slope, n, real)
+    of_loss = numbers(params, N_PARAMS, real)
+    for i in range(n):  # in one loop, so that what both need is computed once
+        x = gap[i]
+        value[i] = VALUE(x, of_loss)
+        slope[i] = SLOPE(x, of_loss)
+
+
+class Columns(NamedTuple):
+    """The address of a C function, that of its numbers, and what keeps both there."""
+
+    function: int
+    params: int
+    owners: tuple[Any, ...]
+
+
+def columns_of(loss: Any, real: str) -> Columns:
+    """Return `column` of a loss in an accumulation dtype; raises Numba's error where it cannot be compiled."""
+    try:
+        return _known(loss, real)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _columns_of(loss, real)
+
+
+@functools.lru_cache(256)
+def _known(loss: Any, real: str) -> Columns:
+    return _columns_of(loss, real)
+
+
+def _columns_of(loss: Any, real: str) -> Columns:
+    params = loss.parameters()
+    function = _compiled(*pair_of(loss), len(params), real)
+    held = array("d" if real == "float64" else "f", params)
+    return Columns(ctypes.cast(function, ctypes.c_void_p).value or 0, held.buffer_info()[0], (function, held))
+
+
+def pair_of(loss: Any) -> tuple[Any, Any]:
+    """Return the bodies of value and slope."""
+    if isinstance(loss.kernel, str):
+        from ..formulas import gap_losses
+
+        return getattr(gap_losses, f"{loss.kernel}_value"), getattr(gap_losses, f"{loss.kernel}_slope")
+    value, slope = loss.kernel
+    return value, slope
+
+
+@functools.cache
+def _compiled(value: Any, slope: Any, n_params: int, real: str) -> Any:
+    def make() -> str:
+        from .compile import machine_code
+
+        bound = {"VALUE": getattr(value, "fn", value), "SLOPE": getattr(slope, "fn", slope), "N_PARAMS": n_params}
+        return machine_code(column, real, bound)
+
+    name = getattr(value, "__name__", "loss").removesuffix("_value")
+    return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {real}", make)
+
+
+def terms(n, p, rest, log_p, share, params, value, pull):
+    """Write what ``n`` classes add for their shares; all but ``n`` are addresses."""
+    p, rest, log_p, share = vector(p, n, real), vector(rest, n, real), vector(log_p, n, real), vector(share, n, real)
+    value, pull = vector(value, n, real), vector(pull, n, real)
+    of_loss = numbers(params, N_PARAMS, real)
+    for i in range(n):
+        a, b = TERMS(p[i], rest[i], log_p[i], share[i], of_loss)
+        value[i] = a
+        pull[i] = b
+
+
+class Terms(NamedTuple):
+    """Addresses of C functions, of a class with p <= 1/2 and of any, that of their numbers, and what keeps them."""
+
+    of_others: int
+    of_any: int
+    params: int
+    owners: tuple[Any, ...]
+
+
+@functools.lru_cache(256)
+def terms_of(loss: Any, real: str) -> Terms:
+    """Return `terms` of a loss in an accumulation dtype."""
+    params = loss.parameters()
+    few = f"{loss.kernel}_below_half" if getattr(loss, "is_logarithm_below_half", bool)() else loss.kernel
+    functions = [_compiled_terms(kernel, len(params), real) for kernel in (few, loss.kernel)]
+    held = array("d" if real == "float64" else "f", params)
+    at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+    return Terms(at[0], at[1], held.buffer_info()[0], (functions, held))
+
+
+@functools.cache
+def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
+    def make() -> str:
+        from ..formulas import class_terms
+        from .compile import machine_code
+
+        body = getattr(class_terms, f"{kernel}_terms")
+        return machine_code(terms, real, {"TERMS": getattr(body, "fn", body), "N_PARAMS": n_params})
+
+    name = f"{kernel}_terms_{real}"
+    return stored.entry(8, name, f"{name} {n_params}", make)
+
+
+def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
+    """Return why Numba cannot compile the (value, slope) of a user's loss, or None if it can."""
+    value, slope = kernel
+    try:
+        _compiled(value, slope, n_params, "float32")
+    except Exception as error:  # whatever stands in a user's body
+        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error).split("\n")[0])
+        functions = " or ".join(getattr(x, "__name__", repr(x)) for x in kernel)
+        return f"numba cannot compile {functions}, the kernel of {name}: {reason.strip()}"
+    return None
+
+
+def described(body: Callable[..., Any]) -> str:
+    """Return what a body is made of, with all that it names: two that differ are described differently."""
+    body = getattr(body, "fn", body)
+    if not isinstance(body, FunctionType):
+        raise TypeError(f"expected a function, got {type(body).__name__}")
+    if body.__module__.endswith(f".formulas.{body.__module__.rpartition('.')[2]}"):
+        return f"{body.__module__}.{body.__qualname__}"  # whose source `stored` looks at
+    code = body.__code__
+    named = [body.__globals__[name] for name in code.co_names if name in body.__globals__]
+    inner = [
+        described(x) if isinstance(getattr(x, "fn", x), FunctionType) else repr(x)
+        for x in named
+        if getattr(x, "__name__", "") not in ("triton.language", "tl")
+    ]
+    return f"{body.__qualname__} {code.co_code.hex()} {code.co_consts} {code.co_names} {inner}"
+
+
+def probability_column(n, gap, params, value, slope):
+    """As `column` of a loss whose value is p and whose slope is 1 - p: what turns a gradient into probabilities."""
+    gap, value, slope = vector(gap, n, real), vector(value, n, real), vector(slope, n, real)
+    for i in range(n):
+        value[i] = sigmoid(gap[i])
+    for i in range(n):
+        slope[i] = sigmoid(-gap[i])
+
+
+@functools.cache
+def probability(real: str) -> Columns:
+    """Return `probability_column` in an accumulation dtype."""
+
+    def make() -> str:
+        from .compile import machine_code
+
+        return machine_code(probability_column, real, {})
+
+    function = stored.entry(5, f"probability_{real}", f"probability {real}", make)
+    return Columns(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, (function,))

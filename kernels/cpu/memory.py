@@ -1,0 +1,74 @@
+"""Tensors as addresses: loops take the address of a tensor and its strides, and walk it by vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+
+def _number(kind: Any) -> Any:
+    return kind.instance_type if isinstance(kind, types.TypeRef) else kind.dtype
+
+
+@intrinsic
+def vector(typingctx: Any, address: Any, n: Any, kind: Any) -> Any:
+    """Return the ``n`` numbers of a kind that lie side by side at an address."""
+    number = _number(kind)
+    array = types.Array(number, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = make_array(array)(context, builder)
+        of = context.get_data_type(number)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(of))
+        data = builder.inttoptr(args[0], of.as_pointer())
+        populate_array(out, data, shape=(args[1],), strides=(size,), itemsize=size, meminfo=None)
+        return out._getvalue()
+
+    return array(types.intp, types.intp, kind), codegen
+
+
+@intrinsic
+def record(typingctx: Any, address: Any, kind: Any) -> Any:
+    """Return the record of a kind that lies at an address."""
+    of = _number(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(of))
+
+    return of(types.intp, kind), codegen
+
+
+@intrinsic(prefer_literal=True)
+def numbers(typingctx: Any, address: Any, n: Any, kind: Any) -> Any:
+    """Return the ``n`` numbers of a kind at an address as a tuple; ``n`` is known to the compiler."""
+    number, count = _number(kind), n.literal_value
+    several = types.UniTuple(number, count)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = builder.inttoptr(args[0], context.get_data_type(number).as_pointer())
+        at = [builder.gep(data, [ir.Constant(ir.IntType(64), i)]) for i in range(count)]
+        return context.make_tuple(builder, several, [builder.load(x) for x in at])
+
+    return several(types.intp, n, kind), codegen
+
+
+def _call(count: int) -> Any:
+    word = ir.IntType(64)
+
+    def called(typingctx: Any, args: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [word] * count)
+            given = [builder.extract_value(values[0], i) for i in range(count + 1)]
+            builder.call(builder.inttoptr(given[0], kind.as_pointer()), given[1:])
+            return context.get_dummy_value()
+
+        return types.void(types.UniTuple(types.intp, count + 1)), codegen
+
+    return intrinsic(called)
+
+
+call5, call8 = _call(5), _call(8)  # of a tuple: the address of a C function, then its integers

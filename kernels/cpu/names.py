@@ -1,0 +1,18 @@
+"""What the bodies of loops take for granted: names that `compile` binds, so that bodies import without Numba.
+
+Of the element type of a loop's tensors:
+    element, size         a number as it lies in memory (a half as the int16 that holds its bits), its bytes
+    real, real_size       the accumulation dtype, float32 or float64, its bytes
+    widen, narrow         from one to the other, rounded to the nearest, ties to even
+    exp, log, exp_below   as `tl` has them; e^x for x <= 0 and 0 below 2^-126, NaN of NaN
+    given_element, given_size, widen_given   the same of probabilities, which may have another element type
+Of any:
+    int32, int64, float32 kinds of numbers
+    vector(address, n, kind), numbers(address, n, kind), record(address, kind)   what lies at an address: an array, a
+                          tuple of a known length, a plan
+    call5, call8          of a tuple: the address of a C function, and as many integers to call it with
+"""
+
+given_element = given_size = widen_given = None
+element = size = real = real_size = widen = narrow = exp = log = exp_below = None
+int32 = int64 = float32 = vector = numbers = record = call5 = call8 = None

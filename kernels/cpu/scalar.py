@@ -1,0 +1,282 @@
+"""What a CPU computes its own way: numbers of memory, and twins of what `tl` and `formulas.scalar` offer.
+
+In float32 everything here becomes vector code: no branches and no calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..formulas.scalar import log_of_rest_series
+from . import memory
+
+f32, i32 = np.float32, np.int32
+
+# everything is one function in the end, or loops over formulas would not become vector code
+OPTIONS = dict(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+
+
+def _jit(function: Any) -> Any:
+    return numba.njit(fastmath={"contract"}, **OPTIONS)(function)
+
+
+@intrinsic
+def bits(typingctx: Any, x: Any) -> Any:
+    """Return the bits of a float32 as an int32, of an int32 as a float32."""
+    to = types.int32 if x == types.float32 else types.float32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(to))
+
+    return to(x), codegen
+
+
+# --- what tl offers ---------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def where(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
+    """Return ``a`` where the condition holds, else ``b``: a choice of evaluated arguments, not a branch."""
+    number = typingctx.unify_types(a, b)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, y = (context.cast(builder, v, t, number) for v, t in zip(args[1:], signature.args[1:], strict=True))
+        return builder.select(context.cast(builder, args[0], signature.args[0], types.boolean), x, y)
+
+    return number(condition, a, b), codegen
+
+
+def _compared(sign: str) -> Any:
+    @intrinsic
+    def extremum(typingctx: Any, a: Any, b: Any) -> Any:
+        number = typingctx.unify_types(a, b)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            x, y = (context.cast(builder, v, t, number) for v, t in zip(args, signature.args, strict=True))
+            return builder.select(builder.fcmp_ordered(sign, x, y), x, y)
+
+        return number(a, b), codegen
+
+    return extremum
+
+
+maximum, minimum = _compared(">"), _compared("<")  # of NaN and b: b
+
+
+@_jit
+def absolute(x):
+    return abs(x)
+
+
+@intrinsic
+def sqrt(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        root = builder.module.declare_intrinsic("llvm.sqrt", [context.get_value_type(x)])
+        return builder.call(root, args)
+
+    return x(x), codegen
+
+
+@_jit
+def log_near_one(f, k):
+    """Return log(1 + f) + k log 2 for 1 + f in [sqrt 1/2, sqrt 2] (the polynomial is Cephes's)."""
+    z = f * f
+    p = f32(7.0376836292e-2)
+    p = p * f + f32(-1.1514610310e-1)
+    p = p * f + f32(1.1676998740e-1)
+    p = p * f + f32(-1.2420140846e-1)
+    p = p * f + f32(1.4249322787e-1)
+    p = p * f + f32(-1.6668057665e-1)
+    p = p * f + f32(2.0000714765e-1)
+    p = p * f + f32(-2.4999993993e-1)
+    p = p * f + f32(3.3333331174e-1)
+    y = f * z * p + k * f32(-2.12194440e-4) - f32(0.5) * z
+    return f + y + k * f32(0.693359375)
+
+
+@_jit
+def log(x):
+    """Return log x of a float32 within 1 unit in the last place; -inf of 0, NaN below."""
+    small = x < f32(2.0**-126)
+    i = bits(x * f32(2.0**23) if small else x)
+    k = i32(i32(i - i32(0x3F3504F3)) >> i32(23))
+    f = bits(i32(i - i32(k << i32(23)))) - f32(1.0)
+    y = log_near_one(f, f32(k) - (f32(23.0) if small else f32(0.0)))
+    y = f32(-np.inf) if x == f32(0.0) else y
+    y = f32(np.inf) if x == f32(np.inf) else y
+    return y if x >= f32(0.0) else f32(np.nan)
+
+
+@_jit
+def log_float64(x):
+    return math.log(x) if x >= 0.0 else np.nan
+
+
+def _infinity(number: Any) -> Any:
+    """Return a twin of `float` for the words "inf" and "nan"."""
+
+    @intrinsic(prefer_literal=True)
+    def infinity(typingctx: Any, word: Any) -> Any:
+        value = float(word.literal_value)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return context.get_constant(number, value)
+
+        return number(word), codegen
+
+    return infinity
+
+
+infinity_float32, infinity_float64 = _infinity(types.float32), _infinity(types.float64)
+
+
+# --- twins of formulas.scalar -----------------------------------------------------------------------------------------
+
+
+@_jit
+def polynomial_of_exp(r):
+    """Return e^r for \\|r\\| <= log(2) / 2."""
+    p = f32(1.9875691500e-4)
+    p = p * r + f32(1.3981999507e-3)
+    p = p * r + f32(8.3334519073e-3)
+    p = p * r + f32(4.1665795894e-2)
+    p = p * r + f32(1.6666665459e-1)
+    p = p * r + f32(5.0000001201e-1)
+    return p * (r * r) + r + f32(1.0)
+
+
+@_jit
+def exp(x):
+    """Return e^x within 1 unit in the last place; by two powers of 2, so that both ends of the range are reached."""
+    x = f32(-104.0) if x < f32(-104.0) else x
+    x = f32(89.0) if x > f32(89.0) else x
+    n = np.floor(x * f32(1.4426950408889634) + f32(0.5))
+    r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)  # ln 2 in two parts
+    k = i32(n)
+    h = i32(k >> i32(1))
+    low, high = bits(i32((h + i32(127)) << i32(23))), bits(i32((k - h + i32(127)) << i32(23)))
+    return polynomial_of_exp(r) * low * high
+
+
+@_jit
+def exp_float64(x):
+    return math.exp(x)
+
+
+@_jit
+def exp_below(x):
+    """Return e^x for x <= 0: what passes over classes take; 0 below 2^-126, NaN of NaN."""
+    x = f32(-88.0) if x < f32(-88.0) else x
+    n = np.floor(x * f32(1.4426950408889634) + f32(0.5))
+    r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)
+    return polynomial_of_exp(r) * bits(i32((i32(n) + i32(127)) << i32(23)))
+
+
+@_jit
+def log1p(x):
+    """Return log(1 + x) for x in [0, 1]: what is left of a power of 2 is exact."""
+    far = x > f32(0.41421356)
+    return log_near_one((x - f32(1.0)) * f32(0.5) if far else x, f32(1.0) if far else f32(0.0))
+
+
+@_jit
+def log1p_float64(x):
+    return math.log1p(x)
+
+
+@_jit
+def reciprocal(x):
+    return f32(1.0) / x
+
+
+@_jit
+def reciprocal_float64(x):
+    return 1.0 / x
+
+
+@_jit
+def log_of_rest_float64(p):
+    return math.log1p(-p)
+
+
+# --- numbers as they lie in memory: halves as the integers that hold their bits ---------------------------------------
+
+
+@intrinsic
+def as_it_is(typingctx: Any, x: Any) -> Any:
+    return x(x), lambda context, builder, signature, args: args[0]
+
+
+@_jit
+def widen_bfloat16(x):
+    return bits(i32(i32(x) << i32(16)))
+
+
+@_jit
+def narrow_bfloat16(x):
+    """Round to nearest, ties to even."""
+    i = bits(x)
+    i = i32(i + i32(0x7FFF) + i32(i32(i >> i32(16)) & i32(1)))
+    return np.int16(i32(0x7FC0) if x != x else i32(i >> i32(16)))
+
+
+@_jit
+def widen_float16(x):
+    i = i32(i32(x) & i32(0x7FFF))
+    y = bits(i32(i << i32(13))) * f32(2.0**112)  # subnormals too
+    special = bits(i32(i32(i << i32(13)) | i32(0x7F800000)))
+    y = special if i >= i32(0x7C00) else y
+    return -y if x < 0 else y
+
+
+@_jit
+def narrow_float16(x):
+    """Round to nearest, ties to even; infinity past 65504."""
+    i = i32(bits(x) & i32(0x7FFFFFFF))
+    normal = i32(i32(i - i32(0x38000000) + i32(0xFFF) + i32(i32(i >> i32(13)) & i32(1))) >> i32(13))
+    subnormal = i32(bits(bits(i) + f32(0.5)) - i32(0x3F000000))
+    h = subnormal if i < i32(0x38800000) else normal
+    h = i32(0x7C00) if i >= i32(0x477FF000) else h
+    h = i32(0x7E00) if x != x else h
+    return np.int16(h | (i32(-0x8000) if bits(x) < i32(0) else i32(0)))
+
+
+_MEMORY: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
+    "float32": (types.float32, as_it_is, as_it_is),
+    "float64": (types.float64, as_it_is, as_it_is),
+    "bfloat16": (types.int16, widen_bfloat16, narrow_bfloat16),
+    "float16": (types.int16, widen_float16, narrow_float16),
+}
+
+
+def twins(element: str) -> dict[str, Any]:
+    """Return what `names` lists and what `tl` offers, for tensors of this element type."""
+    in_memory, widen, narrow = _MEMORY[element]
+    double = element == "float64"
+    real = types.float64 if double else types.float32
+    both = dict(
+        where=where, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt, element=in_memory, widen=widen,
+        narrow=narrow, real=real, size=in_memory.bitwidth // 8, real_size=real.bitwidth // 8, int32=types.int32,
+        int64=types.int64, float32=types.float32, vector=memory.vector, numbers=memory.numbers, record=memory.record,
+        call5=memory.call5, call8=memory.call8,
+    )  # fmt: skip
+    if double:
+        own = dict(log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, reciprocal=reciprocal_float64,
+                   log_of_rest=log_of_rest_float64, float=infinity_float64)  # fmt: skip
+    else:
+        own = dict(log=log, log1p=log1p, exp=exp, exp_below=exp_below, reciprocal=reciprocal, float=infinity_float32,
+                   log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series))  # fmt: skip
+    return both | own
+
+
+def given(element: str) -> dict[str, Any]:
+    """Return what `names` lists of probabilities of this element type."""
+    in_memory, widen, _ = _MEMORY[element]
+    return {"given_element": in_memory, "given_size": in_memory.bitwidth // 8, "widen_given": widen}
