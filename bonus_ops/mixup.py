@@ -1,4 +1,4 @@
-"""Two labels a row: the loss of mixup and CutMix, from one sweep of the logits."""
+"""Two labels a row: the loss of mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import mixup as autograd
-from .checks import check_bonus, check_call, checked_ignore_index
-from .functional import _DEFAULT_BONUS, _rows
-from .losses import CrossEntropy, GapLoss
-from .operators.implementation import chosen
+from .checks import check_bonus, checked_ignore_index
+from .functional import _DEFAULT_BONUS, bonus_cross_entropy
+from .losses import GapLoss
 from .watchers import is_plain_eager
 
 __all__ = ["mixup_cross_entropy"]
@@ -32,8 +30,8 @@ def mixup_cross_entropy(
 ) -> Tensor:
     """Compute the loss of examples mixed from two.
 
-    ``lam * bonus_cross_entropy(input, target_a) + (1 - lam) * bonus_cross_entropy(input, target_b)``, with both losses
-    from one read of the logits and one more for the gradient.
+    ``lam * bonus_cross_entropy(input, target_a) + (1 - lam) * bonus_cross_entropy(input, target_b)``, each of them from
+    its own read of the logits.
 
     Args:
         input: logits [C], [N, C] or [N, C, d1, ...], as in `bonus_cross_entropy`.
@@ -65,39 +63,40 @@ def mixup_cross_entropy(
     check_bonus(bonus)
     if bonus is not None and not isinstance(bonus, GapLoss):
         raise TypeError(f"bonus must be a GapLoss such as LogBonus(log_end=0.75), or None, not {type(bonus).__name__}")
-    loss = CrossEntropy() if bonus is None else bonus
     ignore_index = checked_ignore_index(ignore_index)
-    autocast = isinstance(input, Tensor) and input.device.type != "meta"
-    autocast = autocast and torch.is_autocast_enabled(input.device.type)
-    if autocast and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
-        weight = weight.to(torch.float32)
     for target in (target_a, target_b):
-        check_call(input, target, weight, ignore_index, reduction, 0.0, autocast)
-        if isinstance(target, Tensor) and target.shape == input.shape and target.is_floating_point():
+        if (
+            isinstance(target, Tensor)
+            and isinstance(input, Tensor)
+            and target.shape == input.shape
+            and target.is_floating_point()
+        ):
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
-    reduction = "mean" if reduction == "elementwise_mean" else reduction
     lam = _checked_lam(lam, target_a)
-    implementation = chosen(implementation, input.device, loss.kernel is not None)
-    logits = _rows(input)
-    n_classes = logits.shape[2]
-    targets = torch.stack([t.reshape(logits.shape[:2]).to(torch.int64) for t in (target_a, target_b)])
-    value = autograd.two_losses(logits, targets, ignore_index, loss, implementation)
-    dtype = value.dtype
-    counts = targets.reshape(2, -1) != ignore_index
-    factor = counts.to(dtype)
-    if weight is not None:
-        inside = counts & (targets.reshape(2, -1) >= 0) & (targets.reshape(2, -1) < n_classes)
-        factor = torch.where(inside, weight.to(dtype)[torch.where(inside, targets.reshape(2, -1), 0)], 0.0)
-        value = value * factor
-    if isinstance(lam, Tensor):
-        lam = lam.reshape(-1).to(dtype)
-    value = torch.stack([lam * value[0], (1 - lam) * value[1]])
-    if reduction == "none":
-        total = value.sum(0).view(target_a.shape)
-    else:
-        total = value.sum() if reduction == "sum" else (value.sum(1) / factor.sum(1)).sum()
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    return total.to(torch.float32 if half and autocast else input.dtype)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "bonus": bonus, "implementation": implementation}
+    if not isinstance(lam, Tensor) or lam.dim() == 0 or reduction == "none":
+        a, b = (bonus_cross_entropy(input, t, weight, reduction=reduction, **options) for t in (target_a, target_b))
+        # of one axis more: the tangent of a 0-d tensor times a number has the dtype of the number
+        return (lam * a[None] + (1 - lam) * b[None])[0].to(a.dtype)
+    # a share for each row: the rows of either loss, halves included, are added in float32
+    parts = []
+    for target, share in ((target_a, lam), (target_b, 1 - lam)):
+        losses = bonus_cross_entropy(input, target, weight, reduction="none", **options)
+        part = (share * losses).sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+        if reduction != "sum":
+            part = part / _divisor(target, weight, input, ignore_index)
+        parts.append(part)
+    return (parts[0] + parts[1]).to(losses.dtype)
+
+
+def _divisor(target: Tensor, weight: Tensor | None, input: Tensor, ignore_index: int) -> Tensor:
+    """Return what the mean divides by: the number of rows not ignored, or the sum of their weights."""
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    inside = counts & (target >= 0) & (target < weight.shape[0])
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.where(inside, wide[target.long() * inside], 0.0).sum()
 
 
 def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:

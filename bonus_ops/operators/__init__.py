@@ -1,5 +1,5 @@
 """The operators that torch.compile sees whole, their launches, and the choice between kernels and torch path.
 
-`labels` serves class indices, `shares` targets that are shares of classes, `elementwise` the sigmoid family,
-`mixup` two labels a row.
+`labels` serves class indices, `shares` targets that are shares of classes, `elementwise` the sigmoid
+family.
 """

@@ -22,9 +22,9 @@ WARP_SIZE = 64 if torch.version.hip else 32
 def kernel_modules() -> dict[str, ModuleType]:
     """Return the files of ``kernels`` by name, imported when the first kernel is asked for."""
     from ..kernels.formulas import class_terms, gap_losses
-    from ..kernels.gpu import class_sums, labels, launch, mixup, sigmoid, soft
+    from ..kernels.gpu import class_sums, labels, launch, sigmoid, soft
 
-    modules = (class_sums, class_terms, gap_losses, labels, launch, mixup, sigmoid, soft)
+    modules = (class_sums, class_terms, gap_losses, labels, launch, sigmoid, soft)
     return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 

@@ -1,5 +1,5 @@
 """The fast torch path, where Triton cannot run: blocks of rows that stay in cache, a few passes each.
 
-`labels` serves class indices, `shares` targets that are shares of classes, `elementwise` the sigmoid family,
-`mixup` two labels a row.
+`labels` serves class indices, `shares` targets that are shares of classes, `elementwise` the sigmoid
+family.
 """
