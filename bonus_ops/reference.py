@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .kernels.results import accumulation_dtype
 from .losses import GapLoss, Loss
 from .scores import Scores
 from .shares import Shares
 
-__all__ = ["check_target", "dense_rows", "elements", "elements_gradient", "gradient", "rows", "scores", "softmax"]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = [
+    "accumulation_dtype",
+    "check_target",
+    "dense_rows",
+    "elements",
+    "elements_gradient",
+    "gradient",
+    "rows",
+    "scores",
+    "softmax",
+]
 
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:

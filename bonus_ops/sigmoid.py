@@ -15,10 +15,10 @@ from . import reference
 from .autograd import elementwise
 from .checks import FLOATS, check_bonus
 from .functional import _DEFAULT_BONUS
+from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
 from .operators.implementation import default_implementation, why_not_triton
 from .schedules import KeepsEpoch
-from .torch_path.elementwise import Elements
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]

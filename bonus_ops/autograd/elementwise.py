@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.elements import Elements
 from ..losses import encode
 from ..operators import elementwise as operators
 from ..torch_path import elementwise as torch_elementwise
-from ..torch_path.elementwise import Elements
 from ..watchers import is_plain_eager
 from .labels import made_gradient
 

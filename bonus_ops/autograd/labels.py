@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import reference
+from ..kernels.results import LabelResult
 from ..losses import GapLoss, decode, encode
 from ..operators import labels as operators
 from ..torch_path import labels as torch_labels
@@ -71,9 +72,9 @@ class _ForwardModeRows(_Rows):
             return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
 
 
-def _apply(*args: Any) -> operators.RowResult:
+def _apply(*args: Any) -> LabelResult:
     function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
-    return operators.RowResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
+    return LabelResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
 
 
 def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
@@ -138,7 +139,7 @@ def reduced(loss: Tensor, row_weight: Tensor | None, divisor: Tensor | None) -> 
 
 def rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool, implementation: str
-) -> operators.RowResult:
+) -> LabelResult:
     """Return each row's results; ``loss`` [N] carries the gradient."""
     if torch.compiler.is_compiling() and is_deeply_transformed():  # where the compiler cannot follow `_Rows`
         return _plain_rows(logits, target, ignore_index, loss, scores, softmax)
@@ -148,7 +149,7 @@ def rows(
 
 def _plain_rows(
     logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool
-) -> operators.RowResult:
+) -> LabelResult:
     value = reference.rows(logits, target, ignore_index, loss).reshape(-1)
     columns = runner_up = probabilities = logits.new_empty(0)
     if scores:
@@ -156,19 +157,19 @@ def _plain_rows(
         columns, runner_up = torch.stack(five).reshape(5, -1), runner_up.reshape(-1)
     if softmax:
         probabilities = reference.softmax(logits.detach(), target, ignore_index)
-    return operators.RowResult(value, columns, runner_up, logits.new_empty(0), probabilities)
+    return LabelResult(value, columns, runner_up, logits.new_empty(0), probabilities)
 
 
 def reduced_rows(
     logits: Tensor, target: Tensor, row_weight: Tensor | None, divisor: Tensor | None, ignore_index: int,
     loss: GapLoss, scores: bool, softmax: bool, implementation: str,
-) -> operators.RowResult:  # fmt: skip
+) -> LabelResult:  # fmt: skip
     """As `rows` with ``loss`` reduced by `reduced`."""
     on_cpu = implementation == "torch" and logits.device.type == "cpu" and not is_traceable_wrapper_subclass(logits)
     if on_cpu and not softmax and logits.requires_grad and torch.is_grad_enabled() and is_plain_eager(logits):
         visited = _Visit.apply(logits, target, row_weight, divisor, ignore_index, loss.current, scores)  # type: ignore[no-untyped-call]
         nothing = target.new_empty(0)
         loss_sum, columns, runner_up = visited if scores else (visited, nothing, nothing)
-        return operators.RowResult(loss_sum, columns, runner_up, nothing, nothing)
+        return LabelResult(loss_sum, columns, runner_up, nothing, nothing)
     out = rows(logits, target, ignore_index, loss, scores, softmax, implementation)
     return out._replace(loss=reduced(out.loss, row_weight, divisor))

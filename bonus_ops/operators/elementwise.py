@@ -1,82 +1,17 @@
-"""The two operators of the sigmoid family and their launches, as `labels` has them for rows."""
+"""The two operators of the sigmoid family, as `labels` has them for rows."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.elements import Elements
 from ..losses import decode
 from ..torch_path import elementwise as torch_elementwise
-from ..torch_path.elementwise import Elements, common_axes
-from . import launching
+from .implementation import gpu
 
 __all__ = ["backward", "elements", "forward"]
-
-
-# --- launches ---------------------------------------------------------------------------------------------------------
-
-
-def _layout(of: Elements, *others: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a kernel that say where elements lie."""
-    expanded = [None if x is None else x.expand(of.input.shape) for x in (*of[:4], *others)]
-    strides = [x.stride() for x in expanded if x is not None]
-    shape, merged = common_axes(of.input.shape, strides)
-    in_order = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    extents = [sum((n - 1) * s for n, s in zip(shape, m, strict=True)) for m in merged]
-    no_strides = (None,) * len(shape)
-    known = iter(no_strides if m == in_order else m for m in merged)
-    n = of.input.numel()
-    return {
-        "operands": of[:4], "n": n, "shape": tuple(shape),
-        "strides": tuple(s for x in expanded for s in (no_strides if x is None else next(known))),
-        "loss_params": launching.loss_params(of.loss), "scales": launching.halved(of.scales),
-        "WIDE": max(n, *extents) >= 2**31 - 2**16,
-    }  # fmt: skip
-
-
-def _launch_forward(of: Elements, reduce: bool, out: Tensor) -> Tensor:
-    n = of.input.numel()
-    if n == 0:
-        return out.zero_()
-    kernels, launch = launching.kernel_modules()["sigmoid"], launching.kernel_modules()["launch"]
-    value, _ = launching.kernel_pair(of.loss)
-    how = (launch.sigmoid_sum if reduce else launch.sigmoid)(n, launching.WARP_SIZE)
-    n_tiles = -(-n // how.block)
-    with launching.device_guard(of.input):
-        if not reduce:
-            kernels.sigmoid_kernel[(n_tiles,)](
-                out_ptr=out, **_layout(of, out), VALUE=value, BLOCK=how.block, num_warps=how.num_warps
-            )
-            return out
-        sums = out.new_empty(-(-n_tiles // how.tiles))
-        kernels.sigmoid_sum_kernel[(len(sums),)](
-            sums_ptr=sums, **_layout(of), VALUE=value, BLOCK=how.block, TILES=how.tiles, num_warps=how.num_warps
-        )
-    return sums.sum()
-
-
-def _launch_backward(of: Elements, grad_loss: Tensor) -> Tensor:
-    grad = torch.empty_like(of.input)
-    n = of.input.numel()
-    if n == 0:
-        return grad
-    kernels, launch = launching.kernel_modules()["sigmoid"], launching.kernel_modules()["launch"]
-    _, slope = launching.kernel_pair(of.loss)
-    how = launch.sigmoid(n, launching.WARP_SIZE)
-    one = grad_loss.dim() == 0
-    with launching.device_guard(of.input):
-        kernels.sigmoid_backward_kernel[(-(-n // how.block),)](
-            upstream_ptr=grad_loss, grad_ptr=grad, **_layout(of, grad, None if one else grad_loss), SLOPE=slope,
-            BLOCK=how.block, ONE_UPSTREAM=one, num_warps=how.num_warps,
-        )  # fmt: skip
-    return grad
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
 
 
 def elements(
@@ -99,7 +34,8 @@ def forward(
     """Return the loss of each element like ``target``, or their sum, in ``dtype``; ``numbers``: see `elements`."""
     of = elements(input, target, weight, pos_weight, loss, numbers)
     if implementation == "triton":
-        return _launch_forward(of, reduce, _empty(input, target, reduce, dtype))
+        losses: Tensor = gpu("sigmoid").forward(of, reduce, _empty(input, target, reduce, dtype))
+        return losses
     if input.device.type == "cpu":
         if reduce:
             return torch_elementwise.visit(of, None)[0].to(dtype)
@@ -121,7 +57,8 @@ def backward(
     """Return the gradient of ``input`` from the upstream gradient of the sum (0-d) or of each element."""
     of = elements(input, target, weight, pos_weight, loss, numbers)
     if implementation == "triton":
-        return _launch_backward(of, grad_loss)
+        gradient: Tensor = gpu("sigmoid").backward(of, grad_loss)
+        return gradient
     if input.device.type == "cpu":
         return torch_elementwise.backward(of, grad_loss)
     return torch.empty_like(input).copy_(reference.elements_gradient(*of, grad_loss))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from types import ModuleType
 
 import torch
 
 from ..watchers import constant_when_compiled
-from .launching import kernel_modules
 
-__all__ = ["chosen", "default_implementation", "why_not_triton"]
+__all__ = ["chosen", "default_implementation", "gpu", "why_not_triton"]
+
+
+def gpu(name: str) -> ModuleType:
+    """Return a file of ``kernels/gpu``, imported when its first kernel is asked for."""
+    return importlib.import_module(f"..kernels.gpu.{name}", __package__)
 
 
 @functools.cache
@@ -19,7 +24,7 @@ def _triton_found() -> bool:
 
 
 def _interpreted() -> bool:
-    return type(kernel_modules()["labels"].forward_kernel).__name__ == "InterpretedFunction"
+    return type(gpu("labels").forward_kernel).__name__ == "InterpretedFunction"
 
 
 @constant_when_compiled

@@ -8,56 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..losses import GapLoss
-from ..reference import accumulation_dtype
+from ..kernels.elements import Elements, common_axes
 
-__all__ = ["Elements", "backward", "common_axes", "forward", "visit"]
+__all__ = ["backward", "forward", "visit"]
 
 # Tuned by `python -m bench elementwise` on a 2-core AVX-512 server with 1 MiB of L2 a core, one thread.
 BLOCK_ELEMENTS = 1 << 17
 TABLE_ELEMENTS = 1 << 20  # halves from which a table of all their values pays
-
-
-class Elements(NamedTuple):
-    """What a loss is of; see `reference.elements`."""
-
-    input: Tensor
-    target: Tensor
-    weight: Tensor | None
-    pos_weight: Tensor | None
-    loss: GapLoss
-    scales: tuple[float, float]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that losses are computed in."""
-        return accumulation_dtype(torch.promote_types(self.input.dtype, self.target.dtype))
-
-
-def common_axes(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
-    """Return shape and strides with the axes in the order of the first tensor's memory and as few as serve all.
-
-    Axes of one are dropped; two are merged where every tensor steps through them as through one.
-    """
-    axes = [d for d in range(len(shape)) if shape[d] > 1]
-    axes.sort(key=lambda d: -strides[0][d])
-    merged_shape: list[int] = []
-    merged: list[list[int]] = [[] for _ in strides]
-    for d in axes:
-        if merged_shape and all(m[-1] == s[d] * shape[d] for m, s in zip(merged, strides, strict=True)):
-            merged_shape[-1] *= shape[d]
-            for m, s in zip(merged, strides, strict=True):
-                m[-1] = s[d]
-        else:
-            merged_shape.append(shape[d])
-            for m, s in zip(merged, strides, strict=True):
-                m.append(s[d])
-    return merged_shape or [1], [m or [1] for m in merged]
 
 
 def _blocks(shape: Sequence[int]) -> Iterator[tuple[Any, ...]]:
