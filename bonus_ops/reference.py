@@ -11,19 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from .kernels.results import accumulation_dtype
 from .losses import CrossEntropy, GapLoss, Loss
 from .scores import Scores
 from .soft_targets import SoftTargets
 
-__all__ = ["check_target", "soft_rows", "elements", "elements_gradient", "gradient", "rows", "scores", "softmax"]
-
+__all__ = [
+    "CROSS_ENTROPY",
+    "accumulation_dtype",
+    "check_target",
+    "elements",
+    "elements_gradient",
+    "gradient",
+    "out_of_bounds",
+    "rows",
+    "scores",
+    "soft_rows",
+    "softmax",
+]
 
 CROSS_ENTROPY = CrossEntropy()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_target(target: Tensor, n_classes: int, ignore_index: int) -> None:

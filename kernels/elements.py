@@ -1,4 +1,4 @@
-"""Elements of the sigmoid family, and how tensors of any layout are walked together."""
+"""What a loss of single elements is of, and the axes along which its tensors are walked."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Elements", "common_axes"]
+from .results import accumulation_dtype
 
 
 class Elements(NamedTuple):
-    """What a loss is of; see `bonus_ops.reference.elements`."""
+    """What a loss is of."""
 
     input: Tensor
     target: Tensor
     weight: Tensor | None
     pos_weight: Tensor | None
-    loss: Any
+    loss: Any  # of the gap
     scales: tuple[float, float]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that losses are computed in."""
-        return torch.promote_types(torch.promote_types(self.input.dtype, self.target.dtype), torch.float32)
+        return accumulation_dtype(torch.promote_types(self.input.dtype, self.target.dtype))
 
 
 def common_axes(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:

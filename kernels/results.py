@@ -1,4 +1,4 @@
-"""What kernels and loops return."""
+"""What kernels return, on GPU and CPU alike, and its memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LabelResult(NamedTuple):
-    """Per-row tensors of class indices; what was not asked for is empty."""
+    """Per-row results; ``scores``, ``runner_up`` and ``softmax`` have no elements where they were not asked for."""
 
     loss: Tensor  # [N]
     scores: Tensor  # [5, N] float32
@@ -18,21 +18,8 @@ class LabelResult(NamedTuple):
     softmax: Tensor  # as the logits
 
 
-def empty_labels(logits: Tensor, scores: bool, save: bool) -> LabelResult:
-    """Return what kernels fill for logits [outer, inner, C], without probabilities."""
-    n_rows = logits.shape[0] * logits.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return LabelResult(
-        logits.new_empty(n_rows, dtype=dtype),
-        logits.new_empty((5, n_rows) if scores else (0,), dtype=torch.float32),
-        logits.new_empty(n_rows if scores else 0, dtype=torch.int32),
-        logits.new_empty((3, n_rows) if save else (0,), dtype=dtype),
-        logits.new_empty(0),
-    )
-
-
 class SoftResult(NamedTuple):
-    """Per-row tensors of soft targets; ``scores`` is empty where it was not asked for."""
+    """Per-row results; ``scores`` has no elements where it was not asked for."""
 
     loss: Tensor  # [N]
     scores: Tensor  # [5, N] float32
@@ -40,10 +27,28 @@ class SoftResult(NamedTuple):
     saved: Tensor  # [5, N] max of the rest, scale of exp(z - max), mass, gradient at label and at runner-up
 
 
-def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
-    """Return what kernels fill for logits [outer, inner, C]."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_labels(logits: Tensor, scores: bool, softmax: bool, save: bool = True) -> LabelResult:
+    """Return the memory of the results of rows [outer, inner, C]; ``saved`` has no elements without ``save``."""
     n_rows = logits.shape[0] * logits.shape[1]
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(logits.dtype)
+    return LabelResult(
+        logits.new_empty(n_rows, dtype=dtype),
+        logits.new_empty((5, n_rows) if scores else (0,), dtype=torch.float32),
+        logits.new_empty(n_rows if scores else 0, dtype=torch.int32),
+        logits.new_empty((3, n_rows) if save else (0,), dtype=dtype),
+        torch.empty_like(logits) if softmax else logits.new_empty(0),
+    )
+
+
+def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
+    """Return the memory of the results of rows [outer, inner, C]."""
+    n_rows = logits.shape[0] * logits.shape[1]
+    dtype = accumulation_dtype(logits.dtype)
     return SoftResult(
         logits.new_empty(n_rows, dtype=dtype),
         logits.new_empty((5, n_rows) if scores else (0,), dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""Launches of operators/shares.py through the JIT's own binder and compiler, for GPUs that are not here.
+"""Launches of kernels/gpu/soft.py through the JIT's own binder and compiler, for GPUs that are not here.
 
 Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to: registers, stack
 and spills, and of long rows the widths of the loads and stores in their loops.
@@ -13,9 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus
+from bonus_ops.kernels.gpu import soft
 from bonus_ops.losses import Loss
-from bonus_ops.operators import launching
-from bonus_ops.operators import shares as operators
 from bonus_ops.shares import Shares
 from tests.compile_launches import Driver
 
@@ -40,9 +39,9 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     weights = (None, None) if weight is None else (torch.ones(n_classes, dtype=weight),) * 2
     shares = Shares(probabilities, *weights, smoothing, smoothing)
     before = len(BUILT)
-    out = operators._launch_forward(logits, label, -100, loss, shares, True)
+    out = soft.forward(logits, label, shares, -100, loss, True)
     upstream = torch.ones(n_rows, dtype=out.loss.dtype)
-    operators._launch_backward(logits, label, -100, loss, shares, (out.saved, out.runner_up), upstream)
+    soft.backward(logits, label, shares, out.saved, out.runner_up, upstream, -100, loss)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
     for found in BUILT[before:]:
         found["case"] = " ".join(str(x) for x in what if x is not None)
@@ -61,7 +60,7 @@ def main() -> None:
 
     JITFunction.run = compile_only
     half, single, double = torch.bfloat16, torch.float32, torch.float64
-    for target, driver, launching.WARP_SIZE in (("sm_90", Driver(), 32), ("gfx942", AmdDriver(), 64)):
+    for target, driver, soft.WARP_SIZE in (("sm_90", Driver(), 32), ("gfx942", AmdDriver(), 64)):
         triton.runtime.driver.set_active(driver)
         launch(600, 50257, half, LogBonus())
         launch(600, 10, single, LogBonus(), weight=single)

@@ -1,4 +1,4 @@
-"""Every launch of operators/elementwise.py through the JIT's own binder and compiler, for a GPU that is not here.
+"""Every launch of kernels/gpu/sigmoid.py through the JIT's own binder and compiler, for a GPU that is not here.
 
 Run as a script, without TRITON_INTERPRET, as `compile_launches`. Prints what each launch compiled to: registers,
 stack and spills, and of tensors in order their loads and stores.
@@ -12,8 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus
-from bonus_ops.operators import elementwise
-from bonus_ops.torch_path.elementwise import Elements
+from bonus_ops.kernels.elements import Elements
+from bonus_ops.kernels.gpu import sigmoid
 from tests.compile_launches import Driver
 
 BUILT: list[dict] = []
@@ -24,11 +24,11 @@ def launch(case: str, input, target, loss: GapLoss, only: str = "", weight=None,
     of = Elements(input, target, weight, pos_weight, loss, (0.25, 0.75))
     before = len(BUILT)
     if only in ("", "sum"):
-        elementwise._launch_forward(of, True, input.new_empty((), dtype=of.dtype))
+        sigmoid.forward(of, True, input.new_empty((), dtype=of.dtype))
     if only in ("", "losses"):
-        elementwise._launch_forward(of, False, torch.empty_like(target))
+        sigmoid.forward(of, False, torch.empty_like(target))
     if only in ("", "gradient"):
-        elementwise._launch_backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
+        sigmoid.backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
     for found in BUILT[before:]:
         found["case"] = case
         built = found.pop("built")

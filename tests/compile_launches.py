@@ -1,4 +1,4 @@
-"""Every launch of operators/labels.py through the JIT's own binder and compiler, for a GPU that is not here.
+"""Every launch of kernels/gpu/labels.py through the JIT's own binder and compiler, for a GPU that is not here.
 
 Run as a script, without TRITON_INTERPRET: a stand-in driver says which GPU it is, and nothing is executed. Prints the
 kernels that compiled, an experiment of the benchmark's among them.
@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.gpu.in_forward import InForward
 from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus
-from bonus_ops.operators import labels
+from bonus_ops.kernels.gpu import labels
 
 
 class Driver:
@@ -36,9 +36,11 @@ def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, trans
     )
     logits, target = logits[:, None], torch.zeros(n_rows, 1, dtype=torch.int64)
     for scores, softmax in ((False, False), (True, False), (True, True)):
-        out = labels._launch_forward(logits, target, -100, loss, scores, softmax)
+        out = labels.forward(logits, target, -100, loss, scores, softmax)
     upstream = torch.ones(1, dtype=out.loss.dtype).expand(n_rows)
-    labels._launch_backward(logits, target, out.saved, upstream, -100, loss)
+    labels.backward(logits, target, out.saved, upstream, -100, loss)
+    mean, *_, saved = labels.forward_mean(logits, target, -100, loss, False)
+    labels.backward_mean(logits, target, saved, mean, -100, loss)
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ EMULATED = (
     *(f"{KERNELS}test_a_bad_logit_spoils_its_row_alone[rest-nan-{n}]" for n in (10, 1003)),
     "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
     "tests/test_dense.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
-    "tests/test_mixup.py::test_any_number_of_classes[137-triton]",
     "tests/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
 )
 COMMANDS = {  # in the order in which the tests ask for them

@@ -60,9 +60,9 @@ MUTANTS = (
         "tests/test_other_devices.py::test_gradients_need_no_kernels[smoothing]",
     ),
     Mutant(
-        "backward waits for the GPU", "bonus_ops/operators/labels.py",
-        '    how = launching.kernel_modules()["launch"].backward',
-        '    grad_loss.sum().item()\n    how = launching.kernel_modules()["launch"].backward',
+        "backward waits for the GPU", "kernels/gpu/labels.py",
+        "    kernel, how = gap_kernel(loss), launch.backward(",
+        "    grad_loss.sum().item()\n    kernel, how = gap_kernel(loss), launch.backward(",
         "tests/test_gpu_rehearsal.py::test_steps_of_the_gpu_tests",
     ),
     Mutant(
@@ -109,8 +109,8 @@ MUTANTS = (
         "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
     ),
     Mutant(
-        "a row's alignment is that of the first row", "bonus_ops/operators/launching.py",
-        "if any((t.stride(d) - first.stride(d)) * size % 16 for t in tensors for d in axes):", "if False:",
+        "a row's alignment is that of the first row", "kernels/gpu/launching.py",
+        "if any((s[d] - strides[d]) * size % 16 for s, _ in layouts for d in axes):", "if False:",
         f"{TRAFFIC}::test_vectors_of_logits_and_output_start_on_16_bytes[fp32-contiguous-10]",
         seen_in="linkedin/Liger-Kernel PR #1430: an alignment hint that does not hold",
     ),
@@ -241,7 +241,7 @@ MUTANTS = (
     ),
     Mutant(
         "the tail is not written", "kernels/gpu/spread.py",
-        "mask = (classes < shape[1]) & inside", "mask = (classes < shape[1] - 1) & inside", path("fp32-typical-10"),
+        "mask = (classes < n_classes) & inside", "mask = (classes < n_classes - 1) & inside", path("fp32-typical-10"),
     ),
     Mutant(
         "every program of a split row writes the edge", "kernels/gpu/labels.py",
@@ -255,7 +255,7 @@ MUTANTS = (
         seen_in="volcengine/verl PR #6960",
     ),
     Mutant(
-        "the gradient is written over the logits", "bonus_ops/operators/labels.py",
+        "the gradient is written over the logits", "kernels/gpu/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
         f"{KERNELS}::test_arguments_are_not_written",
         seen_in="linkedin/Liger-Kernel #272, unslothai/unsloth #5002",
@@ -274,8 +274,8 @@ MUTANTS = (
         seen_in="pytorch/pytorch #69339, #63004: weight and mean together",
     ),
     Mutant(
-        "a strided target is read as contiguous", "bonus_ops/operators/labels.py",
-        "    target = target.reshape(-1).contiguous()\n    outputs", "    target = target.reshape(-1)\n    outputs",
+        "a strided target is read as contiguous", "kernels/gpu/labels.py",
+        "target if target.is_contiguous() else target.contiguous()", "target",
         f"{KERNELS}::test_target_strides_and_dtypes",
         seen_in="unslothai/unsloth-zoo PR #591: view of what is not contiguous",
     ),
@@ -302,14 +302,14 @@ MUTANTS = (
     ),
     # seen in peers
     Mutant(
-        "the stride of rows is the number of classes", "bonus_ops/operators/labels.py",
-        "shape, strides = (n_rows, n_classes, n_inner), logits.stride()",
-        "shape, strides = (n_rows, n_classes, n_inner), (n_classes, n_classes, 1)",
+        "the stride of rows is the number of classes", "kernels/gpu/labels.py",
+        "strides=logits.stride(), ignore_index",
+        "strides=(n_classes, n_classes, 1), ignore_index",
         f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
-        "logits that are not contiguous get themselves as gradient", "bonus_ops/operators/labels.py",
+        "logits that are not contiguous get themselves as gradient", "kernels/gpu/labels.py",
         "    grad = torch.empty_like(logits)\n    n_outer",
         "    grad = torch.empty_like(logits)\n    if logits.stride(2) > 1:\n        return logits + 0\n    n_outer",
         f"{KERNELS}::test_every_layout[fp32-transposed-10]",

@@ -23,9 +23,7 @@ import triton
 import triton.language as tl
 
 import bonus_ops
-from bonus_ops.kernels.gpu import launch
-from bonus_ops.operators import labels as operators
-from bonus_ops.operators import launching
+from bonus_ops.kernels.gpu import labels, launch, launching
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
 from tests.conftest import INTERPRETED
 
@@ -219,8 +217,8 @@ def test_a_label_out_of_range_reads_nothing(label, n_classes):
     target[1] = max(label, n_classes) if label > 0 else label
     loss = bonus_ops.LogBonus()
     with guard() as launches:  # below the check that a CPU gets
-        out = operators._launch_forward(logits[:, None], target, -100, loss, True, False)
-        grad = operators._launch_backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
+        out = labels.forward(logits[:, None], target, -100, loss, True, False)
+        grad = labels.backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
     assert (sum(reads(x)[0] for x in launches) >= 2).all()
     assert all((reads(x)[1] == 0).all() for x in launches)
     assert out.loss.isnan().tolist() == [False, True]

@@ -17,15 +17,13 @@ MOST_REGISTERS_SHORT = 80  # programs of one warp: 25 warps, of the 32 that are 
 MOST_REGISTERS_FEW_CLASSES = 255  # a lane that holds whole rows: a chunk and an edge, 24 logits each
 MOST_INSTRUCTIONS = 13.0  # a logit in the full-tile loop, bf16, sm_90; an H200 issues 15 while it reads one
 MOST_INSTRUCTIONS_MASKED = 17.0  # where rows share a warp and every tile is masked
-# Targets that are shares, two labels, elements: what they take, to keep it from growing. Shares and the sigmoid family
+# Soft targets, elements: what they take, to keep it from growing. Shares and the sigmoid family
 # are bound by the instructions that they issue; `above` says so.
 MOST_REGISTERS_SHARES = 104  # 16 warps in programs of 8
 MOST_REGISTERS_ELEMENTS = 128  # 16 warps
 MOST_INSTRUCTIONS_OF = {
     "soft_forward_kernel": 28.0,  # a sweep
     "soft_backward_kernel": 20.0,
-    "mixup_forward_kernel": 9.0,
-    "mixup_backward_kernel": 9.0,
 }
 # bytes of stack, outside the loops or not: not met yet, and printed as such
 STACK_OF = {("soft_forward_kernel", "sm_100"): 16}
@@ -125,11 +123,11 @@ def one_exponential_a_logit(build: Build) -> str | None:
         first_most *= 2
     for number, loop in enumerate(build["loops"]):
         most = CHUNK if loop["stores"] else first_most
-        checked = number == 0 or loop["stores"] or build["kernel"].startswith(("soft", "mixup"))
+        checked = number == 0 or loop["stores"] or build["kernel"].startswith("soft")
         if checked and loop["exp"] > most:
             return f"{loop['exp']} exponentials a turn, at most {most}"
     inside = build["loops"][0]["exp"] + (build["loops"][-1]["exp"] if build["loops"][-1]["stores"] else 0)
-    if build["kernel"].startswith(("soft", "mixup")):
+    if build["kernel"].startswith("soft"):
         return None  # more functions of the gap
     return f"{build['exp']} exponentials in all" if build["exp"] > inside + MERGED + CHUNK + 1 else None
 

@@ -41,7 +41,7 @@ def markdown(results: dict[str, Any]) -> str:
         _kernels(results),
         TIMES.format(reachable=REACHABLE, launch=LAUNCH_US),
         *(f"### {call}\n\n{_times(results, [call])}" for call in ("forward", "backward")),
-        "### Shares, two labels, the sigmoid family\n",
+        "### Soft targets, the sigmoid family\n",
         _times(results, list(dict.fromkeys(c["call"] for c in results["cases"] if ", " in c["call"]))),
         ABOVE.format(most=gates.MOST_INSTRUCTIONS),
         _table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),

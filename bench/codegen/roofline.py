@@ -20,12 +20,11 @@ from .launches import BYTES
 CHUNK = 8
 COLUMNS_OUT = {
     "forward": 4 * (1 + 5 + 1 + 3), "loss only": 4 * (1 + 3), "softmax": 4 * (1 + 5 + 1 + 3), "backward": 0,
-    "two labels, forward": 4 * (2 + 7),
 } | {f"{target}, {what}": 4 * (1 + 5 + 1 + 5) for target in ("smoothing", "probabilities")
      for what in ("forward", "one sweep")}  # fmt: skip
 COLUMNS_IN = {
-    "forward": 8, "loss only": 8, "softmax": 8, "backward": 8 + 4 * (3 + 1), "two labels, forward": 2 * 8,
-    "two labels, backward": 2 * 8 + 4 * (7 + 2), "smoothing, backward": 8 + 4 * (5 + 1 + 1),
+    "forward": 8, "loss only": 8, "softmax": 8, "backward": 8 + 4 * (3 + 1),
+    "smoothing, backward": 8 + 4 * (5 + 1 + 1),
     "probabilities, backward": 8 + 4 * (5 + 1 + 1), "sigmoid, sum": 0, "sigmoid, losses": 0, "sigmoid, backward": 0,
 }  # fmt: skip
 WRITES = ("softmax", "sigmoid, losses")  # and every backward: calls that write an array like the logits
@@ -41,8 +40,6 @@ PASSES = {
     "backward_kernel": ("all",),
     "soft_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
     "soft_backward_kernel": ("full", "masked"),
-    "mixup_forward_kernel": ("full", "masked"),
-    "mixup_backward_kernel": ("full", "masked"),
 }
 
 
@@ -82,7 +79,7 @@ def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes:
     tiles, full = -(-n_chunks // lanes), n_chunks // lanes
     names = passes(build)
     # the label's tile leaves the full ones, and that of the runner-up or a second label
-    held = min(1 + build["kernel"].startswith(("soft", "mixup")), full)
+    held = min(1 + build["kernel"].startswith("soft"), full)
     copies = names.count("masked") / max(names.count("full"), 1)
     per_row = {
         "full": full - held,

@@ -19,11 +19,11 @@ from torch import Tensor
 from bonus_ops.kernels.formulas.scores import pulls
 from bonus_ops.kernels.gpu import launch
 from bonus_ops.kernels.gpu.labels import finish
+from bonus_ops.kernels.gpu.launching import WARP_SIZE, device_guard, gap_kernel, vector
 from bonus_ops.kernels.gpu.params import widen
 from bonus_ops.kernels.gpu.rows import CHUNK, row_index, row_ptr, rows_at
 from bonus_ops.kernels.gpu.spread import write_rows
 from bonus_ops.kernels.gpu.sweep import sweep
-from bonus_ops.operators import launching
 
 from .peers import BONUS
 
@@ -32,18 +32,19 @@ SCALED = 4096  # elements a program
 
 @triton.jit
 def forward_gradient_kernel(
-    logits_ptr, target_ptr, grad_ptr, outputs, shape, strides, grad_strides, ignore_index, loss_params, upstream,
+    logits_ptr, target_ptr, grad_ptr, outputs, n_rows, shape, strides, grad_strides, ignore_index, loss_params,
+    upstream,
     VALUE: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, then a second sweep of the same rows, still in cache, writes their gradient."""
     row = row_index(ROWS)
-    rows = rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR)
+    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
     rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    gap = finish(rest, rows, row, shape[0], strides[2], outputs, loss_params, VALUE)
+    gap = finish(rest, rows, row, n_rows, strides[2], outputs, loss_params, VALUE, False)
     slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * upstream
     scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), rest.sum_exp)
-    out = row_ptr(grad_ptr, row, shape[2], grad_strides)
-    write_rows(out, rows, row, shape, strides[2], grad_strides[2], rest.max, scale, at_target,
+    out = row_ptr(grad_ptr, row, shape[0], grad_strides)
+    write_rows(out, rows, row < n_rows, shape[1], strides[2], grad_strides[2], rest.max, scale, at_target,
                0, tl.cdiv(shape[1] // CHUNK, LANES), True, ROWS, LANES, VECTOR)  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def launch_of(n_rows: int, n_classes: int) -> launch.Launch:
     if n_chunks < 256:
         return launch.forward(n_rows, n_classes)
     lanes = min(1 << (n_chunks.bit_length() - 1), 1024)
-    return launch.Launch(1, lanes, 1, lanes // launching.WARP_SIZE)
+    return launch.Launch(1, lanes, 1, lanes // WARP_SIZE)
 
 
 class InForward(torch.autograd.Function):
@@ -75,14 +76,14 @@ class InForward(torch.autograd.Function):
         z, grad = logits[:, None], torch.empty_like(logits)[:, None]
         loss = logits.new_empty(n_rows, dtype=torch.float32)
         scores, runner_up = loss.new_empty(5, n_rows), target.new_empty(n_rows, dtype=torch.int32)
-        value, slope = launching.kernel_pair(BONUS)
+        kernel = gap_kernel(BONUS)
         how = launch_of(n_rows, n_classes)
-        with launching.device_guard(logits):
+        with device_guard(logits):
             forward_gradient_kernel[(-(-n_rows // how.rows),)](
                 logits_ptr=z, target_ptr=target, grad_ptr=grad, outputs=(loss, scores, runner_up, None),
-                shape=(n_rows, n_classes, 1), strides=z.stride(), grad_strides=grad.stride(), ignore_index=-100,
-                loss_params=launching.loss_params(BONUS), upstream=1.0 / n_rows, VALUE=value, SLOPE=slope,
-                ROWS=how.rows, LANES=how.lanes, VECTOR=launching.vector(z, grad), num_warps=how.num_warps,
+                n_rows=n_rows, shape=(1, n_classes), strides=z.stride(), grad_strides=grad.stride(), ignore_index=-100,
+                loss_params=kernel.params, upstream=1.0 / n_rows, VALUE=kernel.value, SLOPE=kernel.slope,
+                ROWS=how.rows, LANES=how.lanes, VECTOR=vector(z, grad), num_warps=how.num_warps,
             )  # fmt: skip
         ctx.grad = grad[:, 0]
         return loss.mean().to(logits.dtype)
@@ -90,6 +91,6 @@ class InForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         grad, ctx.grad = ctx.grad, None
-        with launching.device_guard(grad):
+        with device_guard(grad):
             scale_kernel[(triton.cdiv(grad.numel(), SCALED),)](grad, upstream, grad.numel(), BLOCK=SCALED, num_warps=8)
         return grad, None

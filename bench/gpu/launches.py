@@ -14,7 +14,6 @@ from bonus_ops import (
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
-    mixup_cross_entropy,
 )
 
 CLASSES = ((10, 0), (1003, 1), (5003, 3), (32779, 0))  # and elements past an aligned address
@@ -45,7 +44,6 @@ def main(device: str) -> None:
         for loss in (
             bonus_cross_entropy(logits, target, label_smoothing=0.1),
             bonus_cross_entropy(logits, shares),
-            mixup_cross_entropy(logits, target, target.flip(0), 0.3),
             bonus_binary_cross_entropy_with_logits(logits, shares),
         ):
             loss.backward()

@@ -63,7 +63,16 @@ def _by_loops(call: Call) -> Result:
 
 
 def _by_kernels(call: Call) -> Result:
-    return _by_rows(call)
+    mean = call.reduction == "mean" and call.weight is None and not call.softmax
+    if not mean or not is_plain_eager(call.input):
+        return _by_rows(call)
+    logits = call.logits()
+    target = call.target.reshape(logits.shape[:2])
+    if logits.device.type == "cpu":
+        reference.check_target(target, call.n_classes, call.ignore_index)
+    loss = cast(GapLoss, call.loss).current
+    out = _MeanByKernels.apply(logits, target, call.ignore_index, loss, call.scores)  # type: ignore[no-untyped-call]
+    return _result(call, out[0], (*out[1], out[2]) if call.scores else None, None)
 
 
 _WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
@@ -156,6 +165,40 @@ def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: i
     return reference.gradient(logits, target.reshape(rows), ignore_index, loss, grad_loss.reshape(rows))
 
 
+# --- eager on a GPU ---------------------------------------------------------------------------------------------------
+
+
+class _MeanByKernels(torch.autograd.Function):
+    """The mean over the rows not ignored, by kernels that count them too: five launches in all."""
+
+    @staticmethod
+    def forward(ctx, logits, target, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
+        mean, columns, runner_up, saved = room("triton", "labels").forward_mean(
+            logits, target, ignore_index, loss, scores
+        )
+        ctx.save_for_backward(logits, target, *saved)
+        ctx.ignore_index, ctx.loss = ignore_index, loss
+        ctx.set_materialize_grads(False)
+        if not scores:
+            return (mean,)
+        ctx.mark_non_differentiable(columns, runner_up)
+        return mean, columns, runner_up
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None:
+            return (None,) * 5
+        logits, target, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
+            upstream = (grad_loss / saved[1]).expand(target.numel())
+            grad = _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss)
+        else:
+            grad = room("triton", "labels").backward_mean(
+                logits, target, tuple(saved), grad_loss, ctx.ignore_index, ctx.loss
+            )
+        return grad, None, None, None, None
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
@@ -175,8 +218,7 @@ def forward(
 
 @forward.register_fake
 def _(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
-    out = empty_labels(logits, scores, True)
-    return tuple(out._replace(softmax=torch.empty_like(logits)) if softmax else out)
+    return tuple(empty_labels(logits, scores, softmax))
 
 
 @torch.library.custom_op("bonus_ops::labels_backward", mutates_args=())

@@ -152,7 +152,7 @@ def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | None, save: bool
 ) -> tuple[LabelResult, Tensor | None]:
     """Return the results of rows [outer, inner, C] and, for an upstream gradient [N] or [1], the gradient."""
-    out = empty_labels(logits, scores, save)
+    out = empty_labels(logits, scores, False, save)
     grad = None if upstream is None else _empty_like(logits)
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))

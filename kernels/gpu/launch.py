@@ -3,6 +3,7 @@
 Provenance: derived from register counts and occupancy of offline compiles, not yet measured on a GPU.
 """
 
+import functools
 from typing import NamedTuple
 
 CHUNK = 8  # classes a lane reads at a time: one 16-byte vector of a 2-byte type, two of float32
@@ -19,6 +20,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=256)
 def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
@@ -36,6 +38,7 @@ def forward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     return Launch(1, lanes, parts, lanes // warp_size)
 
 
+@functools.lru_cache(maxsize=256)
 def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a backward program: elementwise, so a long row is always cut into parts of 8 tiles."""
     n_chunks = max(n_classes // CHUNK, 1)
@@ -44,6 +47,7 @@ def backward(n_rows: int, n_classes: int, warp_size: int = 32) -> Launch:
     return Launch(1, 256, max(n_chunks // (256 * 8), 1), 256 // warp_size)
 
 
+@functools.lru_cache(maxsize=256)
 def soft_forward(n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a forward program for soft targets: rows are not split.
 
@@ -54,6 +58,7 @@ def soft_forward(n_classes: int, warp_size: int = 32) -> Launch:
     return _soft_short_rows(n_chunks, warp_size) if n_chunks < 2048 else Launch(1, 256, 1, 256 // warp_size)
 
 
+@functools.lru_cache(maxsize=256)
 def soft_backward(n_classes: int, warp_size: int = 32) -> Launch:
     """Return the shape of a backward program for soft targets: as `backward`."""
     n_chunks = max(n_classes // CHUNK, 1)

@@ -40,8 +40,9 @@ def row_ptr(ptr, row, inner, strides):
 
 
 @triton.jit
-def rows_at(logits_ptr, target_ptr, row, shape, strides, ignore_index, VECTOR: tl.constexpr):
-    n_rows, n_classes, inner = shape[0], shape[1], shape[2]
+def rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR: tl.constexpr):
+    """Return the Rows of numbers ``row``; ``shape`` is that of the inner axis and the classes."""
+    inner, n_classes = shape[0], shape[1]
     ptr = row_ptr(logits_ptr, row, inner, strides)
     target = tl.load(target_ptr + row, row < n_rows, 0).to(tl.int64)
     ignored = target == ignore_index

@@ -13,17 +13,25 @@ gradient. All are walked over one ``shape``, slowest axis first, by ``strides``:
 elements lie in order. (Of a tuple of tuples Triton 3.6 loses the ones.)
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .params import widen
+from ..elements import Elements, common_axes
+from . import launch
+from .launching import WARP_SIZE, device_guard, gap_kernel
+from .params import halved, widen
 from .rows import accumulable
 
 
-class Elements(NamedTuple):
-    """A tile; the likelier target of an element is 1 where t > 1/2."""
+class Tile(NamedTuple):
+    """Elements; the likelier target of an element is 1 where t > 1/2."""
 
     likely: tl.tensor
     gap: tl.tensor  # x where likely, else -x
@@ -81,7 +89,7 @@ def load_elements(operands, index, mask, shape, strides, scales, WIDE: tl.conste
         weight = load(operands[2], index, mask, shape, strides, 2, WIDE)
         one, zero = one * weight, zero * weight
     likely = t > 0.5
-    return Elements(likely, tl.where(likely, x, -x), tl.where(likely, one, zero), tl.where(likely, zero, one))
+    return Tile(likely, tl.where(likely, x, -x), tl.where(likely, one, zero), tl.where(likely, zero, one))
 
 
 @triton.jit
@@ -169,3 +177,61 @@ def sigmoid_backward_kernel(
         upstream = load_upstream(upstream_ptr, index, index < n, shape, strides, WIDE, ONE_UPSTREAM)
         grad = gradient_of(operands, index, index < n, shape, strides, loss_params, scales, SLOPE, WIDE)
         store(grad_ptr, index, grad * upstream, index < n, shape, strides, 4, WIDE)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def forward(of: Elements, reduce: bool, out: Tensor) -> Tensor:
+    """Write the loss of each element into ``out`` and return it, or return their sum in the dtype of ``out``."""
+    n = of.input.numel()
+    if n == 0:
+        return out.zero_()
+    kernel, how = gap_kernel(of.loss), (launch.sigmoid_sum if reduce else launch.sigmoid)(n, WARP_SIZE)
+    n_tiles = -(-n // how.block)
+    with device_guard(of.input):
+        if not reduce:
+            sigmoid_kernel[(n_tiles,)](
+                out_ptr=out, **_layout(of, out), loss_params=kernel.params, VALUE=kernel.value, BLOCK=how.block,
+                num_warps=how.num_warps,
+            )  # fmt: skip
+            return out
+        sums = out.new_empty(-(-n_tiles // how.tiles))
+        sigmoid_sum_kernel[(len(sums),)](
+            sums_ptr=sums, **_layout(of), loss_params=kernel.params, VALUE=kernel.value, BLOCK=how.block,
+            TILES=how.tiles, num_warps=how.num_warps,
+        )  # fmt: skip
+    return sums.sum()
+
+
+def backward(of: Elements, grad_loss: Tensor) -> Tensor:
+    """Return the gradient of the input from that of the sum (0-d) or of each element."""
+    grad = torch.empty_like(of.input)
+    n = of.input.numel()
+    if n == 0:
+        return grad
+    kernel, how = gap_kernel(of.loss), launch.sigmoid(n, WARP_SIZE)
+    one = grad_loss.dim() == 0
+    with device_guard(of.input):
+        sigmoid_backward_kernel[(-(-n // how.block),)](
+            upstream_ptr=grad_loss, grad_ptr=grad, **_layout(of, grad, None if one else grad_loss),
+            loss_params=kernel.params, SLOPE=kernel.slope, BLOCK=how.block, ONE_UPSTREAM=one, num_warps=how.num_warps,
+        )  # fmt: skip
+    return grad
+
+
+def _layout(of: Elements, *others: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of a kernel that say where elements lie."""
+    expanded = [None if x is None else x.expand(of.input.shape) for x in (*of[:4], *others)]
+    strides = [x.stride() for x in expanded if x is not None]
+    shape, merged = common_axes(of.input.shape, strides)
+    in_order = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    extents = [sum((n - 1) * s for n, s in zip(shape, m, strict=True)) for m in merged]
+    no_strides = (None,) * len(shape)
+    known = iter(no_strides if m == in_order else m for m in merged)
+    n = of.input.numel()
+    return {
+        "operands": of[:4], "n": n, "shape": tuple(shape),
+        "strides": tuple(s for x in expanded for s in (no_strides if x is None else next(known))),
+        "scales": halved(of.scales), "WIDE": max(n, *extents) >= 2**31 - 2**16,
+    }  # fmt: skip

@@ -11,11 +11,17 @@ probabilities again; writes 4 bytes a column. Backward reads V (b + c), 5 saved 
 gradient; writes V b. Class weights are read as probabilities are.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..formulas import class_terms
 from ..formulas.class_terms import TINY
 from ..formulas.scores import gap_of
 from ..formulas.soft_targets import (
@@ -27,8 +33,11 @@ from ..formulas.soft_targets import (
     softmax_of,
     where_known,
 )
+from ..results import SoftResult, empty_soft
+from . import class_sums, launch
 from .apart import apart
-from .params import widen
+from .launching import FEW_VARIANTS, WARP_SIZE, Halves, device_guard, once_a_loss, vector
+from .params import halved, widen
 from .probabilities import along, probabilities
 from .rows import (
     chunk_classes,
@@ -48,22 +57,23 @@ from .soft_targets import Target, rows_of, shares_at, shares_in_chunks
 from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
 
 
-@triton.jit
+@triton.jit(**FEW_VARIANTS)
 def soft_forward_kernel(
-    logits_ptr, targets, outputs, shape, strides, ignore_index, loss_params, TERMS: tl.constexpr, SUMS: tl.constexpr,
-    POWER: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits_ptr, targets, outputs, n_rows: tl.int64, shape, strides, ignore_index: tl.int64, loss_params,
+    TERMS: tl.constexpr, SUMS: tl.constexpr, POWER: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, several a program: sweep, again unless POWER says that the bonus is ``-p^gamma``, finish.
 
     ``targets`` are label, probabilities, weight, bonus weight, strides of the probabilities and the params of shares.
     """
-    n_rows, n_classes, class_stride = shape[0], shape[1], strides[2]
+    n_classes, class_stride = shape[1], strides[2]
     row = row_index(ROWS)
-    rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
+    rows = rows_at(logits_ptr, targets[0], row, n_rows, shape, strides, ignore_index, VECTOR)
     z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
     params = widen(loss_params[0], loss_params[1], z_target)
     share_params = widen(targets[5][0], targets[5][1], z_target)
-    of_target = rows_of(targets[1], rows, row, shape[2], targets[4])
+    of_target = rows_of(targets[1], rows, row, shape[0], targets[4])
     target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
     gamma = params[4] if POWER else None
 
@@ -131,22 +141,23 @@ def load_saved(saved, row, n_rows):
     return Saved(softmax, grad_loss, mass, at_target, tl.load(saved[1] + row, inside, -1), at_runner_up)
 
 
-@triton.jit
+@triton.jit(**FEW_VARIANTS)
 def soft_backward_kernel(
-    logits_ptr, targets, saved, grad_ptr, shape, strides, grad_strides, ignore_index, loss_params,
+    logits_ptr, targets, saved, grad_ptr, n_rows: tl.int64, shape, strides, grad_strides, ignore_index: tl.int64,
+    loss_params,
     TERMS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Some rows (axis 0) and a share of their tiles (axis 1)."""
-    n_rows, n_classes = shape[0], shape[1]
+    n_classes = shape[1]
     row = row_index(ROWS)
     inside = row < n_rows
-    rows = rows_at(logits_ptr, targets[0], row, shape, strides, ignore_index, VECTOR)
+    rows = rows_at(logits_ptr, targets[0], row, n_rows, shape, strides, ignore_index, VECTOR)
     saved = load_saved(saved, row, n_rows)
     params = widen(loss_params[0], loss_params[1], saved.mass)
     share_params = widen(targets[5][0], targets[5][1], saved.mass)
-    of_target = rows_of(targets[1], rows, row, shape[2], targets[4])
+    of_target = rows_of(targets[1], rows, row, shape[0], targets[4])
     target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
-    out = row_ptr(grad_ptr, row, shape[2], grad_strides)
+    out = row_ptr(grad_ptr, row, shape[0], grad_strides)
 
     tiles = tiles_of_program(rows, (rows.target, saved.runner_up), n_classes, ROWS, LANES, VECTOR)
     lane, class_strides = tl.arange(0, LANES)[None, :], (strides[2], grad_strides[2])
@@ -200,3 +211,100 @@ def with_apart(x, classes, rows, saved):
     x = tl.where(classes == along(saved.runner_up, x), along(saved.at_runner_up, x), x)
     x = tl.where(classes == along(rows.target, x), along(saved.at_target, x), x)
     return tl.where(along(rows.ignored, x), 0.0, x)
+
+
+# --- launches, of rows [outer, inner, C] ------------------------------------------------------------------------------
+
+
+class ClassKernel(NamedTuple):
+    """A loss of all classes as kernels take it."""
+
+    terms: Any  # jit functions: of a class, of one with p <= 1/2, and sums of these
+    terms_below_half: Any
+    sums: Any
+    params: Halves
+    is_power: bool  # of p and without a window: one sweep does
+
+
+def has_kernel(loss: Any) -> bool:
+    """Return whether kernels know what a class adds under this loss."""
+    return loss.is_cross_entropy() or isinstance(loss.kernel, str) and hasattr(class_terms, f"{loss.kernel}_terms")
+
+
+@once_a_loss
+def class_kernel(loss: Any) -> ClassKernel:
+    """Return the jit functions and numbers of a loss."""
+    kernel, params = loss.kernel, loss.parameters()
+    if loss.is_cross_entropy():
+        kernel, params = "power_bonus", (0.0, -math.inf, 0.0, math.inf, 1.0)
+    elif kernel == "log_bonus" and params[4] == -math.inf:  # of log_end = 0 the tangent is left, -p
+        kernel, params = "power_bonus", (*params[:4], 1.0)
+    below_half = kernel
+    has_window = kernel.endswith("_bonus") and params[1:4:2] != (-math.inf, math.inf)
+    if kernel == "log_bonus" and params[4] >= 0 and params[7] <= math.log(0.5) and not has_window:
+        below_half = "log_bonus_below_half"
+    return ClassKernel(
+        getattr(class_terms, f"{kernel}_terms"),
+        getattr(class_terms, f"{below_half}_terms"),
+        getattr(class_sums, f"{below_half}_sums", class_sums.sums_of_terms),
+        halved(params),
+        kernel == "power_bonus" and not has_window,
+    )
+
+
+def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool) -> SoftResult:
+    """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares."""
+    out = empty_soft(logits, scores)
+    n_rows, n_classes = out.loss.numel(), logits.shape[2]
+    if n_rows == 0:
+        return out
+    kernel, how = class_kernel(loss), launch.soft_forward(n_classes, WARP_SIZE)
+    with device_guard(logits):
+        soft_forward_kernel[(-(-n_rows // how.rows),)](
+            **_rows(logits, label, targets, ignore_index, loss),
+            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), loss_params=kernel.params,
+            TERMS=kernel.terms, SUMS=kernel.sums, POWER=kernel.is_power, ROWS=how.rows, LANES=how.lanes,
+            VECTOR=_vector(targets, logits), num_warps=how.num_warps,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
+    ignore_index: int, loss: Any,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
+    grad = torch.empty_like(logits)
+    n_rows, n_classes = runner_up.numel(), logits.shape[2]
+    if n_rows == 0:
+        return grad
+    kernel, how = class_kernel(loss), launch.soft_backward(n_classes, WARP_SIZE)
+    with device_guard(logits):
+        soft_backward_kernel[(-(-n_rows // how.rows), how.parts)](
+            **_rows(logits, label, targets, ignore_index, loss), saved=(saved, runner_up, grad_loss.contiguous()),
+            grad_ptr=grad, grad_strides=grad.stride(), loss_params=kernel.params, TERMS=kernel.terms_below_half,
+            ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(targets, logits, grad), num_warps=how.num_warps,
+        )  # fmt: skip
+    return grad
+
+
+def _rows(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    n_outer, n_inner, n_classes = logits.shape
+    given = targets.probabilities
+    t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)
+    of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
+    weights = (None if w is None else w.contiguous() for w in (t.weight, v.weight))
+    strides = logits.stride() if given is None else given.stride()
+    return dict(
+        logits_ptr=logits, targets=(label.contiguous(), given, *weights, strides, halved((*of_t, v.keep, v.off))),
+        n_rows=n_outer * n_inner, shape=(n_inner, n_classes), strides=logits.stride(), ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def _vector(targets: Any, *tensors: Tensor) -> int:
+    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
+    given = targets.probabilities
+    if given is not None and given.dtype != tensors[0].dtype:
+        return 1
+    return vector(*tensors) if given is None else vector(*tensors, given)

@@ -10,7 +10,7 @@ from .rows import CHUNK, edge_classes, load
 
 @triton.jit
 def write_rows(
-    out_ptr, rows, row, shape, class_stride, out_class_stride, rest_max, scale, at_target,
+    out_ptr, rows, inside, n_classes, class_stride, out_class_stride, rest_max, scale, at_target,
     first, last, write_edge, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Write ``out_k = scale exp(z_k - rest_max)`` and ``out_y = at_target`` for tiles first..last and the edge.
@@ -18,7 +18,7 @@ def write_rows(
     One read and one write a class. With VECTOR > 1 the rows of ``out_ptr`` [ROWS] are as aligned as the logits'.
     """
     BLOCK: tl.constexpr = LANES * CHUNK
-    inside = (row < shape[0])[:, None]
+    inside = inside[:, None]
     for tile in range(first, last):
         offset = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
         mask = (offset < (rows.n_chunks * CHUNK)[:, None]) & inside
@@ -34,7 +34,7 @@ def write_rows(
 
     if write_edge:
         classes = edge_classes(rows)
-        mask = (classes < shape[1]) & inside
+        mask = (classes < n_classes) & inside
         z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask & rows.active[:, None])
         x = spread(z, classes, rows, rest_max, scale, at_target)
         out = out_ptr[:, None] + classes.to(tl.int64) * out_class_stride
