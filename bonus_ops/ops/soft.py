@@ -33,15 +33,17 @@ class _Rows(NamedTuple):
     """The operands of a call: its rows, what their shares are made of, and what the mean divides by."""
 
     logits: Tensor
-    label: Tensor  # [outer, inner], of probabilities the largest
+    label: Tensor  # [outer, inner], of probabilities the largest where that is asked for
     targets: SoftTargets
     divisor: Tensor
 
 
-def _rows(call: Call) -> _Rows:
+def _rows(call: Call, largest: bool = True) -> _Rows:
     logits, targets = call.logits(), call.soft_targets()
     if targets.probabilities is not None:
-        label = targets.probabilities.argmax(-1) if call.n_classes else call.target.new_zeros(logits.shape[:2]).long()
+        known = largest and call.n_classes > 0
+        label = targets.probabilities.argmax(-1) if known else call.target.new_zeros((), dtype=torch.int64)
+        label = label.expand(logits.shape[:2])
         divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)
     else:
         label = call.target.reshape(logits.shape[:2])
@@ -69,7 +71,7 @@ def _by_loops(call: Call) -> Result:
     eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(call.input)
     if not eager or call.reduction == "none":
         return _by_rows(call)
-    of = _rows(call)
+    of = _rows(call, largest=False)  # loops find it on their way
     given = of.targets.probabilities
     visit = _Visit(call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:])
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)

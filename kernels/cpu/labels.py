@@ -160,9 +160,7 @@ def visit(
     return out, grad
 
 
-def forward(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool
-) -> LabelResult:
+def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool) -> LabelResult:
     """Return loss, scores, what `backward` needs and the probabilities of rows [outer, inner, C]."""
     out, _ = visit(logits, target, ignore_index, loss, scores, None, True)
     if softmax:
@@ -174,9 +172,7 @@ def forward(
     return out
 
 
-def backward(
-    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any
-) -> Tensor:
+def backward(logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any) -> Tensor:
     """Return the gradient from what `forward` saved and the upstream gradient [N] or [1]: one read, one write."""
     grad = _empty_like(logits)
     if logits.numel():

@@ -96,6 +96,7 @@ class Terms(NamedTuple):
 
     of_others: int
     of_any: int
+    needs_log_p: int  # whether the former looks at it
     params: int
     owners: tuple[Any, ...]
 
@@ -108,7 +109,7 @@ def terms_of(loss: Any, real: str) -> Terms:
     functions = [_compiled_terms(kernel, len(params), real) for kernel in (few, loss.kernel)]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-    return Terms(at[0], at[1], held.buffer_info()[0], (functions, held))
+    return Terms(at[0], at[1], few == loss.kernel, held.buffer_info()[0], (functions, held))
 
 
 @functools.cache

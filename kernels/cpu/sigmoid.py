@@ -20,8 +20,21 @@ from ..elements import Elements, common_axes
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import columns_of
-from .names import call5, element, given_element, given_size, int64, narrow, real, real_size, record, size, vector
-from .names import widen, widen_given
+from .names import (
+    call5,
+    element,
+    given_element,
+    given_size,
+    int64,
+    narrow,
+    real,
+    real_size,
+    record,
+    size,
+    vector,
+    widen,
+    widen_given,
+)
 from .tile import padded
 
 __all__ = ["backward", "forward", "visit"]
