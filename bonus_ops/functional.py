@@ -25,6 +25,7 @@ from .operators.implementation import chosen, why_not_triton
 from .operators.shares import has_terms
 from .scores import Scores
 from .shares import Shares
+from .watchers import is_plain_eager
 
 __all__ = [
     "bonus_cross_entropy",
@@ -271,6 +272,15 @@ class _Call:
 
     def _hard_loss(self, scores: bool, softmax: bool) -> tuple[Any, Any, Any]:
         bonus = cast(GapLoss, self.bonus)
+        if self._mean_by_kernels(softmax):
+            if self.input.device.type == "cpu":
+                reference.check_target(self.target, self.n_classes, self.ignore_index)
+            options = (self.ignore_index, bonus.current, scores, self.dtype)
+            made: Any = autograd.MeanByKernels.apply(self.input, self.target, *options)  # type: ignore[no-untyped-call]
+            if not scores:
+                return made, None, None
+            mean, columns, runner_up = made
+            return mean, Scores(*(c.view(self.row_shape) for c in (*columns, runner_up))), None
         logits = _rows(self.input)
         target = self.target.reshape(logits.shape[:2])
         row_weight = self._row_weight(target)
@@ -292,6 +302,11 @@ class _Call:
         if softmax:
             probabilities = self._unrows(probabilities)
         return loss.to(self.dtype), columns, probabilities
+
+    def _mean_by_kernels(self, softmax: bool) -> bool:
+        """Return whether nobody but the tape watches a plain mean of rows by kernels."""
+        plain = self.implementation == "triton" and self.reduction == "mean" and self.weight is None and not softmax
+        return plain and self.input.dim() > 1 and is_plain_eager(self.input)
 
     def _reference(
         self, logits: Tensor, target: Tensor, bonus: GapLoss, scores: bool, softmax: bool

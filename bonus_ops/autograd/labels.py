@@ -18,10 +18,11 @@ from .. import reference
 from ..kernels.results import LabelResult
 from ..losses import GapLoss, decode, encode
 from ..operators import labels as operators
+from ..operators.implementation import gpu
 from ..torch_path import labels as torch_labels
 from ..watchers import is_deeply_transformed, is_plain_eager
 
-__all__ = ["made_gradient", "reduced", "reduced_rows", "rows"]
+__all__ = ["MeanByKernels", "made_gradient", "reduced", "reduced_rows", "rows"]
 
 
 class _Rows(torch.autograd.Function):
@@ -35,11 +36,14 @@ class _Rows(torch.autograd.Function):
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         logits, target, fields, ctx.ignore_index, ctx.loss, _, _, ctx.implementation = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or a softmax would cost zeros of its size in backward
         ctx.save_for_backward(logits, target, fields, output[3])
         ctx.save_for_forward(logits, target, fields)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None:
+            return (None,) * 8
         logits, target, fields, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the closed form in torch, from the input, is differentiable again
             grad = _gradient(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, fields))
@@ -111,6 +115,48 @@ class _Visit(torch.autograd.Function):
             upstream = _upstream(grad_loss.to(scale.dtype), scale, target)
             grad = torch_labels.backward(logits, target, saved, upstream, ctx.ignore_index, ctx.loss)
         return grad, *(None,) * 6
+
+
+class MeanByKernels(torch.autograd.Function):
+    """Mean over the rows not ignored, launched from here: eager, and only the tape watches.
+
+    Takes the input [N, C] or [N, C, d1, ...] itself, so that its view as rows is no node of the tape, and returns the
+    mean in ``dtype``, with ``scores`` also scores [5, N] and runner-up [N].
+    """
+
+    @staticmethod
+    def forward(ctx, input, target, ignore_index, loss, scores, dtype):  # type: ignore[no-untyped-def]
+        kernels = gpu("labels")
+        logits = _rows(input)
+        mean, columns, runner_up, saved = kernels.forward_mean(logits, target, ignore_index, loss, scores)
+        ctx.save_for_backward(input, target, *saved)
+        ctx.ignore_index, ctx.loss = ignore_index, loss
+        ctx.set_materialize_grads(False)
+        if mean.dtype != dtype:
+            mean = mean.to(dtype)
+        if not scores:
+            return mean
+        ctx.mark_non_differentiable(columns, runner_up)
+        return mean, columns, runner_up
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None:
+            return (None,) * 6
+        input, target, *saved = ctx.saved_tensors
+        logits = _rows(input)
+        if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
+            upstream = (grad_loss / saved[-1]).expand(target.numel())
+            grad = _gradient(logits, target.reshape(logits.shape[:2]), upstream, ctx.ignore_index, ctx.loss)
+        else:
+            grad = gpu("labels").backward_mean(logits, target, saved, grad_loss, ctx.ignore_index, ctx.loss)
+        grad = grad.squeeze(1) if input.dim() == 2 else grad.transpose(1, 2).view(input.shape)
+        return grad, None, None, None, None, None
+
+
+def _rows(input: Tensor) -> Tensor:
+    """Return [N, C] or [N, C, d1, ...] as rows [outer, inner, C]."""
+    return input.unsqueeze(1) if input.dim() == 2 else input.flatten(2).transpose(1, 2)
 
 
 def made_gradient(ctx: Any, grad_loss: Tensor) -> Tensor | None:

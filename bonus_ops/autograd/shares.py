@@ -44,10 +44,13 @@ class _Rows(torch.autograd.Function):
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         *tensors, ctx.smoothings, ctx.ignore_index, ctx.loss, _, ctx.implementation = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[3], output[2])
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None:
+            return (None,) * 11
         logits, label, *shares, fields, saved, runner_up = ctx.saved_tensors
         if torch.is_grad_enabled():
             loss = decode(ctx.loss, fields)

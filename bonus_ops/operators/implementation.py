@@ -13,6 +13,7 @@ from ..watchers import constant_when_compiled
 __all__ = ["chosen", "default_implementation", "gpu", "why_not_triton"]
 
 
+@functools.cache
 def gpu(name: str) -> ModuleType:
     """Return a file of ``kernels/gpu``, imported when its first kernel is asked for."""
     return importlib.import_module(f"..kernels.gpu.{name}", __package__)
