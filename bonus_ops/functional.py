@@ -275,8 +275,8 @@ class _Call:
         if self._mean_by_kernels(softmax):
             if self.input.device.type == "cpu":
                 reference.check_target(self.target, self.n_classes, self.ignore_index)
-            options = (self.ignore_index, bonus.current, scores, self.dtype)
-            made: Any = autograd.MeanByKernels.apply(self.input, self.target, *options)  # type: ignore[no-untyped-call]
+            asked = (self.ignore_index, bonus.current, scores, self.dtype)
+            made: Any = autograd.MeanByKernels.apply(self.input, self.target, *asked)  # type: ignore[no-untyped-call]
             if not scores:
                 return made, None, None
             mean, columns, runner_up = made
