@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, digits, elementwise, plots, report, shares, speed, tracker
+from . import accuracy, digits, elementwise, host, plots, report, shares, speed, tracker
 from .record import ROOT, commit, environment, plain, progress
 
 SECTIONS = {
@@ -28,6 +28,7 @@ SECTIONS = {
     "speed": speed.run,
     "shares": shares.run,
     "elementwise": elementwise.run,
+    "host": host.run,
     "tracker": tracker.run,
     "digits": digits.run,
 }

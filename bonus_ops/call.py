@@ -28,7 +28,7 @@ from .losses import CrossEntropy, GapLoss, Loss
 from .soft_targets import SoftTargets
 from .watchers import constant_when_compiled, is_deeply_transformed, is_transformed
 
-__all__ = ["Call", "decide", "why_not_numba", "why_not_triton"]
+__all__ = ["Call", "as_input", "as_rows", "decide", "why_not_numba", "why_not_triton"]
 
 IMPLEMENTATIONS = ("triton", "numba", "reference")
 
@@ -101,12 +101,6 @@ class Call:
         """Return numbers of rows [N] in the shape of the target."""
         return rows.view(self.row_shape)
 
-    def shaped_as_input(self, x: Tensor) -> Tensor:
-        """Return rows [outer, inner, C] in the shape of the input."""
-        if self.input.dim() == 1:
-            return x[0, 0]
-        return x[:, 0] if self.input.dim() == 2 else x.transpose(1, 2).reshape(self.input.shape)
-
     def _only_by_formula(self) -> str | None:
         """Return what no kernel does of this call, if anything."""
         if self.kind == "labels":
@@ -126,6 +120,13 @@ def as_rows(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x[None, None, :]
     return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+
+
+def as_input(rows: Tensor, input: Tensor) -> Tensor:
+    """Undo `as_rows` of an input: a view where strides allow."""
+    if input.dim() == 1:
+        return rows[0, 0]
+    return rows.squeeze(1) if input.dim() == 2 else rows.transpose(1, 2).reshape(input.shape)
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------

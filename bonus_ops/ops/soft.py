@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import Call
+from ..call import Call, as_input
 from ..kernels.results import SoftResult, empty_soft
 from ..losses import ClassLoss, Loss, decode, encode
 from ..scores import Scores
@@ -111,7 +111,7 @@ def _result(call: Call, of: _Rows, loss: Tensor, columns: Any) -> Result:
     softmax = None
     if call.softmax:
         label = torch.zeros_like(of.label) if call.by_probabilities else of.label
-        softmax = call.shaped_as_input(labels.softmax(call, of.logits, label))
+        softmax = as_input(labels.softmax(call, of.logits, label), call.input)
     return Result(loss.to(dtype), scores, softmax)
 
 
