@@ -38,7 +38,7 @@ class Correctness(Field):
         state["correct_count"].index_add_(0, batch.labelled, batch.correct.to(torch.int32))
 
     def _read(self, state: State) -> Tensor:
-        return state["correct_count"] / state["label_count"]
+        return state["correct_count"].to(torch.float32) / state["label_count"]  # of ints: of the default dtype
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -250,13 +251,22 @@ class ExampleTracker:
             raise ValueError(f"statistic: expected one of {', '.join(self.statistics)}, got {name!r}")
         return self.statistics[name].read(self._examples())
 
-    def difficulty(self, name: str) -> Tensor:
+    def difficulty(self, name: str, unseen: float = math.nan) -> Tensor:
         """Return the statistic times its direction: higher is harder, whichever is asked for.
+
+        Args:
+            name: of a statistic.
+            unseen: what stands for examples without the statistic: never observed, or not often enough. NaN takes no
+                part in a policy and is visited by `DifficultySampler`; +inf ranks first.
 
         Raises:
             ValueError: as `statistic`.
+            TypeError: ``unseen`` is no number.
         """
-        return self.statistic(name) * self.statistics[name].direction
+        if isinstance(unseen, bool) or not isinstance(unseen, Real):
+            raise TypeError(f"difficulty: unseen must be a number, got {type(unseen).__name__}")
+        difficulty = self.statistic(name) * self.statistics[name].direction
+        return torch.where(difficulty.isnan(), unseen, difficulty)
 
     def random_label_quantile(self, p: float = 0.1) -> Tensor:
         """Return the p-quantile of the random-label losses of the last finished epoch, a scalar float32 tensor.
