@@ -117,7 +117,8 @@ def causal_lm_loss_with_scores(
 
     Returns:
         The loss, and `Scores` shaped like the labels: at t, those of predicting token t + 1. Where that token is
-        ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN.
+        ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN. Their
+        ``target`` are the shifted labels, so that ``scores.accuracy()`` is right and ``scores.correct(labels)`` not.
 
     Raises:
         As `causal_lm_loss`.
@@ -131,7 +132,9 @@ def causal_lm_loss_with_scores(
             bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
             validate=validate,
         )  # fmt: skip
-    return _per_item(loss, num_items_in_batch), Scores(*(column.view(logits.shape[:-1]) for column in scores))
+    tokens = logits.shape[:-1]
+    scores = Scores(*(column.view(tokens) for column in scores), target=target.view(tokens))
+    return _per_item(loss, num_items_in_batch), scores
 
 
 def trainer_loss(
