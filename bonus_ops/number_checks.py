@@ -24,7 +24,7 @@ def check_integer(owner: str, name: str, value: Any, low: int, high: int | None 
     """Raise unless ``value`` is an int (of Python or numpy) of at least ``low`` and, if given, at most ``high``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{owner}: {name} must be an int, got {type(value).__name__}")
-    if high is not None and not low <= int(value) <= high:
+    if high is not None and int(value) > high:
         raise ValueError(f"{owner}: {name} must be in {low} .. {high}, got {value}")
     if int(value) < low:
         raise ValueError(f"{owner}: {name} must be at least {low}, got {value}")

@@ -152,9 +152,7 @@ class LearnedFor(Field):
     k: int = 3
 
     def __post_init__(self) -> None:
-        check_integer("LearnedFor", "k", self.k, 1)
-        if self.k > 255:
-            raise ValueError(f"LearnedFor: k must be in 1 .. 255, got {self.k}")
+        check_integer("LearnedFor", "k", self.k, 1, 255)
 
     @property
     def name(self) -> str:
