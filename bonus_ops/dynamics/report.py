@@ -114,6 +114,10 @@ class Report:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         return self._worst_first(self.kind == KINDS.index(kind))
 
+    def name_of(self, index: int) -> str:
+        """Return the kind of an example, one of `KINDS`."""
+        return KINDS[int(self.kind[index])]
+
     def __str__(self) -> str:
         """Return how many examples are of each kind."""
         return ", ".join(f"{int((self.kind == i).sum())} {kind}" for i, kind in enumerate(KINDS))
