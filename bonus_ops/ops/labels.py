@@ -261,8 +261,9 @@ class _Rows(torch.autograd.Function):
     """Loss of each row; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def]
-        return forward(*args)
+    def forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        # the compiler counts the names: of `*args` it would take a context for the first
+        return forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -141,8 +141,9 @@ class _Operators(torch.autograd.Function):
     """Losses or their sum; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def]
-        return forward(*args)
+    def forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation):  # type: ignore[no-untyped-def]
+        # the compiler counts the names: of `*args` it would take a context for the first
+        return forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
