@@ -51,7 +51,7 @@ def _by_formula(call: Call) -> Result:
 
 
 def _by_loops(call: Call) -> Result:
-    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(call.input)
+    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
     logits = call.logits()
@@ -64,7 +64,7 @@ def _by_loops(call: Call) -> Result:
 
 def _by_kernels(call: Call) -> Result:
     mean = call.reduction == "mean" and call.weight is None and not call.softmax
-    if not mean or not is_plain_eager(call.input):
+    if not mean or not is_plain_eager(*call.tensors()):
         return _by_rows(call)
     logits = call.logits()
     target = call.target.reshape(logits.shape[:2])
