@@ -34,7 +34,7 @@ IMPLEMENTATIONS = ("triton", "numba", "reference")
 
 
 class Call:
-    """The checked arguments of a call of `bonus_cross_entropy` or a twin, and what runs: ``kind`` and ``implementation``."""
+    """The checked arguments of `bonus_cross_entropy` or a twin, and what runs: ``kind`` and ``implementation``."""
 
     def __init__(
         self, input: Tensor, target: Tensor, weight: Tensor | None, size_average: bool | None, ignore_index: int,
@@ -72,6 +72,10 @@ class Call:
         self.implementation = decide(implementation, input, self.kind, self.loss, self._only_by_formula())
         if validate and not self.by_probabilities:
             reference.check_target(self.target, self.n_classes, self.ignore_index)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that were given."""
+        return self.input, self.target, self.weight, self.bonus_weight
 
     def logits(self) -> Tensor:
         """Return the input as rows [outer, inner, C]: a view wherever strides allow."""

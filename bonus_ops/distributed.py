@@ -32,8 +32,9 @@ _ROWS_OUT = {
 def register_row_sharding() -> None:
     """Let `bonus_cross_entropy` and its twins take DTensors, in this process from now on; calling twice is harmless.
 
-    Input and target must both be DTensors on one mesh, as must ``weight`` (replicated) if there is one. Every rank
-    works on the rows it holds, and the mean divides by the rows (or weights) of all ranks:
+    The input must be a DTensor. So may be the target, on the same mesh; a plain one is the whole target, the same on
+    every rank. A ``weight`` must be a DTensor, replicated, and then so must be the target. Every rank works on the rows
+    it holds, and the mean divides by the rows (or weights) of all ranks:
 
     - Replicated mesh dimensions stay so.
     - Rows sharded, ``Shard(0)``: no logit is moved. Ranks may hold different numbers of rows, or none.

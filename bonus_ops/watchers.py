@@ -27,11 +27,16 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
-def is_plain_eager(x: Tensor) -> bool:
-    """Return whether only the tape watches ``x``: no compiler, transform, batch, dispatch mode or such subclass."""
-    if torch.compiler.is_compiling() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(x):
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Return whether only the tape watches: no compiler, transform, batch, dispatch mode or such subclass."""
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return all(x is None or _is_plain(x) for x in tensors)
+
+
+def _is_plain(x: Tensor) -> bool:
+    plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__  # others may have no memory here
+    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_transformed() -> bool:

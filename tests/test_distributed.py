@@ -16,7 +16,8 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 N_RANKS = 2
 TIMEOUT = 120  # seconds for both ranks, of which importing torch takes 3 to 10
 
-# name: shape of the logits, how they are sharded ("R", or the axis), options
+# name: shape of the logits, how they are sharded ("R", or the axis), options; of these two are about the target:
+# "probabilities", and "plain", a tensor that every rank has whole
 CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "mean": ((6, 7), 0, {}),
     "sum": ((6, 7), 0, {"reduction": "sum"}),
@@ -33,16 +34,24 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-uneven": ((5, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-sharded": ((4, 7, 3), 2, {}),
+    "probabilities": ((5, 7), 0, {"probabilities": True}),
+    "probabilities-none": ((6, 7), 0, {"probabilities": True, "reduction": "none"}),
+    "probabilities-classes": ((5, 7), 1, {"probabilities": True}),
+    "plain-target": ((5, 7), 0, {"plain": True}),
+    "plain-target-smoothing": ((5, 7), 0, {"plain": True, "label_smoothing": 0.1}),
+    "plain-probabilities": ((5, 7), 0, {"plain": True, "probabilities": True}),
 }
 
 
-def example(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and labels, the second label ignored; the same on every rank."""
+def example(shape: tuple[int, ...], probabilities: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and labels, the second label ignored, or probabilities; the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(shape, generator=generator) * 4
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=generator)
     if shape[0] > 1:
         target[1] = -100
+    if probabilities:
+        target = (torch.randn(shape, generator=generator) * 2).softmax(1)
     return logits, target
 
 
@@ -86,12 +95,14 @@ def sharded_results() -> dict[str, Any]:
 
     mesh = init_device_mesh("cpu", (N_RANKS,))
 
-    def spread(shape: tuple[int, ...], where: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, target = example(shape)
+    def spread(
+        shape: tuple[int, ...], where: Any, probabilities: bool = False, plain: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, target = example(shape, probabilities)
         placement = Replicate() if where == "R" else Shard(where)
         rows = placement if where in ("R", 0) else Replicate()
         logits = distribute_tensor(logits, mesh, [placement])
-        return logits.requires_grad_(), distribute_tensor(target, mesh, [rows])
+        return logits.requires_grad_(), target if plain else distribute_tensor(target, mesh, [rows])
 
     def error(*args: Any) -> tuple[str, str]:
         try:
@@ -105,9 +116,9 @@ def sharded_results() -> dict[str, Any]:
     register_row_sharding()  # once is enough, twice is harmless
     for name, (shape, where, options) in CASES.items():
         options = dict(options)
+        logits, target = spread(shape, where, options.pop("probabilities", False), options.pop("plain", False))
         if "weight" in options:
             options["weight"] = distribute_tensor(options["weight"], mesh, [Replicate()])
-        logits, target = spread(shape, where)
         with CommDebugMode() as sent:
             loss = bonus_cross_entropy(logits, target, **options)
             loss.sum().backward()
@@ -118,7 +129,7 @@ def sharded_results() -> dict[str, Any]:
     loss, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
     results["scores"] = [x.full_tensor() for x in (*scores, softmax)]
     assert all(x.placements == (Shard(0),) for x in (*scores, softmax))
-    results["mixed"] = error(logits, example((5, 7))[1])
+    results["mixed"] = error(example((5, 7))[0].requires_grad_(), target)
     compiled = torch.compile(bonus_cross_entropy, backend="aot_eager", fullgraph=True)
     logits, target = spread((6, 7), 0)
     loss = compiled(logits, target)
@@ -150,8 +161,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def alone(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return loss and gradient of one process."""
-    logits, target = example(shape)
+    probabilities = options.get("probabilities", False)
+    options = {name: x for name, x in options.items() if name not in ("plain", "probabilities")}
+    logits, target = example(shape, probabilities)
     logits = logits.to(dtype).requires_grad_()
+    target = target.to(dtype) if probabilities else target
     options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     loss = bonus_cross_entropy(logits, target, **options)
     loss.sum().backward()
@@ -171,7 +185,7 @@ def test_dtensor_equals_one_process(results: dict[str, Any], name: str) -> None:
 
 
 def test_rows_stay_where_they_are(results: dict[str, Any]) -> None:
-    for name in ("none", "smoothing-none", "a-rank-without-rows", "extra-dimension"):
+    for name in ("none", "smoothing-none", "a-rank-without-rows", "extra-dimension", "probabilities-none"):
         assert results[name][2:] == (("S(0)", "S(0)"), {}), name
     for name in ("mean", "uneven", "power", "weight", "smoothing"):
         # the divisor, a scalar, forward and backward
@@ -202,9 +216,10 @@ def test_compiled_dtensor(results: dict[str, Any]) -> None:
 def test_errors_are_clear(results: dict[str, Any]) -> None:
     kind, message = results["mixed"]
     assert kind == "RuntimeError"
-    assert "mixed torch.Tensor and DTensor" in message and "got a plain tensor as target, of shape [5, 1]" in message
+    assert "mixed torch.Tensor and DTensor" in message
+    assert "Expected input to be a DTensor" in message and "got a plain tensor of shape [5, 1, 7]" in message
     kind, message = results["unregistered"]
-    assert kind in ("NotImplementedError", "RuntimeError") and "bonus_ops.forward" in message, message
+    assert kind in ("NotImplementedError", "RuntimeError") and "bonus_ops.labels_forward" in message, message
 
 
 def test_data_parallel_gradients_equal_one_process(results: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""What is installed: the package without triton, the kernels inside the wheel, the README's code as it stands."""
+"""What is installed: the package without triton or numba, the wheel's kernels, the README's code as it stands."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -32,29 +33,107 @@ def run(code: str, folder: Path, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_without_triton_all_but_the_kernels_works(tmp_path):
-    out = run(
-        """
+STEPS = """
 import sys
-sys.modules["triton"] = None  # as where it is not installed: not found, not importable
+for missing in sys.argv[1:]:
+    sys.modules[missing] = None  # as where it is not installed: not found, not importable
 import torch
-import bonus_ops
+import bonus_ops as b
+from bonus_ops import call
 
-logits, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
-for implementation in (None, "torch", "reference"):
-    loss, scores = bonus_ops.bonus_cross_entropy_with_scores(logits, target, implementation=implementation)
+torch.manual_seed(0)
+logits, target = torch.randn(7, 5), torch.tensor([0, 1, 2, 3, 4, -100, 0])
+pixels, labels = torch.randn(2, 3, 4, 4), torch.arange(32).reshape(2, 4, 4) % 3
+soft, binary = torch.randn(7, 5).softmax(1), torch.rand(7, 5)
+LOSSES = {  # kind: loss and scores, of logits, by an implementation
+    "labels": (logits, lambda z, how: b.bonus_cross_entropy_with_scores(z, target, implementation=how)),
+    "pixels": (pixels, lambda z, how: b.bonus_cross_entropy_with_scores(z, labels, implementation=how)),
+    "smoothing": (logits, lambda z, how: b.bonus_cross_entropy_with_scores(
+        z, target, label_smoothing=0.1, implementation=how)),
+    "probabilities": (logits, lambda z, how: b.bonus_cross_entropy_with_scores(z, soft, implementation=how)),
+    "sigmoid": (logits, lambda z, how: (b.bonus_binary_cross_entropy_with_logits(z, binary, implementation=how), ())),
+}
+
+def results(name, how):
+    z, step = LOSSES[name]
+    z = z.clone().requires_grad_()
+    loss, scores = step(z, how)
     loss.backward()
-bonus_ops.BonusCrossEntropyLoss()(logits, target)
-torch.compile(bonus_ops.bonus_cross_entropy, fullgraph=True, backend="aot_eager")(logits, target).backward()
+    return loss.detach(), *scores, z.grad
+"""
+AGREE = """
+for name in LOSSES:
+    for got, expected in zip(results(name, how), results(name, "reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_without_triton_a_cpu_runs_the_loops(tmp_path):
+    out = run(
+        f"""
+{STEPS}
+for how in (None, "numba"):
+    {AGREE.strip().replace(chr(10), chr(10) + "    ")}
+    for kind in ("labels", "soft", "sigmoid"):
+        assert call.decide(how, logits, kind, b.LogBonus(), None) == "numba"
+from bonus_ops.kernels.formulas import scalar
+assert "bonus_ops.kernels.cpu.labels" in sys.modules and type(scalar.exp).__name__ == "function"
+b.BonusCrossEntropyLoss()(logits, target)
+logits.requires_grad_()
+torch.compile(b.bonus_cross_entropy, fullgraph=True, backend="aot_eager")(logits, target).backward()
 try:
-    bonus_ops.bonus_cross_entropy(logits, target, implementation="triton")
+    b.bonus_cross_entropy(logits, target, implementation="triton")
 except RuntimeError as error:
     print(error)
 assert not any(name.startswith("triton.") for name in sys.modules)
 """,
-        tmp_path,
-    )
+        tmp_path, "triton",
+    )  # fmt: skip
     assert "implementation='triton' cannot run" in out and "triton is not installed" in out
+
+
+@pytest.mark.parametrize("missing", [("numba", "llvmlite"), ("triton", "numba", "llvmlite")], ids=" and ".join)
+def test_without_numba_a_cpu_runs_the_reference(tmp_path, missing):
+    out = run(
+        f"""
+{STEPS}
+for how in (None,):
+    assert call.decide(how, logits, "labels", b.LogBonus(), None) == "reference"
+    {AGREE.strip().replace(chr(10), chr(10) + "    ")}
+for step in (b.bonus_cross_entropy, b.difficulty_scores):
+    try:
+        step(logits, target, implementation="numba")
+    except RuntimeError as error:
+        print(error)
+assert not any("kernels.cpu" in name for name in sys.modules)
+""",
+        tmp_path, *missing,
+    )  # fmt: skip
+    assert out == 2 * (
+        "implementation='numba' cannot run: numba is not installed; pip install 'bonus-ops[cpu]' brings it\n"
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_a_second_process_finds_machine_code_on_disk(tmp_path):
+    """Without importing Numba, which alone takes half a second."""
+    code = f"""
+{STEPS}
+for name in LOSSES:
+    results(name, "numba")
+print("numba" in sys.modules)
+"""
+    run(code, tmp_path)  # compiles what is not on disk yet
+    assert run(code, tmp_path) == "False\n"
+
+
+def test_importing_the_package_imports_neither_triton_nor_numba(tmp_path):
+    code = """
+import sys, bonus_ops
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"triton", "numba", "llvmlite"}))
+"""
+    assert run(code, tmp_path) == "[]\n"
 
 
 def test_kernels_are_imported_when_one_runs_and_say_why_none_can(tmp_path):
@@ -114,7 +193,9 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_kernels_as_regular_files(wheel):
     held = {info.filename: info for info in wheel.infolist()}
-    for path in sorted((ROOT / "kernels").rglob("*.py")):
+    sources = sorted((ROOT / "kernels").rglob("*.py"))
+    assert {"formulas", "gpu", "cpu"} <= {path.parent.name for path in sources}
+    for path in sources:
         info = held[f"bonus_ops/{path.relative_to(ROOT).as_posix()}"]
         assert not stat.S_ISLNK(info.external_attr >> 16)
         assert wheel.read(info) == path.read_bytes()
@@ -134,7 +215,7 @@ import bonus_ops.kernels.gpu.labels as labels
 print(bonus_ops.__file__)
 print(labels.__file__)
 logits, target = torch.zeros(2, 4), torch.tensor([0, 1])
-for implementation in ("torch", "triton"):
+for implementation in ("reference", "triton"):
     print(bonus_ops.bonus_cross_entropy(logits, target, bonus=None, implementation=implementation).item())
 """
     out = run(code, tmp_path, PYTHONPATH=str(tmp_path / "site"), TRITON_INTERPRET="1").split()

@@ -51,7 +51,7 @@ def _by_formula(call: Call) -> Result:
 
 
 def _by_loops(call: Call) -> Result:
-    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(call.input)
+    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
     target = call.target.reshape(-1)
@@ -63,7 +63,7 @@ def _by_loops(call: Call) -> Result:
 
 def _by_kernels(call: Call) -> Result:
     mean = call.reduction == "mean" and call.weight is None and not call.softmax
-    if not mean or call.input.dim() < 2 or not is_plain_eager(call.input):
+    if not mean or call.input.dim() < 2 or not is_plain_eager(*call.tensors()):
         return _by_rows(call)
     if call.input.device.type == "cpu":
         reference.check_target(call.target, call.n_classes, call.ignore_index)
@@ -264,8 +264,9 @@ class _Rows(torch.autograd.Function):
     """Loss of each row; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def]
-        return forward(*args)
+    def forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+        # the compiler counts the names: of `*args` it would take a context for the first
+        return forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -50,7 +50,7 @@ def _total_by_operators(of: Elements, divisor: float | Tensor, implementation: s
 
 def _total_by_loops(of: Elements, divisor: float | Tensor, implementation: str) -> Tensor:
     known = not isinstance(divisor, Tensor) and divisor > 0  # 0 for a mean of nothing
-    if not (known and of.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(of.input)):
+    if not (known and of.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*of[:4])):
         return _total_by_operators(of, divisor, implementation)
     visit = _Visit(of.loss.current, of.scales, float(divisor))
     out: Tensor = MadeInForward.apply(of.input, visit, *of[1:4])[0]  # type: ignore[no-untyped-call]
@@ -141,8 +141,9 @@ class _Operators(torch.autograd.Function):
     """Losses or their sum; the gradient is made in backward by a second read."""
 
     @staticmethod
-    def forward(*args):  # type: ignore[no-untyped-def]
-        return forward(*args)
+    def forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation):  # type: ignore[no-untyped-def]
+        # the compiler counts the names: of `*args` it would take a context for the first
+        return forward(input, target, weight, pos_weight, loss, numbers, reduce, dtype, implementation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -68,7 +68,7 @@ def _by_formula(call: Call) -> Result:
 
 
 def _by_loops(call: Call) -> Result:
-    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(call.input)
+    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none":
         return _by_rows(call)
     of = _rows(call, largest=False)  # loops find it on their way
