@@ -340,7 +340,7 @@ def visit(
         return result, grad
     real_dtype, element = result.loss.dtype, NAMES[logits.dtype]
     z = logits if logits.stride(2) == 1 else logits.contiguous()
-    out = grad if grad is None or grad.stride(2) == 1 else torch.empty(grad.shape, dtype=grad.dtype)
+    out = grad if grad is None or grad.stride(2) == 1 else grad.new_empty(grad.shape)
     given = targets.probabilities
     if given is not None:
         given = given if given.stride(2) == 1 else given.contiguous()
@@ -349,7 +349,7 @@ def visit(
     t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
     weights = [None if w is None else w.to(real_dtype).contiguous() for w in (t.weight, v.weight)]
-    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype)
+    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype, device="cpu")
     terms = None if loss.is_cross_entropy() else terms_of(loss, real_of(element))
     label = None if label is None else label.reshape(-1).contiguous()
     up = None if upstream is None else upstream.to(real_dtype)
