@@ -145,6 +145,7 @@ def described(body: Callable[..., Any]) -> str:
         return f"{body.__module__}.{body.__qualname__}"  # whose source `stored` looks at
     code = body.__code__
     named = [body.__globals__[name] for name in code.co_names if name in body.__globals__]
+    named += [cell.cell_contents for cell in body.__closure__ or ()] + list(body.__defaults__ or ())
     inner = [
         described(x) if isinstance(getattr(x, "fn", x), FunctionType) else repr(x)
         for x in named
