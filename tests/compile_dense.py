@@ -15,7 +15,7 @@ from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus
 from bonus_ops.kernels.gpu import soft
 from bonus_ops.losses import Loss
-from bonus_ops.shares import Shares
+from bonus_ops.soft_targets import SoftTargets
 from tests.compile_launches import Driver
 
 BUILT: list[dict] = []
@@ -37,11 +37,11 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     label = torch.zeros(n_rows, 1, dtype=torch.int64)
     probabilities = None if given is None else torch.zeros(n_rows, 1, n_classes, dtype=given)
     weights = (None, None) if weight is None else (torch.ones(n_classes, dtype=weight),) * 2
-    shares = Shares(probabilities, *weights, smoothing, smoothing)
+    targets = SoftTargets(probabilities, *weights, smoothing, smoothing)
     before = len(BUILT)
-    out = soft.forward(logits, label, shares, -100, loss, True)
+    out = soft.forward(logits, label, targets, -100, loss, True)
     upstream = torch.ones(n_rows, dtype=out.loss.dtype)
-    soft.backward(logits, label, shares, out.saved, out.runner_up, upstream, -100, loss)
+    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
     for found in BUILT[before:]:
         found["case"] = " ".join(str(x) for x in what if x is not None)

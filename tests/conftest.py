@@ -91,9 +91,9 @@ def device() -> str:
 @pytest.fixture
 def kernel_device(device: str) -> str:
     """Return the device on which ``implementation="triton"`` runs, interpreted or compiled; skips if it cannot."""
-    from bonus_ops.operators import implementation
+    from bonus_ops import call
 
-    why = implementation.why_not_triton(device)
+    why = call.why_not_triton(device)
     if why is not None:
         pytest.skip(f"kernels cannot run: {why}")
     return device

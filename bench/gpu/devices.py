@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bonus_ops.operators import implementation
+from bonus_ops import call
 
 from .. import measure
 
@@ -38,8 +38,8 @@ class Gpu:
             **_versions(),
         }
 
-    def kernels(self) -> str:
-        """Return the implementation whose launch parameters are swept."""
+    def kernels(self) -> str | None:
+        """Return the implementation whose launch parameters are swept, or None for whichever runs."""
         return "triton"
 
     def shape(self, n_rows: int, n_classes: int) -> tuple[int, int]:
@@ -124,8 +124,8 @@ class StandIn(Gpu):
         return {"gpu": "none: dry run, no number here is a measurement", "multiprocessors": 0, "memory_gb": 0,
                 "l2_mb": 0, "driver": "none", "cuda": "none", **_versions()}  # fmt: skip
 
-    def kernels(self) -> str:
-        return "torch" if implementation.why_not_triton("cpu") else "triton"
+    def kernels(self) -> str | None:
+        return None if call.why_not_triton("cpu") else "triton"
 
     def shape(self, n_rows: int, n_classes: int) -> tuple[int, int]:
         return min(n_rows, 4), min(n_classes, 40)

@@ -40,11 +40,11 @@ def main(device: str) -> None:
         storage = torch.randn(3 * N_CLASSES + 1, device=device).to(dtype)
         logits = storage[1:].view(3, N_CLASSES).requires_grad_()
         target = torch.tensor([0, N_CLASSES - 1, -100], device=device)
-        shares = torch.rand(3, N_CLASSES, device=device).to(dtype)
+        probabilities = torch.rand(3, N_CLASSES, device=device).to(dtype)
         for loss in (
             bonus_cross_entropy(logits, target, label_smoothing=0.1),
-            bonus_cross_entropy(logits, shares),
-            bonus_binary_cross_entropy_with_logits(logits, shares),
+            bonus_cross_entropy(logits, probabilities),
+            bonus_binary_cross_entropy_with_logits(logits, probabilities),
         ):
             loss.backward()
             n_launches += 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores
-from bonus_ops.operators.implementation import why_not_triton
+from bonus_ops.call import why_not_triton
 
 BONUS = LogBonus(0.75)
 OURS, LOSS_ONLY, IN_FORWARD = "ours", "ours, loss only", "ours, gradient in forward"

@@ -84,7 +84,7 @@ def matrix(device: Gpu, save: Save) -> None:
 
 
 def parity(device: Gpu, save: Save) -> None:
-    """Run the tests of the kernels for shares, two labels and elements."""
+    """Run the tests of the kernels for soft targets, two labels and the sigmoid family."""
     files = ("tests/test_dense.py", "tests/test_mixup.py", "tests/test_sigmoid.py")
     _pytest(device, save, *files, "-k", "kernel or triton")
 
@@ -283,9 +283,9 @@ def targets(device: Gpu, save: Save) -> None:
     rows: list[dict[str, Any]] = []
     for n_rows, n_classes in TARGET_SHAPES:
         bench = Bench(device, n_rows, n_classes, "bf16")
-        shares = bench.batches[0][0].detach().softmax(1)
+        probabilities = bench.batches[0][0].detach().softmax(1)
         for target, losses in TARGETS.items():
-            given = shares.round() if target == "sigmoid" else shares
+            given = probabilities.round() if target == "sigmoid" else probabilities
             steps = {
                 name: bench.step(functools.partial(_of_target, loss, given), True)
                 for name, loss in zip((OURS, EAGER), losses, strict=True)
@@ -301,8 +301,8 @@ def targets(device: Gpu, save: Save) -> None:
         device.reset()
 
 
-def _of_target(loss: Callable[..., Tensor], shares: Tensor, z: Tensor, y: Tensor) -> Tensor:
-    return loss(z, y, shares)
+def _of_target(loss: Callable[..., Tensor], given: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return loss(z, y, given)
 
 
 def load_peers(device: Gpu, names: list[str]) -> tuple[dict[str, Loss], dict[str, str]]:
@@ -463,7 +463,7 @@ def sweep(device: Gpu, save: Save) -> None:
         device.reset()
 
 
-def _with_scores(implementation: str, z: Tensor, y: Tensor) -> Tensor:
+def _with_scores(implementation: str | None, z: Tensor, y: Tensor) -> Tensor:
     return bonus_cross_entropy_with_scores(z, y, implementation=implementation)[0]
 
 

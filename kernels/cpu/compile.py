@@ -76,7 +76,7 @@ class _Compiler:
     def _meant(self, name: str, x: Any, bound: dict[str, Any]) -> Any:
         if name == "tl":
             return self.language
-        x = getattr(x, "fn", x)  # of a function under @triton.jit, which names no module where it is interpreted
+        x = getattr(x, "fn", x)  # of a function under @triton.jit, compiled or interpreted
         if name in self.twins and (x is None or getattr(x, "__module__", "").endswith(".scalar")):
             x = self.twins[name]
             return self.function(x, bound) if isinstance(x, types.FunctionType) else x
