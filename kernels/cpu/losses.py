@@ -124,6 +124,7 @@ def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
     return stored.entry(8, name, f"{name} {n_params}", make)
 
 
+@functools.cache
 def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
     """Return why Numba cannot compile the (value, slope) of a user's loss, or None if it can."""
     value, slope = kernel
