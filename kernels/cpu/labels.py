@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..results import LabelResult, empty_labels
+from ..results import LabelResult, empty_labels, fill_ignored
 from . import lanes, rows, stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import Columns, columns_of, probability
@@ -157,6 +157,8 @@ def visit(
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         _run(visit_loop, logits, target, ignore_index, columns, out, grad, upstream, False)
+    else:
+        fill_ignored(out)
     return out, grad
 
 

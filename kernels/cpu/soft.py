@@ -29,7 +29,7 @@ from ..formulas.soft_targets import (
     softmax_of,
     where_known,
 )
-from ..results import SoftResult, empty_soft
+from ..results import SoftResult, empty_soft, fill_ignored
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import terms_of
@@ -337,6 +337,7 @@ def visit(
     grad = None if upstream is None else torch.empty_like(logits)
     n_outer, n_inner, n_classes = logits.shape
     if not logits.numel():
+        fill_ignored(result)
         return result, grad
     real_dtype, element = result.loss.dtype, NAMES[logits.dtype]
     z = logits if logits.stride(2) == 1 else logits.contiguous()
