@@ -154,6 +154,16 @@ def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, shared):
         assert torch.equal(scores.runner_up.long(), expected)
 
 
+@pytest.mark.parametrize("target", [torch.full((4,), -100), torch.zeros(4, 0)], ids=["ignored", "probabilities"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_rows_without_classes_cost_nothing_and_have_no_scores(target, options, poison):
+    loss, scores = bonus_cross_entropy_with_scores(
+        torch.zeros(4, 0, requires_grad=True), target, reduction="none", implementation="numba", **options
+    )
+    assert loss.tolist() == [0.0] * 4 and scores.runner_up.tolist() == [-1] * 4
+    assert all(column.isnan().all() for column in scores[:-1])
+
+
 @pytest.mark.parametrize("n_classes", [5, 70, 500])
 def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, shared):
     logits, target = masked(generator(3), 40, n_classes, torch.float32)
