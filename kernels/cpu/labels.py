@@ -142,8 +142,8 @@ def _count() -> Any:
 
 
 def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
-    """Return how many labels of a contiguous target count, how many are out of range, and one of these."""
-    found = array("q", (0, 0, 0))
+    """Return how many labels count, how many are out of range, and one of these."""
+    target, found = target.reshape(-1).contiguous(), array("q", (0, 0, 0))
     _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
     return found[0], found[1], found[2]
 
