@@ -154,6 +154,7 @@ def one_row(p, row, label, chunk, work, pulls, e):
     paid, others, s2, sz = sums_of(p, row, z, e, label, runner_up, m, chunk)
     z_target = widen(z[label])
     one = 1.0 if known else 0.0  # exp(z - max) of the runner-up
+    one = NAN if m == INFINITY else one
     rest = RestStats(m, 0, others + one, s2 + one, sz)
     gap = gap_of(z_target, rest)
     softmax = softmax_of(gap, rest)
