@@ -218,7 +218,7 @@ def why_no_loop(kind: str, loss: Loss) -> str | None:
     """Return why Numba has no loop for a loss under a kind of target, or None if it has one."""
     why = why_no_kernel(kind, loss)
     if why is None and not isinstance(loss.kernel, str):
-        why = _why_not_compiled(type(loss), loss.kernel, len(loss.parameters()))
+        why = _why_not_compiled(loss.current._name, len(loss.parameters()))
     return why
 
 
@@ -229,10 +229,11 @@ def _has_terms(kernel: str) -> bool:
     return hasattr(class_terms, f"{kernel}_terms")
 
 
-@constant_when_compiled
-@functools.cache
-def _why_not_compiled(cls: type[Loss], kernel: Any, n_params: int) -> str | None:
-    """Return why Numba cannot compile the functions of a user's loss."""
+@constant_when_compiled  # which takes words and numbers, no functions
+def _why_not_compiled(name: str, n_params: int) -> str | None:
+    """Return why Numba cannot compile the functions of a user's loss; ``name`` is what `losses.encode` returns."""
     from .kernels.cpu.losses import why_not_compiled
+    from .losses.base import class_of
 
-    return why_not_compiled(cls.__name__, kernel, n_params)
+    cls = class_of(name)
+    return why_not_compiled(cls.__name__, cls.kernel, n_params)

@@ -131,7 +131,7 @@ class _Visit(NamedTuple):
         dtype = reference.accumulation_dtype(logits.dtype)
         if weight is None:
             divisor: Any = n if self.mean else 1
-            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype)
+            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype, device="cpu")
         else:
             divisor = weight.sum() if self.mean else 1
             upstream = (weight / divisor).to(dtype)

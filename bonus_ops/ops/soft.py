@@ -168,7 +168,7 @@ class _Visit(NamedTuple):
 
 
 def _check_labels(label: Tensor, n_classes: int, ignore_index: int) -> None:
-    _, n_bad, bad = room("numba", "labels").count(label.reshape(-1).contiguous(), n_classes, ignore_index)
+    _, n_bad, bad = room("numba", "labels").count(label, n_classes, ignore_index)
     if n_bad:
         raise reference.out_of_bounds(bad, n_bad, n_classes, ignore_index)
 

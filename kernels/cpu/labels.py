@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..results import LabelResult, empty_labels
+from ..results import LabelResult, empty_labels, fill_ignored
 from . import lanes, rows, stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import Columns, columns_of, probability
@@ -142,8 +142,8 @@ def _count() -> Any:
 
 
 def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
-    """Return how many labels of a contiguous target count, how many are out of range, and one of these."""
-    found = array("q", (0, 0, 0))
+    """Return how many labels count, how many are out of range, and one of these."""
+    target, found = target.reshape(-1).contiguous(), array("q", (0, 0, 0))
     _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
     return found[0], found[1], found[2]
 
@@ -157,6 +157,8 @@ def visit(
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         _run(visit_loop, logits, target, ignore_index, columns, out, grad, upstream, False)
+    else:
+        fill_ignored(out)
     return out, grad
 
 

@@ -125,6 +125,7 @@ def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
     return stored.entry(8, name, f"{name} {n_params}", make)
 
 
+@functools.cache
 def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
     """Return why Numba cannot compile the (value, slope) of a user's loss, or None if it can."""
     value, slope = kernel
@@ -146,6 +147,7 @@ def described(body: Callable[..., Any]) -> str:
         return f"{body.__module__}.{body.__qualname__}"  # whose source `stored` looks at
     code = body.__code__
     named = [body.__globals__[name] for name in code.co_names if name in body.__globals__]
+    named += [cell.cell_contents for cell in body.__closure__ or ()] + list(body.__defaults__ or ())
     inner = [
         described(x) if isinstance(getattr(x, "fn", x), FunctionType) else repr(x)
         for x in named

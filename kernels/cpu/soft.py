@@ -28,7 +28,7 @@ from ..formulas.soft_targets import (
     softmax_of,
     where_known,
 )
-from ..results import SoftResult, empty_soft
+from ..results import SoftResult, empty_soft, fill_ignored
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import terms_of
@@ -187,6 +187,7 @@ def one_row(p, row, label, chunk, work, pulls, e):
     paid, others, s2, sz = sums_of(p, row, at, e, label, runner_up, m, chunk)
     z_target = widen(z[label])
     one = 1.0 if known else 0.0  # exp(z - max) of the runner-up
+    one = NAN if m == INFINITY else one
     rest = RestStats(m, 0, others + one, s2 + one, sz)
     gap = gap_of(z_target, rest)
     softmax = softmax_of(gap, rest)
@@ -373,10 +374,11 @@ def visit(
     grad = None if upstream is None else torch.empty_like(logits)
     n_outer, n_inner, n_classes = logits.shape
     if not logits.numel():
+        fill_ignored(result)
         return result, grad
     real_dtype, element = result.loss.dtype, NAMES[logits.dtype]
     z = logits if logits.stride(2) == 1 else logits.contiguous()
-    out = grad if grad is None or grad.stride(2) == 1 else torch.empty(grad.shape, dtype=grad.dtype)
+    out = grad if grad is None or grad.stride(2) == 1 else grad.new_empty(grad.shape)
     given = targets.probabilities
     if given is not None:
         given = given if given.stride(2) == 1 else given.contiguous()
@@ -385,7 +387,7 @@ def visit(
     t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
     weights = [None if w is None else w.to(real_dtype).contiguous() for w in (t.weight, v.weight)]
-    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype)
+    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype, device="cpu")
     terms = None if loss.is_cross_entropy() else terms_of(loss, real_of(element))
     label = None if label is None else label.reshape(-1).contiguous()
     up = None if upstream is None else upstream.to(real_dtype)
