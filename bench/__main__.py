@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from . import accuracy, digits, elementwise, plots, report, shares, speed, tracker
+from . import accuracy, digits, plots, report, sigmoid, soft, speed, tracker
 from .record import ROOT, commit, environment, plain, progress
 
 SECTIONS = {
     "accuracy": accuracy.run,
     "speed": speed.run,
-    "shares": shares.run,
-    "elementwise": elementwise.run,
+    "soft": soft.run,
+    "sigmoid": sigmoid.run,
     "tracker": tracker.run,
     "digits": digits.run,
 }
