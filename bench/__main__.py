@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, digits, plots, report, sigmoid, soft, speed, tracker
+from . import accuracy, digits, host, plots, report, sigmoid, soft, speed, tracker
 from .record import ROOT, commit, environment, plain, progress
 
 SECTIONS = {
@@ -28,6 +28,7 @@ SECTIONS = {
     "speed": speed.run,
     "soft": soft.run,
     "sigmoid": sigmoid.run,
+    "host": host.run,
     "tracker": tracker.run,
     "digits": digits.run,
 }

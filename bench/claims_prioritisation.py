@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bonus_ops import Scores, bonus_cross_entropy_with_scores, difficulty_scores
 from bonus_ops.policies import (
+    TAKEN_OUT,
     DifficultySampler,
     History,
     exponentiated_gradient,
@@ -106,7 +107,7 @@ def selective(run: Run, guard: float | None = None) -> None:
             difficulty = guarded(difficulty, denoiser.suspects(rows, guard))
             denoiser.observe(rows, logits, scores)
         history = history.push(difficulty)
-        keep = ~difficulty.isnan() if warm else selective_backprop(difficulty, history).keep
+        keep = difficulty > TAKEN_OUT if warm else selective_backprop(difficulty, history).keep
         queue = torch.cat([queue, rows[keep]])
         while len(queue) >= BATCH:
             run.step(queue[:BATCH])

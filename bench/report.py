@@ -24,6 +24,7 @@ def markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> str:
         "speed": ("Speed and memory", _speed),
         "soft": ("Soft targets", _soft),
         "sigmoid": ("Sigmoid family", _sigmoid),
+        "host": ("Host time on a GPU, launches mocked", _host),
         "tracker": ("Example tracker", _tracker),
         "digits": ("Digits", _digits),
     }
@@ -262,6 +263,24 @@ def _sigmoid(section: dict[str, Any]) -> str:
 
 def _elements(case: dict[str, Any]) -> str:
     return f"{case['case']} {'x'.join(map(str, case['shape']))} {case['dtype']}"
+
+
+def _host(section: dict[str, Any]) -> str:
+    times = ([r["call"], f"{r['us']:.0f}", f"{r['median_us']:.0f}", f"{r['ratio']:.2f}"] for r in section["rows"])
+    launches = (
+        [r["call"], r["dtype"], *(_launches(r[which]) for which in ("forward", "backward"))]
+        for r in section["launches"]
+    )
+    shape = "x".join(map(str, section["shape"]))
+    return "\n".join([
+        _verdicts(section["bounds"]),
+        _table([f"{shape}, forward and backward", "us of CPU time, least", "median", "ratio"], times),
+        _table(["call", "dtype", "forward launches", "backward launches"], launches),
+    ])  # fmt: skip
+
+
+def _launches(found: dict[str, Any]) -> str:
+    return " + ".join([f"{found['kernels']} of ours", *found["operators"]])
 
 
 def _tracker(section: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from . import causal_lm as causal_lm
 from . import policies as policies
+from .check_loss import LossCheck, check_loss
 from .dynamics import ExampleTracker
 from .functional import (
     bonus_cross_entropy,
@@ -53,6 +54,7 @@ __all__ = [
     "HaltedFocal",
     "Linear",
     "LogBonus",
+    "LossCheck",
     "Poly1",
     "PositiveCount",
     "PowerBonus",
@@ -67,6 +69,7 @@ __all__ = [
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",
+    "check_loss",
     "difficulty_scores",
     "mixup_cross_entropy",
     "patch_cross_entropy",

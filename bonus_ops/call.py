@@ -28,7 +28,7 @@ from .losses import CrossEntropy, GapLoss, Loss
 from .soft_targets import SoftTargets
 from .watchers import constant_when_compiled, is_deeply_transformed, is_transformed
 
-__all__ = ["Call", "decide", "why_not_numba", "why_not_triton"]
+__all__ = ["Call", "as_input", "as_rows", "decide", "why_not_numba", "why_not_triton"]
 
 IMPLEMENTATIONS = ("triton", "numba", "reference")
 
@@ -105,12 +105,6 @@ class Call:
         """Return numbers of rows [N] in the shape of the target."""
         return rows.view(self.row_shape)
 
-    def shaped_as_input(self, x: Tensor) -> Tensor:
-        """Return rows [outer, inner, C] in the shape of the input."""
-        if self.input.dim() == 1:
-            return x[0, 0]
-        return x[:, 0] if self.input.dim() == 2 else x.transpose(1, 2).reshape(self.input.shape)
-
     def _only_by_formula(self) -> str | None:
         """Return what no kernel does of this call, if anything."""
         if self.kind == "labels":
@@ -130,6 +124,13 @@ def as_rows(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x[None, None, :]
     return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+
+
+def as_input(rows: Tensor, input: Tensor) -> Tensor:
+    """Undo `as_rows` of an input: a view where strides allow."""
+    if input.dim() == 1:
+        return rows[0, 0]
+    return rows.squeeze(1) if input.dim() == 2 else rows.transpose(1, 2).reshape(input.shape)
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def why_no_loop(kind: str, loss: Loss) -> str | None:
     """Return why Numba has no loop for a loss under a kind of target, or None if it has one."""
     why = why_no_kernel(kind, loss)
     if why is None and not isinstance(loss.kernel, str):
-        why = _why_not_compiled(type(loss), loss.kernel, len(loss.parameters()))
+        why = _why_not_compiled(loss.current._name, len(loss.parameters()))
     return why
 
 
@@ -228,10 +229,11 @@ def _has_terms(kernel: str) -> bool:
     return hasattr(class_terms, f"{kernel}_terms")
 
 
-@constant_when_compiled
-@functools.cache
-def _why_not_compiled(cls: type[Loss], kernel: Any, n_params: int) -> str | None:
-    """Return why Numba cannot compile the functions of a user's loss."""
+@constant_when_compiled  # which takes words and numbers, no functions
+def _why_not_compiled(name: str, n_params: int) -> str | None:
+    """Return why Numba cannot compile the functions of a user's loss; ``name`` is what `losses.encode` returns."""
     from .kernels.cpu.losses import why_not_compiled
+    from .losses.base import class_of
 
-    return why_not_compiled(cls.__name__, kernel, n_params)
+    cls = class_of(name)
+    return why_not_compiled(cls.__name__, cls.kernel, n_params)

@@ -2,11 +2,19 @@
 
 `causal_lm_loss` takes the place of a model's ``loss_function``, `trainer_loss` is a Trainer's ``compute_loss_func``.
 transformers itself is not needed. Options are bound with `functools.partial`.
+
+Two traps of a Trainer. ``TrainingArguments(label_smoothing_factor=...)`` has a loss of its own, which takes the place
+of ``model.loss_function``, bonus and all, and is itself ignored next to a ``compute_loss_func``: leave it 0 and bind
+``label_smoothing`` here. And some models never ask for their ``loss_function`` (the classification heads of BERT build
+an ``nn.CrossEntropyLoss``): setting it does nothing. ``compute_loss_func=partial(trainer_loss, shift=False)`` reaches
+every model whose labels are not shifted. `bonus_ops.integrations.transformers` refuses the first and tracks examples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import inspect
 from numbers import Real
 from typing import Any
@@ -18,11 +26,13 @@ from .checks import checked_ignore_index
 from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import ClassLoss, GapLoss, LogBonus
 from .scores import Scores
+from .watchers import constant_when_compiled
 
 __all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]
 
 _DEFAULT_BONUS = LogBonus()
 _CROSS_ENTROPYS = frozenset(inspect.signature(bonus_cross_entropy).parameters)
+_FIELDS = frozenset(field.name for field in dataclasses.fields(LogBonus))
 
 
 def causal_lm_loss(
@@ -62,8 +72,8 @@ def causal_lm_loss(
         bonus_weight: as in `bonus_cross_entropy`.
         implementation: as in `bonus_cross_entropy`.
         validate: as in `bonus_cross_entropy`.
-        kwargs: whatever else a model hands its loss; ignored, as by transformers. Only names of `bonus_cross_entropy`
-            that are not taken here, such as ``reduction``, raise.
+        kwargs: whatever else a model hands its loss; ignored, as by transformers. Names of `bonus_cross_entropy`
+            that are not taken here, such as ``reduction``, misspelt options and fields of `LogBonus` raise.
 
     Returns:
         A scalar in nats, float32, or float64 for float64 logits.
@@ -117,7 +127,8 @@ def causal_lm_loss_with_scores(
 
     Returns:
         The loss, and `Scores` shaped like the labels: at t, those of predicting token t + 1. Where that token is
-        ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN.
+        ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN. Their
+        ``target`` are the shifted labels, so that ``scores.accuracy()`` is right and ``scores.correct(labels)`` not.
 
     Raises:
         As `causal_lm_loss`.
@@ -131,7 +142,9 @@ def causal_lm_loss_with_scores(
             bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
             validate=validate,
         )  # fmt: skip
-    return _per_item(loss, num_items_in_batch), Scores(*(column.view(logits.shape[:-1]) for column in scores))
+    tokens = logits.shape[:-1]
+    scores = Scores(*(column.view(tokens) for column in scores), target=target.view(tokens))
+    return _per_item(loss, num_items_in_batch), scores
 
 
 def trainer_loss(
@@ -164,25 +177,29 @@ def trainer_loss(
             f"trainer_loss() got an unexpected option {unknown[0]!r}.\nExpected options of causal_lm_loss: "
             f"{', '.join(_OPTIONS)}."
         )
+    logits = logits_of(outputs)
+    aligned = None if shift else labels
+    return causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch, shift_labels=aligned, **options)
+
+
+def logits_of(outputs: Any) -> Any:
+    """Return the logits among a model's outputs, as `trainer_loss` finds them; raises as it."""
     if isinstance(outputs, dict):
         if "logits" not in outputs:
             raise ValueError(f"expected outputs with the key 'logits', got the keys {', '.join(map(repr, outputs))}")
-        logits = outputs["logits"]
-    elif hasattr(outputs, "logits"):
-        logits = outputs.logits
-    elif not isinstance(outputs, (tuple, list)):
+        return outputs["logits"]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"expected outputs with logits, or a tuple that begins with them, got {type(outputs).__name__}")
-    elif not outputs:
+    if not outputs:
         raise ValueError("expected a tuple that begins with the logits, got an empty one")
-    else:
-        logits = outputs[0]
-        if isinstance(logits, Tensor) and logits.dim() == 0:
-            raise ValueError(
-                "expected outputs whose first member is the logits [..., V], got a scalar there, as of a model that "
-                "has computed a loss: give the members from the logits on"
-            )
-    aligned = None if shift else labels
-    return causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch, shift_labels=aligned, **options)
+    if isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+        raise ValueError(
+            "expected outputs whose first member is the logits [..., V], got a scalar there, as of a model that "
+            "has computed a loss: give the members from the logits on"
+        )
+    return outputs[0]
 
 
 _OPTIONS = [
@@ -194,12 +211,23 @@ _OPTIONS = [
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
-    """Raise for an option of cross-entropy among what a model hands its loss: to ignore it would change the loss."""
-    if refused := [name for name in kwargs if name in _CROSS_ENTROPYS]:
-        raise TypeError(
-            f"causal_lm_loss() got an unexpected option {refused[0]!r}.\nExpected options: {', '.join(_OPTIONS)}; of "
-            "other names only those that bonus_cross_entropy does not have are ignored."
-        )
+    """Raise for what is meant for this loss among what a model hands its loss: to ignore it would change the loss."""
+    for name in kwargs:
+        if (hint := _meant(name)) is not None:
+            raise TypeError(
+                f"causal_lm_loss() got an unexpected option {name!r}.{hint}\nExpected options: {', '.join(_OPTIONS)}; "
+                "of other names only those unlike these and those of bonus_cross_entropy are ignored."
+            )
+
+
+@constant_when_compiled
+def _meant(name: str) -> str | None:
+    """Return what to say of a name that is meant for this loss, None of any other."""
+    if name in _FIELDS:
+        return f" It goes into the loss: bonus=LogBonus({name}=...)."
+    if close := difflib.get_close_matches(name, inspect.signature(causal_lm_loss).parameters, n=1, cutoff=0.8):
+        return f" Did you mean {close[0]!r}?"
+    return "" if name in _CROSS_ENTROPYS else None
 
 
 def _aligned(

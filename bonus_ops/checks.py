@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import fields, is_dataclass
 from numbers import Real
@@ -41,7 +42,13 @@ def check_bonus(bonus: Any) -> None:
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
         )
-    bonus = bonus.loss if isinstance(bonus, Scheduled) else bonus
+    loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
+    # a frozen one that passed passes again; the fields of another may change, and the compiler warns of caches
+    changes = type(loss).__hash__ in (None, object.__hash__)
+    (_check_fields if changes or torch.compiler.is_compiling() else _checked_once)(loss)
+
+
+def _check_fields(bonus: Any) -> None:
     kind = type(bonus)
     if not is_dataclass(bonus):
         raise TypeError(
@@ -55,6 +62,9 @@ def check_bonus(bonus: Any) -> None:
                 f"bonus must have fields that are numbers or None, but {kind.__name__}.{field.name} is "
                 f"{type(value).__name__}"
             )
+
+
+_checked_once = functools.lru_cache(maxsize=256)(_check_fields)
 
 
 def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = ["check_integer", "check_number"]
 
 
 def check_number(owner: str, name: str, value: Any, interval: str) -> None:
-    """Raise unless ``value`` is a number in ``interval``, written as in "[0, 1)"."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Raise unless ``value`` is a number (of Python or numpy) in ``interval``, written as in "[0, 1)"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+    number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):  # NaN is neither
         raise ValueError(f"{owner}: {name} must be in {interval}, got {value!r}")
 
 
-def check_integer(owner: str, name: str, value: Any, low: int) -> None:
-    """Raise unless ``value`` is an int of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_integer(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise unless ``value`` is an int (of Python or numpy) of at least ``low`` and, if given, at most ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"{owner}: {name} must be an int, got {type(value).__name__}")
-    if value < low:
+    if high is not None and int(value) > high:
+        raise ValueError(f"{owner}: {name} must be in {low} .. {high}, got {value}")
+    if int(value) < low:
         raise ValueError(f"{owner}: {name} must be at least {low}, got {value}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
+import typing
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
@@ -27,7 +27,9 @@ class patch_cross_entropy(contextlib.ContextDecorator):
 
     For training code that cannot be edited. What is replaced is the attribute of the module, so it reaches every
     ``F.cross_entropy(...)``, `torch.nn.CrossEntropyLoss` and torch's own callers. It does not reach code which has
-    copied the function before (``from torch.nn.functional import cross_entropy``), nor scripted or exported models.
+    copied the function before (``from torch.nn.functional import cross_entropy``), nor models scripted or exported
+    before, nor `torch.nn.functional.linear_cross_entropy` where that works in chunks. What `torch.jit.script` compiles
+    inside calls back into Python: it keeps the bonus after the block, and cannot be saved.
 
     The attribute is put back on exit, also after an exception. Blocks nest, the innermost counts, and one object may be
     entered again, also while it is active. As a decorator it patches during each call.
@@ -76,20 +78,47 @@ class patch_cross_entropy(contextlib.ContextDecorator):
         return f"patch_cross_entropy({', '.join(f'{name}={x!r}' for name, x in self.options.items())})"
 
     def __enter__(self) -> patch_cross_entropy:
-        replaced, options = functional.cross_entropy, self.options
-
-        @functools.wraps(replaced)
-        def cross_entropy(*args: Any, **kwargs: Any) -> Tensor:
-            return _FUNCTION(*args, **kwargs, **options)
-
-        self._replaced.append(replaced)
-        functional.cross_entropy = cross_entropy
+        self._replaced.append(functional.cross_entropy)
+        functional.cross_entropy = _patched(self.options)
+        _forget_scripts()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not self._replaced:
+            raise RuntimeError("patch_cross_entropy: left without having been entered; expected `with` or a decorator")
         functional.cross_entropy = self._replaced.pop()
+        _forget_scripts()
+
+
+def _patched(options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return what takes the place of cross-entropy: with its signature, so that scripted code can call it."""
+
+    def with_options(
+        input: Tensor, target: Tensor, weight: Tensor | None, size_average: bool | None, ignore_index: int,
+        reduce: bool | None, reduction: str, label_smoothing: float,
+    ) -> Tensor:  # fmt: skip
+        given = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return _FUNCTION(*given, **options)
+
+    def cross_entropy(
+        input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+        ignore_index: int = -100, reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        return with_options(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+    # a script compiles the one, whose call of the other it leaves to Python; it reads types, not their names
+    for function in (with_options, cross_entropy):
+        function.__annotations__ = typing.get_type_hints(function)
+    torch.jit.ignore(with_options)  # type: ignore[no-untyped-call]
+    cross_entropy.__doc__ = bonus_cross_entropy.__doc__
+    return cross_entropy
+
+
+def _forget_scripts() -> None:
+    """Let a module be compiled anew when scripted next: torch would reuse what it made of its class before."""
+    torch.jit._recursive.concrete_type_store.type_store.clear()
 
 
 def _try(options: dict[str, Any]) -> None:

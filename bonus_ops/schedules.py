@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import GapLoss, encode
-from .number_checks import check_integer
+from .number_checks import check_integer, check_number
 
 __all__ = ["Cosine", "Deferred", "Exponential", "Linear", "Scheduled"]
 
@@ -84,9 +84,8 @@ class Exponential(_Ramp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.k, bool) or not isinstance(self.k, (int, float)):
-            raise TypeError(f"Exponential: k must be a number, got {type(self.k).__name__}")
-        if self.k == 0 or not math.isfinite(self.k):
+        check_number("Exponential", "k", self.k, "(-inf, inf)")
+        if self.k == 0:
             raise ValueError(f"Exponential: k must be finite and not 0, got {self.k!r}")
 
     def factor(self, progress: float) -> float:

@@ -55,3 +55,11 @@ def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
         logits.new_empty(n_rows, dtype=torch.int32),
         logits.new_empty((5, n_rows), dtype=dtype),
     )
+
+
+def fill_ignored(result: LabelResult | SoftResult) -> None:
+    """Write what rows give that are ignored, as all must be where there are no classes."""
+    result.loss.zero_()
+    result.scores.fill_(torch.nan)
+    result.runner_up.fill_(-1)
+    result.saved.zero_()

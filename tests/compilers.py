@@ -26,13 +26,13 @@ EMULATED = (
     *(f"{KERNELS}test_paths_of_whole_vectors_and_split_rows[16391-{x}]" for x in ("fp32", "bf16", "fp16")),
     *(f"{KERNELS}test_every_layout[fp32-{x}-1003]" for x in ("transposed", "padded_rows", "offset_3")),
     *(f"{KERNELS}test_a_bad_logit_spoils_its_row_alone[rest-nan-{n}]" for n in (10, 1003)),
-    "tests/test_dense.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
-    "tests/test_dense.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
+    "tests/test_soft.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+    "tests/test_soft.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
     "tests/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
 )
 COMMANDS = {  # in the order in which the tests ask for them
     "tests.test_codegen": ("-m", "bench", "codegen", "--quick", "--json"),
-    "tests.test_dense_kernels": ("-m", "tests.compile_dense"),
+    "tests.test_soft_kernels": ("-m", "tests.compile_soft"),
     "tests.test_launch": ("-m", "tests.compile_launches"),
     "tests.test_sigmoid": ("-m", "tests.compile_sigmoid"),
     "tests.test_ptx": ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED),

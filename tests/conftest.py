@@ -32,7 +32,7 @@ WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
     collect_ignore = [
         "interpreter_guard.py",
-        "test_dense_kernels.py",
+        "test_soft_kernels.py",
         "test_rest.py",
         "test_kernels.py",
         "test_traffic.py",

@@ -20,7 +20,7 @@ from bonus_ops import (
 )
 
 EVERY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["torch", "triton"])
+EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["numba", "triton"])
 LOSSES = (None, LogBonus(), LogBonus(1.0, clamp=None), PowerBonus(2.0), CosineBonus(), Focal())
 
 
@@ -41,7 +41,7 @@ def batch(place: str, dtype: torch.dtype = torch.float64, n_rows: int = 4, n_cla
 
 @pytest.mark.parametrize(
     ("implementation", "reduction"),
-    [("torch", "mean"), ("torch", "sum"), ("torch", "none"), ("triton", "none")],  # kernels know no reduction
+    [("numba", "mean"), ("numba", "sum"), ("numba", "none"), ("triton", "none")],  # kernels know no reduction
 )
 @pytest.mark.parametrize("bonus", LOSSES, ids=repr)
 def test_first_and_second_derivatives_are_right(implementation, reduction, bonus, place):

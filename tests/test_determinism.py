@@ -1,7 +1,7 @@
 """Bitwise: results repeat, and a row's loss, scores and gradient do not tell its batch, its place or the batch size.
 
-On the torch path that holds for rows whose classes lie equally far apart in memory; in kernels also for rows that start
-at the same address modulo 16 bytes, since the classes up to the first 16-byte boundary are added last.
+In loops that holds for rows whose classes lie equally far apart in memory; in kernels also for rows that start at the
+same address modulo 16 bytes, since the classes up to the first 16-byte boundary are added last.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from bonus_ops import LogBonus, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax
-from bonus_ops.torch_path import blocks as torch_blocks
 from tests import cases
 from tests.conftest import ACCELERATOR
+from tests.threads import several_threads
 
 IDS = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=IDS.get)
 
 
-def results(logits: Tensor, target: Tensor, bonus=None, reduction="none", softmax=False, implementation="torch"):
+def results(
+    logits: Tensor, target: Tensor, bonus=None, reduction="none", softmax=False, implementation="numba", **options
+):
     """Return the per-row results by name: loss, scores, gradient of the sum, probabilities."""
     leaf = logits.detach().requires_grad_()
     call = bonus_cross_entropy_with_softmax if softmax else bonus_cross_entropy_with_scores
-    loss, scores, *more = call(leaf, target, reduction=reduction, bonus=bonus, implementation=implementation)
+    loss, scores, *more = call(leaf, target, reduction=reduction, bonus=bonus, implementation=implementation, **options)
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     found = {f"score {name}": column for name, column in scores._asdict().items()} | {"gradient": grad}
     if reduction == "none":
@@ -48,15 +50,7 @@ def assert_rows_stand_alone(logits: Tensor, target: Tensor, parts, **options) ->
         assert_same_bits(results(logits[part], target[part], **options), together, part, f"rows {part}")
 
 
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-# --- torch path -------------------------------------------------------------------------------------------------------
+# --- loops ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -89,30 +83,42 @@ def test_every_loss_by_row(name):
     assert_rows_stand_alone(logits, target, [slice(3, 10), slice(69, 70)], bonus=cases.LOSSES[name])
 
 
-@pytest.mark.parametrize("n_classes", [10, 300])
-def test_blocks_leave_no_trace(n_classes, monkeypatch):
-    logits, target = cases.typical(cases.generator(), 201, n_classes, torch.float32)
-    whole = results(logits, target, LogBonus(), "sum", softmax=True)
-    monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 7 * n_classes)
-    monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 7 * n_classes)
-    assert_same_bits(results(logits, target, LogBonus(), "sum", softmax=True), whole)
-
-
 def test_rows_of_inner_axes_do_not_tell_their_image():
     logits, target = torch.randn(3, 12, 5, 7), torch.randint(0, 12, (3, 5, 7))
     assert_rows_stand_alone(logits, target, [slice(0, 1), slice(1, 3)], bonus=LogBonus(), softmax=True)
 
 
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("n_threads", [2, 3])
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(7000, 10), (300, 130), (3, 70001)])
-def test_threads_leave_no_trace(threads, n_rows, n_classes):
-    """Enough elements that threads share them, at bounds that are no vector's."""
+def test_threads_leave_no_trace(n_threads, n_rows, n_classes):
+    """At bounds that are no vector's."""
     logits, target = cases.typical(cases.generator(), n_rows, n_classes, torch.float32)
+    alone = results(logits, target, LogBonus(), "sum")
     parts = [slice(0, 1), slice(1, n_rows), slice(n_rows // 2, n_rows)]
-    assert_rows_stand_alone(logits, target, parts, bonus=LogBonus(), reduction="sum")
-    together = results(logits, target, LogBonus(), "sum")
-    torch.set_num_threads(1)
-    assert_same_bits(results(logits, target, LogBonus(), "sum"), together)
+    with several_threads(n_threads):
+        assert_rows_stand_alone(logits, target, parts, bonus=LogBonus(), reduction="sum")
+        assert_same_bits(results(logits, target, LogBonus(), "sum"), alone)
+
+
+SOFT = {
+    "smoothing": {"label_smoothing": 0.1},
+    "weights": {"label_smoothing": 0.1, "weight": torch.linspace(0.1, 2, 300), "bonus_weight": torch.rand(300)},
+    "probabilities": {},
+}
+
+
+@over_dtypes
+@pytest.mark.parametrize("kind", SOFT)
+@pytest.mark.parametrize("bonus", [None, LogBonus()], ids=["plain", "bonus"])
+def test_a_row_of_soft_targets_does_not_tell_its_batch(kind, bonus, dtype):
+    logits, target = cases.typical(cases.generator(3), 41, 300, dtype)
+    target = torch.randn(41, 300).softmax(1).to(dtype) if kind == "probabilities" else target
+    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in SOFT[kind].items()}
+    parts = [slice(0, 1), slice(3, 17), torch.arange(40, -1, -1)]
+    assert_rows_stand_alone(logits, target, parts, bonus=bonus, **options)
+    together = results(logits, target, bonus, "sum", **options)
+    with several_threads():
+        assert_same_bits(results(logits, target, bonus, "sum", **options), together)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=repr)

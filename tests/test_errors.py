@@ -182,7 +182,7 @@ def test_class_and_first_line_are_those_of_torch(name, bonus):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
 def test_the_implementation_makes_no_difference_to_an_error(name, implementation):
     input, target, options = REFUSED[name]
     assert error_of(bonus_cross_entropy, input, target, **options, implementation=implementation) == error_of(
@@ -260,7 +260,7 @@ def test_smoothing_below_zero_or_nan_raises_where_torch_is_silent(label_smoothin
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("implementation", ["cuda", "Triton", "", 1, True])
 def test_an_unknown_implementation_is_refused(function, implementation):
-    message = f"implementation must be None, 'triton', 'torch' or 'reference', got {implementation!r}"
+    message = f"implementation must be None, 'triton', 'numba' or 'reference', got {implementation!r}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         function(logits(), labels(), implementation=implementation)
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -418,11 +418,13 @@ OWN = (
     ("bonus with a tensor", called(bonus=Worded(torch.ones(()))), TypeError,
      "bonus must have fields that are numbers or None, but Worded.word is Tensor"),
     ("bonus without a kernel", called(bonus=Formulas(), implementation="triton"), NotImplementedError,
-     "Formulas has no kernel."),
-    ("implementation list", called(implementation=["torch"]), ValueError,
-     r"implementation must be None, .*, got \['torch'\]"),
-    ("implementation bytes", called(implementation=b"torch"), ValueError,
-     "implementation must be None, .*, got b'torch'"),
+     "implementation='triton': Formulas has no kernel."),
+    ("bonus without a loop", called(bonus=Formulas(), implementation="numba"), NotImplementedError,
+     "implementation='numba': Formulas has no kernel."),
+    ("implementation list", called(implementation=["numba"]), ValueError,
+     r"implementation must be None, .*, got \['numba'\]"),
+    ("implementation bytes", called(implementation=b"numba"), ValueError,
+     "implementation must be None, .*, got b'numba'"),
     ("implementation NaN", called(implementation=math.nan), ValueError, "implementation must be None, .*, got nan"),
     ("validate str", called(validate="yes"), TypeError, "validate must be True or False, got str"),
     ("validate int", called(validate=1), TypeError, "validate must be True or False, got int"),
@@ -432,10 +434,13 @@ OWN = (
      "label_smoothing must be between 0.0 and 1.0. Got: nan"),
     # the bonus' own smoothing and weight
     ("smoothing without a kernel", called(bonus=Formulas(), label_smoothing=0.1, implementation="triton"),
-     NotImplementedError, "implementation='triton' has no kernel for Formulas with targets that are shares .*"),
+     NotImplementedError, "implementation='triton': Formulas has no kernel."),
     ("smoothing of a loss of the gap without a kernel", called(
         bonus=SquaredError(), label_smoothing=0.1, implementation="triton",
-     ), NotImplementedError, "implementation='triton' has no kernel for SquaredError with targets that are shares .*"),
+     ), NotImplementedError, "implementation='triton': there is no kernel for SquaredError with soft targets."),
+    ("smoothing of a loss of the gap without a loop", called(
+        bonus=SquaredError(), label_smoothing=0.1, implementation="numba",
+     ), NotImplementedError, "implementation='numba': there is no kernel for SquaredError with soft targets."),
     ("bonus_smoothing above", called(bonus_smoothing=1.1), ValueError,
      r"bonus_smoothing must be in \[0, 1\], got 1.1"),
     ("bonus_smoothing below", called(bonus_smoothing=-0.1), ValueError,

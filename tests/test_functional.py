@@ -28,7 +28,7 @@ from tests.cases import FLOATS, LAYOUTS, generator, typical
 
 FUNCTIONS = (bonus_cross_entropy, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax)
 EVERY_REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["torch", "reference", "triton"])
+EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["numba", "reference", "triton"])
 SHAPES = {
     "(C)": ((5,), ()),
     "(N, C)": ((4, 5), (4,)),
@@ -218,7 +218,7 @@ def test_gradients_keep_the_strides_torch_gives_them(implementation, layout, red
     assert strides[0] == strides[1]
 
 
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["numba", "triton"])
 @pytest.mark.parametrize(
     "move",
     [

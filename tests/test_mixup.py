@@ -10,7 +10,7 @@ from bonus_ops import CosineBonus, Focal, LogBonus, SoftmaxSquaredError, bonus_c
 from tests.conftest import INTERPRETED
 
 LOSSES = [None, LogBonus(), LogBonus(1.0, clamp=None), CosineBonus(), Focal(2.0)]
-PATHS = ["torch", "triton", "reference"]
+PATHS = ["numba", "triton", "reference"]
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_more_axes_no_batch_and_no_rows():
     torch.testing.assert_close(mixup_cross_entropy(x, a, b, 0.4, reduction="elementwise_mean"), value)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("path", ["numba", "triton"])
 def test_derivatives_of_any_order(path, place):
     logits, a, b = batch(3, 5, torch.float64, place)
 

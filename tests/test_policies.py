@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nan
 
-from bonus_ops import Focal, bonus_cross_entropy, difficulty_scores, policies
+from bonus_ops import ExampleTracker, Focal, Scores, bonus_cross_entropy, difficulty_scores, policies
 from bonus_ops.policies import (
+    TAKEN_OUT,
     DifficultySampler,
     History,
     co_teaching_keep,
@@ -522,13 +523,97 @@ def test_sampler_resumes_in_the_middle_of_an_epoch():
     assert list(again) == following
 
 
-def test_sampler_leaves_out_nan_and_hides_the_unseen_from_the_policy():
-    difficulty, given = torch.tensor([nan, math.inf, 1.0, 2.0]), []
-    sampler = DifficultySampler(difficulty, lambda d, g: given.append(d) or torch.full((4,), 3.0))
-    assert sorted(sampler) == [1, 2, 3] and sampler.weight.tolist() == [0, 1, 3, 3]
-    torch.testing.assert_close(given[0], torch.tensor([nan, nan, 1.0, 2.0]), equal_nan=True)
+def test_sampler_visits_what_is_not_known_leaves_out_what_was_taken_out_and_hides_both_from_the_policy():
+    difficulty, given = torch.tensor([nan, math.inf, 1.0, 2.0, TAKEN_OUT]), []
+    sampler = DifficultySampler(difficulty, lambda d, g: given.append(d) or torch.full((5,), 3.0))
+    assert sorted(sampler) == [0, 1, 2, 3] and sampler.weight.tolist() == [1, 1, 3, 3, 0]
+    torch.testing.assert_close(given[0], torch.tensor([nan, nan, 1.0, 2.0, nan]), equal_nan=True)
     # a policy's own arithmetic may leave NaN where it got NaN
-    assert DifficultySampler(difficulty, lambda d, g: d / d.nanmean()).weight.tolist()[:2] == [0, 1]
+    assert DifficultySampler(difficulty, lambda d, g: d / d.nanmean()).weight.tolist()[:2] == [1, 1]
+
+
+@pytest.mark.parametrize("unseen", [nan, math.inf])
+def test_sampler_starves_nobody_that_the_tracker_has_not_seen(unseen):
+    tracker = ExampleTracker(100, fields="all")
+    tracker.update(Scores(*torch.rand(5, 50), torch.zeros(50, dtype=torch.int32)), torch.arange(50))
+    sampler = DifficultySampler(lambda: tracker.difficulty("mean_loss", unseen=unseen), half)
+    visited = set(sampler)
+    assert visited.issuperset(range(50, 100)) and 50 < len(visited) < 100
+    assert sampler.weight[50:].tolist() == [1.0] * 50
+    assert tracker.difficulty("mean_loss", unseen=unseen)[:50].equal(tracker.statistic("mean_loss")[:50])
+    for name, statistic in tracker.statistics.items():
+        filled = tracker.difficulty(name, unseen=7.0)
+        raw = tracker.statistic(name)
+        assert filled.dtype == torch.float32 and not filled.isnan().any()
+        torch.testing.assert_close(filled, torch.where(raw.isnan(), 7.0, raw * statistic.direction))
+    with pytest.raises(TypeError, match="difficulty: unseen must be a number, got str"):
+        tracker.difficulty("mean_loss", unseen="inf")
+
+
+def test_guarded_and_unseen_are_told_apart():
+    recent = torch.tensor([0.1, 9.0, nan, 0.2])
+    difficulty = guarded(recent, noise_mask(recent, 4.0))
+    assert difficulty.isnan().tolist() == [False, False, True, False] and difficulty[1] == TAKEN_OUT
+    everyone = DifficultySampler(difficulty, lambda d, g: torch.ones(4))
+    assert sorted(everyone) == [0, 2, 3]
+
+
+# (a policy, called with a difficulty; what it gives where an example takes no part)
+TAKES_NO_PART = {
+    "small_loss": (lambda d: small_loss(d, keep=0.75), 0),
+    "self_paced_weight": (lambda d: self_paced_weight(d, 9.0), 0),
+    "self_paced_weight, linear": (lambda d: self_paced_weight(d, 9.0, gamma=1.0), 0),
+    "self_paced_threshold": (lambda d: self_paced_threshold(None, d), None),
+    "selective_backprop": (lambda d: selective_backprop(d, History.empty().push(d), generator=generator()).keep, 0),
+    "selective_backprop, empty": (lambda d: selective_backprop(d, History.empty()).keep, 0),
+    "poisson_selection": (lambda d: poisson_selection(d, 2, smoothing=1.0, generator=generator()).keep, 0),
+    "importance_draw": (lambda d: importance_draw(d, 64, smoothing=1.0, generator=generator()).indices.bincount(
+        minlength=len(d)), 0),
+    "importance_gain": (importance_gain, None),
+    "infobatch": (lambda d: infobatch(d, generator=generator()), 0),
+    "infobatch, late": (lambda d: infobatch(d, progress=0.9), 0),
+    "focal_weight": (focal_weight, 0),
+    "focal_weight, 0": (lambda d: focal_weight(d, gamma=0.0), 0),
+    "superloss_weight": (lambda d: superloss_weight(d, threshold=1.0), 0),
+    "flow_weight": (flow_weight, 0),
+    "flow_weight, tau": (lambda d: flow_weight(d, temperature=1.0, normalize=True), 0),
+    "exponentiated_gradient": (lambda d: exponentiated_gradient(torch.zeros(len(d)), d, eta=0.1), 0),
+    "group_mean_loss": (lambda d: group_mean_loss(d, torch.zeros(len(d), dtype=torch.int64), 1), None),
+    "group_weight": (lambda d: group_weight(torch.zeros(1), d, torch.zeros(len(d), dtype=torch.int64)), 0),
+    "History": (lambda d: History.empty(8).push(d).values, None),
+    "cdf": (lambda d: History.empty(8).push(torch.rand(5, generator=generator())).cdf(d), nan),
+    "mastered_mask": (lambda d: mastered_mask(d, torch.full((len(d),), 9)), 0),
+    "rank_selection": (lambda d: rank_selection(d, keep=0.5, generator=generator()).bincount(minlength=len(d)), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKES_NO_PART)
+def test_what_was_taken_out_takes_no_part_as_what_is_not_known(name):
+    policy, absent = TAKES_NO_PART[name]
+    difficulty = torch.tensor([0.5, nan, 0.1, 2.0, nan, 1.0])
+    guarded_out = guarded(difficulty.nan_to_num(3.0), difficulty.isnan())
+    expected, actual = policy(difficulty), policy(guarded_out)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    if absent is not None:
+        assert all(x == absent or x != x and absent != absent for x in actual[guarded_out == TAKEN_OUT].tolist())
+
+
+@pytest.mark.parametrize("policy", [
+    noise_mask, self_paced_weight, lambda d, t: self_paced_weight(d, t, gamma=1.0),
+    lambda d, t: superloss_weight(d, threshold=t),
+])  # fmt: skip
+def test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge(policy):
+    quantile = ExampleTracker(3, fields="all").random_label_quantile()
+    for threshold in (quantile, torch.tensor(nan, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="threshold must be known, got nan"):
+            policy(torch.tensor([1.0, 2.0]), threshold)
+        assert not policy(torch.tensor([nan, nan]), threshold).any()
+        assert not policy(torch.tensor([]), threshold).any()
+
+
+def test_self_paced_threshold_recovers_from_a_start_without_losses():
+    start = self_paced_threshold(None, torch.tensor([nan, nan]))
+    assert start.isnan() and self_paced_threshold(start, torch.tensor([3.0])) == 3.0
 
 
 def test_the_sampler_of_the_readme_leaves_out_the_suspects():
@@ -639,8 +724,8 @@ def test_sampler_refuses():
             list(DifficultySampler(difficulty, lambda d, g, wrong=wrong: torch.full_like(d, wrong)))
     with pytest.raises(TypeError, match="return a Tensor, got Selection: take its keep or unbiased_weight"):
         list(DifficultySampler(difficulty, lambda d, g: poisson_selection(d, 3, generator=g)))
-    with pytest.raises(ValueError, match=r"at least 1 of 6 examples .* got 0; 6 have the difficulty NaN.* is \+inf"):
-        list(DifficultySampler(difficulty * nan, half))
+    with pytest.raises(ValueError, match="at least 1 of 6 examples .* got 0; 6 have the difficulty -inf"):
+        list(DifficultySampler(torch.full_like(difficulty, TAKEN_OUT), half))
     with pytest.raises(ValueError, match="at least 2 of 6 examples .* got 1; 0 have"):
         list(DifficultySampler(difficulty, lambda d, g: (d == d.max()).float(), world_size=2))
     with pytest.raises(ValueError, match="below world_size 2, got 2"):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bonus_ops import CrossEntropy, LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, reference
-from bonus_ops.torch_path import blocks as torch_blocks
 from tests.cases import LOSSES
+from tests.threads import several_threads
 
 EXAMPLES = range(60)
 EPS = 2.0**-23
@@ -38,7 +38,7 @@ def loss_of(seed: int):
 def run(logits: Tensor, target: Tensor, reduction="none", upstream: Tensor | None = None, **options):
     """Return (loss, gradient)."""
     leaf = logits.detach().requires_grad_()
-    loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="torch", **options)
+    loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="numba", **options)
     (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), grad
 
@@ -97,28 +97,25 @@ def test_05_impossible_classes_change_nothing():
         assert (same_grad[:, logits.shape[1] :] == 0).all()
 
 
-def test_06_masked_prefixes_and_suffixes_of_any_length(monkeypatch):
+def test_06_masked_prefixes_and_suffixes_of_any_length():
     for seed in EXAMPLES:
         logits, target, rng = draw(seed)
         cut = int(torch.randint(0, logits.shape[1], (), generator=rng))
         out = torch.arange(logits.shape[1]) < cut if seed % 2 else torch.arange(logits.shape[1]) >= cut
         masked = torch.where(out & (torch.arange(logits.shape[1]) != target[:, None]), -math.inf, logits)
-        monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 1 + 37 * seed)
-        monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 1 + 37 * seed)
-        loss, grad = run(masked, target, bonus=None)
+        with several_threads(1 + seed % 4):
+            loss, grad = run(masked, target, bonus=None)
         truth = reference.rows(masked.double(), target, -100, CrossEntropy())
         assert loss.isfinite().all() and grad.isfinite().all() and (grad[masked == -math.inf] == 0).all()
         assert close(loss.double(), truth, 40)
 
 
-def test_07_blocks_change_nothing_bitwise(monkeypatch):
+def test_07_threads_change_nothing_bitwise():
     """Stronger than the 4 ulp asked for."""
     for seed in EXAMPLES:
         logits, target, _ = draw(seed)
         whole = run(logits, target, "sum", bonus=loss_of(seed))[1]
-        with monkeypatch.context() as patch:
-            patch.setattr(torch_blocks, "BLOCK_ELEMENTS", 1 + 53 * seed)
-            patch.setattr(torch_blocks, "SMALLEST_BLOCK", 1 + 53 * seed)
+        with several_threads(2 + seed % 5):
             assert torch.equal(run(logits, target, "sum", bonus=loss_of(seed))[1], whole)
 
 
@@ -208,7 +205,7 @@ def test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap():
 def test_15_scores_are_in_range_equal_to_the_reference_and_ordered_alike():
     for seed in EXAMPLES:
         logits, target, _ = draw(seed, scale=(0.1, 3, 10)[seed % 3])
-        _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="torch")
+        _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="numba")
         truth = reference.scores(logits.double(), target, -100, torch.float64)
         bounds = {"loss": (0, math.inf), "el2n": (0, 2**0.5), "entropy": (0, math.log(logits.shape[1]))}
         for name in ("loss", "el2n", "margin", "entropy", "energy"):

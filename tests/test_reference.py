@@ -27,7 +27,7 @@ from bonus_ops import (
     bonus_cross_entropy,
     reference,
 )
-from bonus_ops.shares import Shares
+from bonus_ops.soft_targets import SoftTargets
 from tests.cases import generator, masked, typical
 
 
@@ -213,6 +213,6 @@ def test_a_label_out_of_range_makes_its_row_nan_where_it_cannot_raise():
 def test_a_certain_target_distribution_is_its_label(loss):
     logits, target = batch(30)
     one_hot = (torch.arange(5) == target[:, None]).double()
-    shares = Shares(one_hot, None, None, 0.0, 0.0)
-    dense, hard = reference.dense_rows(logits, target, -100, loss, shares), reference.rows(logits, target, -100, loss)
-    torch.testing.assert_close(dense, hard, rtol=1e-10, atol=1e-10)
+    targets = SoftTargets(one_hot, None, None, 0.0, 0.0)
+    soft, hard = reference.soft_rows(logits, target, -100, loss, targets), reference.rows(logits, target, -100, loss)
+    torch.testing.assert_close(soft, hard, rtol=1e-10, atol=1e-10)

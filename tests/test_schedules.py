@@ -68,7 +68,7 @@ def test_a_factor_stays_within_its_ends():
         (lambda: Linear(1.5), TypeError, "Linear: epochs must be an int, got float"),
         (lambda: Linear(True), TypeError, "Linear: epochs must be an int, got bool"),
         (lambda: Exponential(5, k=0), ValueError, "Exponential: k must be finite and not 0, got 0"),
-        (lambda: Exponential(5, k=math.nan), ValueError, "Exponential: k must be finite and not 0, got nan"),
+        (lambda: Exponential(5, k=math.nan), ValueError, "Exponential: k must be in .-inf, inf., got nan"),
         (lambda: Exponential(5, k="5"), TypeError, "Exponential: k must be a number, got str"),
         (lambda: Deferred(-1), ValueError, "Deferred: until must be at least 0, got -1"),
         (lambda: Deferred(1, then=0.5), TypeError, "Deferred: then must be a schedule or None, got float"),

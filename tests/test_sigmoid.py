@@ -29,9 +29,10 @@ from bonus_ops import (
     reference,
 )
 from bonus_ops import bonus_binary_cross_entropy_with_logits as bonus_bce
-from bonus_ops.torch_path import elementwise
+from bonus_ops.kernels.elements import common_axes
 from tests.cases import LOSSES
 from tests.conftest import INTERPRETED
+from tests.threads import several_threads
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 over_losses = pytest.mark.parametrize("loss", [x or CrossEntropy() for x in LOSSES.values()], ids=list(LOSSES))
@@ -39,17 +40,20 @@ over_reductions = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="the guard watches the interpreter")
 
 
-@pytest.fixture(params=["torch", "triton", "reference"])
+@pytest.fixture(params=["numba", "triton", "reference"])
 def how(request) -> tuple[str, str]:
     """Return (implementation, device)."""
     name = request.param
+    if name == "numba":
+        return name, "cpu"
     return name, request.getfixturevalue("kernel_device" if name == "triton" else "device")
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Cut even small cases into blocks."""
-    monkeypatch.setattr(elementwise, "BLOCK_ELEMENTS", 16)
+@pytest.fixture(params=["one thread", "several threads"])
+def shared(request):
+    """Run once on one thread and once with a chunk of elements for each of several."""
+    with several_threads(3 if request.param == "several threads" else 1):
+        yield
 
 
 def draw(shape, dtype=torch.float32, soft=False, device="cpu") -> tuple[Tensor, Tensor]:
@@ -105,20 +109,20 @@ def assert_exact(x, loss, actual, true, relative, what):
 @over_losses
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_every_loss_is_exact_on_the_torch_path(loss, dtype, soft, small_blocks):
-    x, t = draw((9, 31), dtype, soft)
+def test_every_loss_is_exact_in_the_loops(loss, dtype, soft, shared):
+    x, t = draw((21, 31), dtype, soft)  # two chunks
     value, gradient = truth(x, t, loss)
-    none = bonus_bce(x, t, bonus=loss, reduction="none", implementation="torch")
+    none = bonus_bce(x, t, bonus=loss, reduction="none", implementation="numba")
     assert none.dtype == dtype
     relative = not soft and not hasattr(loss, "strength")
     assert_exact(x, loss, none, value, relative, "losses")
     (grad,) = torch.autograd.grad(none.sum(), x)
     assert_exact(x, loss, grad, gradient, not soft and rewards(loss), "gradient")
     # the visit uses terms that losses share
-    total = bonus_bce(x, t, bonus=loss, reduction="sum", implementation="torch")
+    total = bonus_bce(x, t, bonus=loss, reduction="sum", implementation="numba")
     (grad,) = torch.autograd.grad(total, x)
     assert_exact(x, loss, grad, gradient, False, "gradient of the sum")
-    # each loss may be off by its own budget; the sum itself is a float64 of float32 sums of 16
+    # each loss may be off by its own budget, a sum of one chunk by half a unit of each term
     budget = allowance(x, loss, value, False).sum() + 16 * torch.finfo(torch.float32).eps * value.abs().sum()
     assert abs(total.item() - value.sum()) <= budget + torch.finfo(dtype).eps * value.sum().abs()
 
@@ -182,7 +186,7 @@ def test_the_formula_is_that_of_the_paper(name):
     ours = bonus_bce(x, t, bonus=loss, alpha=0.25, reduction="none", implementation="reference")
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)), rtol=1e-8, atol=1e-11)
-    mean = bonus_bce(x, t, bonus=loss, alpha=0.25, normalizer=7.0, implementation="torch")
+    mean = bonus_bce(x, t, bonus=loss, alpha=0.25, normalizer=7.0, implementation="numba")
     torch.testing.assert_close(mean, theirs.sum() / 7)
 
 
@@ -194,7 +198,7 @@ def test_a_soft_target_is_its_share_of_both(how):
     torch.testing.assert_close(soft, 0.3 * one + 0.7 * zero)
 
 
-def test_infinite_logits_cost_the_limit_and_nan_stays(how, small_blocks):
+def test_infinite_logits_cost_the_limit_and_nan_stays(how):
     inf = math.inf
     x = torch.tensor([inf, inf, -inf, -inf, math.nan, math.nan, inf, 1.0], device=how[1], requires_grad=True)
     t = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.5, math.nan], device=how[1])
@@ -208,7 +212,7 @@ def test_infinite_logits_cost_the_limit_and_nan_stays(how, small_blocks):
 
 
 @over_losses
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["numba", "triton"])
 def test_every_loss_of_an_infinite_logit_is_the_limit(loss, implementation, request):
     device = request.getfixturevalue("kernel_device" if implementation == "triton" else "device")
     x = torch.tensor([math.inf, math.inf, -math.inf, -math.inf], device=device, requires_grad=True)
@@ -230,7 +234,7 @@ WEIGHTS = [(), (1,), (7,), (5, 1), (1, 7), (5, 7), (3, 1, 1), (3, 5, 7)]
 @over_reductions
 @pytest.mark.parametrize("weights", [{}, {"weight"}, {"pos_weight"}, {"weight", "pos_weight"}], ids="-".join)
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_without_bonus_it_is_torch(how, reduction, weights, soft, small_blocks):
+def test_without_bonus_it_is_torch(how, reduction, weights, soft):
     for shape in WEIGHTS if weights else WEIGHTS[:1]:
         x, t = draw((3, 5, 7), soft=soft, device=how[1])
         options = {name: torch.rand(shape, device=how[1]) * 2 for name in sorted(weights)} | {"reduction": reduction}
@@ -286,7 +290,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("other", ["alike", "in order"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_any_layout(how, layout, other, reduction, small_blocks):
+def test_any_layout(how, layout, other, reduction):
     x, t = draw((6, 5, 8), soft=True, device=how[1])
     x, t = LAYOUTS[layout](x.detach()).requires_grad_(), LAYOUTS[layout](t)
     t = t if other == "alike" else t.contiguous()
@@ -303,7 +307,7 @@ def test_any_layout(how, layout, other, reduction, small_blocks):
 
 def test_axes_are_merged_where_all_tensors_step_alike():
     def merge(*tensors):
-        return elementwise.common_axes(tensors[0].shape, [t.stride() for t in tensors])
+        return common_axes(tensors[0].shape, [t.stride() for t in tensors])
 
     x = torch.empty(2, 3, 4)
     assert merge(x, x) == ([24], [[1], [1]])
@@ -368,7 +372,7 @@ def test_bad_calls_raise_what_torch_raises(name):
         ({"normalizer": True}, TypeError, "normalizer must be a number, a 0-d tensor or None, got bool"),
         ({"normalizer": torch.ones(1)}, ValueError, r"a 0-d tensor, got shape \[1\]"),
         ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "got it with reduction='sum'"),
-        ({"implementation": "cuda"}, ValueError, "implementation must be None, 'triton', 'torch' or 'reference'"),
+        ({"implementation": "cuda"}, ValueError, "implementation must be None, 'triton', 'numba' or 'reference'"),
     ],
 )
 def test_bad_options_are_named(options, error, message):
@@ -414,7 +418,7 @@ def test_gradcheck_of_hard_targets(loss, reduction, device):
     x = x.detach().clamp(-5, 5).requires_grad_()
 
     def f(x):
-        return bonus_bce(x, t, bonus=loss, alpha=0.3, reduction=reduction, implementation="torch")
+        return bonus_bce(x, t, bonus=loss, alpha=0.3, reduction=reduction, implementation="numba")
 
     assert torch.autograd.gradcheck(f, x)
     loss = f(x.float()).sum()
@@ -466,10 +470,10 @@ def test_backward_twice_and_from_any_upstream(how, upstream, dtype):
     torch.testing.assert_close(first.double().cpu(), true, rtol=torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
 
 
-def test_a_scaled_half_gradient_is_rounded_once(small_blocks):
+def test_a_scaled_half_gradient_is_rounded_once():
     """The mean's gradient underflows float16; scaled as a gradient scaler does it must not."""
     x, t = torch.full((1 << 9,), 8.0, dtype=torch.float16, requires_grad=True), torch.ones(1 << 9)
-    (grad,) = torch.autograd.grad(plain(x, t, implementation="torch") * 2.0**16, x)
+    (grad,) = torch.autograd.grad(plain(x, t, implementation="numba") * 2.0**16, x)
     expected = -torch.sigmoid(torch.tensor(-8.0, dtype=torch.float64)).item() * 2**7
     assert grad[0].item() == pytest.approx(expected, rel=1e-3)
 
@@ -489,25 +493,24 @@ def test_a_soft_gradient_is_of_the_dtype_of_its_input():
     x, t = draw((3, 5), torch.float64, soft=True)
     for options in ({}, {"pos_weight": torch.rand(5, dtype=torch.float64)}):
         true = truth(x, t, LogBonus(), **options)[1] / 15
-        (grad,) = torch.autograd.grad(bonus_bce(x, t, implementation="torch", **options), x)
+        (grad,) = torch.autograd.grad(bonus_bce(x, t, implementation="numba", **options), x)
         torch.testing.assert_close(grad, true, rtol=1e-13, atol=1e-16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_torchs_defaults_change_nothing(dtype, soft, reduction, monkeypatch, request):
-    monkeypatch.setattr(elementwise, "TABLE_ELEMENTS", 1)
+def test_torchs_defaults_change_nothing(dtype, soft, reduction, request):
     x, t = draw((3, 5), dtype, soft)
     calls = [{}, {"pos_weight": torch.rand(5)}, {"alpha": 0.25, "bonus": Focal()}, {"bonus": LogBonus(0.5, start=0.1)}]
 
     def results():
         for options in calls:
-            for implementation in ("torch", "reference"):
+            for implementation in ("numba", "reference"):
                 loss = bonus_bce(x, t, reduction=reduction, implementation=implementation, **options)
                 yield from (loss, *(torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for _ in range(2)))
         with torch.no_grad():
-            yield bonus_bce(x, t, reduction=reduction, implementation="torch")
+            yield bonus_bce(x, t, reduction=reduction, implementation="numba")
 
     expected = list(results())
     request.getfixturevalue("other_defaults")
@@ -530,7 +533,7 @@ def test_positive_count_is_float32():
 
 def test_inputs_changed_before_backward_raise():
     x, t = draw((3, 5))
-    loss = bonus_bce(x * 1.0, t, implementation="torch")
+    loss = bonus_bce(x * 1.0, t, implementation="numba")
     t.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -592,36 +595,7 @@ def test_operators_pass_opcheck(how, reduce):
     torch.library.opcheck(torch.ops.bonus_ops.sigmoid_backward.default, args)
 
 
-# --- the torch path's own ways ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("loss", [LogBonus(), Focal(0.5), PowerBonus(2.5)], ids=repr)
-def test_a_table_of_all_halves_gives_the_same(dtype, loss, monkeypatch, small_blocks):
-    x, t = draw((8, 16), dtype)
-    t.view(-1)[100:110] = 0.25  # two blocks are soft
-    x.data[0, :3] = torch.tensor([math.inf, -math.inf, 0.0])
-    t[0, :2] = torch.tensor([1.0, 0.0])
-    options = {"bonus": loss, "alpha": 0.25, "reduction": "sum", "implementation": "torch"}
-    plain_sum = bonus_bce(x, t, **options)
-    (plain_grad,) = torch.autograd.grad(plain_sum, x)
-    monkeypatch.setattr(elementwise, "TABLE_ELEMENTS", 1)
-    looked_up = bonus_bce(x, t, **options)
-    torch.testing.assert_close(looked_up, plain_sum, rtol=torch.finfo(dtype).eps, atol=0)
-    (grad,) = torch.autograd.grad(looked_up, x)
-    torch.testing.assert_close(grad, plain_grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(bonus_bce(x, t, **options), plain_sum)
-    x.data[3, 3] = math.nan
-    assert bonus_bce(x, t, **options).isnan()
-
-
-def test_hardness_is_exact():
-    for dtype in DTYPES:
-        assert elementwise._hard(torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
-        eps = torch.finfo(dtype).eps
-        for soft in (eps / 2, 1 - eps / 2, torch.finfo(dtype).smallest_normal, 0.5, 2.0, -1.0, math.nan, math.inf):
-            assert not elementwise._hard(torch.tensor([0.0, 1.0, soft], dtype=dtype)), (dtype, soft)
+# --- where and when ---------------------------------------------------------------------------------------------------
 
 
 def test_the_same_bits_every_run(how):
@@ -630,7 +604,7 @@ def test_the_same_bits_every_run(how):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def test_nothing_is_written_to_the_inputs(how, small_blocks):
+def test_nothing_is_written_to_the_inputs(how):
     x, t = draw((4, 9), soft=True, device=how[1])
     weight = torch.rand(9, device=how[1])
     before = [y.detach().clone() for y in (x, t, weight)]

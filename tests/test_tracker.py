@@ -362,7 +362,7 @@ def test_arguments_are_not_written(story):
 
 def test_memory_is_what_is_documented():
     sizes = {c.name: c.dtype.itemsize for c in ExampleTracker(1, "all")._columns if c.length is None}
-    assert sum(sizes.values()) == 90
+    assert sum(sizes.values()) == 108
     assert set(ExampleTracker(1).fields) == {FIELDS[name] for name in DEFAULT_FIELDS}
 
 
@@ -465,7 +465,7 @@ def test_bad_batches_raise_and_leave_the_state(story, arguments, error, message)
 
 
 def test_the_quantile_is_a_number():
-    with pytest.raises(TypeError, match=r"p must be a number in \(0, 1\), got str"):
+    with pytest.raises(TypeError, match="p must be a number, got str"):
         ExampleTracker(NUM).random_label_quantile("0.1")
 
 
@@ -505,8 +505,8 @@ def test_states_that_do_not_fit_are_refused_and_leave_the_state(story, change, e
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ExampleTracker(0), ValueError, "num_examples: expected at least 1, got 0"),
-        (lambda: ExampleTracker(2.0), TypeError, "num_examples: expected an int"),
+        (lambda: ExampleTracker(0), ValueError, "num_examples must be at least 1, got 0"),
+        (lambda: ExampleTracker(2.0), TypeError, "num_examples must be an int, got float"),
         (lambda: ExampleTracker(2, ("mean_los",)), ValueError, "got 'mean_los'"),
         (lambda: ExampleTracker(2, "everything"), ValueError, "expected 'all' or names out of mean_loss"),
         (lambda: ExampleTracker(2, (3,)), TypeError, "expected names or Field objects, got int"),

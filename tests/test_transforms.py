@@ -89,12 +89,12 @@ TRANSFORMS: dict[str, Callable[[Loss], object]] = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("implementation", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("implementation", ["numba", "triton", "reference"])
 def test_a_transform_gives_what_torch_gives(transform, implementation, request):
     """Against cross-entropy without a bonus, against autograd of the specification with one."""
     if implementation == "triton" and request.getfixturevalue("kernel_device") != "cpu":
         pytest.skip("the same code on another device")
-    full = implementation == "torch"
+    full = implementation == "numba"
     for reduction in ("none", "mean", "sum") if full else ("mean",):
         for weight in (None, WEIGHT) if full else (WEIGHT,):
             options = {"weight": weight, "reduction": reduction}
@@ -126,11 +126,11 @@ def test_a_linearized_loss_is_its_tangent(reduction):
 @pytest.mark.parametrize(
     ("implementation", "bonus", "reduction"),
     [
-        ("torch", LogBonus(), "none"),
-        ("torch", LogBonus(), "mean"),
-        ("torch", LogBonus(1.0, clamp=None), "mean"),
-        ("torch", CosineBonus(start=0.2), "mean"),
-        ("torch", Focal(), "none"),
+        ("numba", LogBonus(), "none"),
+        ("numba", LogBonus(), "mean"),
+        ("numba", LogBonus(1.0, clamp=None), "mean"),
+        ("numba", CosineBonus(start=0.2), "mean"),
+        ("numba", Focal(), "none"),
         ("triton", LogBonus(), "none"),
     ],
     ids=repr,
@@ -151,7 +151,7 @@ def test_every_mode_agrees_with_finite_differences(implementation, bonus, reduct
 
 @pytest.mark.parametrize(
     ("implementation", "in_dims"),
-    [("torch", dims) for dims in ((0, 0), (0, None), (None, 0), (2, 1), (-1, -1))]
+    [("numba", dims) for dims in ((0, 0), (0, None), (None, 0), (2, 1), (-1, -1))]
     + [("triton", (2, 1)), ("reference", (2, 1))],
 )
 def test_scores_and_probabilities_come_out_batched(implementation, in_dims, request):
@@ -180,7 +180,7 @@ def test_scores_and_probabilities_come_out_batched(implementation, in_dims, requ
         torch.testing.assert_close(list(actual), expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
 def test_other_shapes_map_too(implementation):
     """No batch dimension, a spatial one, none at all."""
     for shape in ((3,), (2, 3, 5), (0, 3)):
@@ -197,7 +197,7 @@ def test_other_shapes_map_too(implementation):
         torch.testing.assert_close(vmap(grad(ours))(logits, target), vmap(grad(loss))(logits, target))
 
 
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
 def test_a_bad_label_under_vmap_raises(implementation):
     target = TARGET_3.clone()
     target[2, 3] = 3

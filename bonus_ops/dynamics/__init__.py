@@ -7,6 +7,7 @@ from .means import Confidence, Mean
 from .random_labels import RandomLabelLosses, random_label_loss
 from .recent import RecentLosses
 from .report import KINDS, Report
+from .suggested import Labels, SuggestedLabel
 from .tracker import ExampleTracker
 from .unlabelled import label_free_scores
 from .weights import ExponentiatedGradient
@@ -25,6 +26,7 @@ __all__ = [
     "Field",
     "FirstLearned",
     "Forgetting",
+    "Labels",
     "LearnedFor",
     "LearnedForever",
     "Mean",
@@ -34,6 +36,7 @@ __all__ = [
     "SecondSplit",
     "State",
     "Statistic",
+    "SuggestedLabel",
     "label_free_scores",
     "random_label_loss",
 ]

@@ -38,7 +38,7 @@ class Correctness(Field):
         state["correct_count"].index_add_(0, batch.labelled, batch.correct.to(torch.int32))
 
     def _read(self, state: State) -> Tensor:
-        return state["correct_count"] / state["label_count"]
+        return state["correct_count"].to(torch.float32) / state["label_count"]  # of ints: of the default dtype
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,7 @@ class LearnedFor(Field):
     k: int = 3
 
     def __post_init__(self) -> None:
-        check_integer("LearnedFor", "k", self.k, 1)
-        if self.k > 255:
-            raise ValueError(f"LearnedFor: k must be in 1 .. 255, got {self.k}")
+        check_integer("LearnedFor", "k", self.k, 1, 255)
 
     @property
     def name(self) -> str:

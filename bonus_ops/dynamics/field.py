@@ -63,6 +63,7 @@ class Batch(NamedTuple):
         correct: bool [batch].
         random_label_loss: float32 [batch], or None.
         epoch: the epoch now, from 1.
+        target: int64 [batch], the labels, or None where they are not known.
     """
 
     rows: Tensor
@@ -72,6 +73,7 @@ class Batch(NamedTuple):
     correct: Tensor
     random_label_loss: Tensor | None
     epoch: int
+    target: Tensor | None = None
 
 
 class Field:

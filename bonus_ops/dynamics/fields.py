@@ -9,6 +9,7 @@ from .field import Field, Statistic
 from .means import Confidence, Mean
 from .random_labels import RandomLabelLosses
 from .recent import RecentLosses
+from .suggested import SuggestedLabel
 from .weights import ExponentiatedGradient
 
 __all__ = ["DEFAULT_FIELDS", "FIELDS", "STATISTICS", "resolve"]
@@ -32,12 +33,13 @@ FIELDS: dict[str, Field] = {
         LearnedFor(3),
         SecondSplit(),
         RecentLosses(),
+        SuggestedLabel(),
         RandomLabelLosses(),
         ExponentiatedGradient(),
     )
 }
 
-DEFAULT_FIELDS = ("mean_loss", "mean_margin", "mean_el2n", "mean_entropy", "early_entropy")
+DEFAULT_FIELDS = ("mean_loss", "mean_margin", "mean_el2n", "mean_entropy", "early_entropy", "suggested_label")
 
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic for field in FIELDS.values() for statistic in field.statistics

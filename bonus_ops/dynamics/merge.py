@@ -59,16 +59,25 @@ def merge(
 
 
 def gather(
-    scores: Scores, index: Tensor, correct: Tensor, random_label_loss: Tensor | None, group: ProcessGroup
-) -> tuple[Scores, Tensor, Tensor, Tensor | None]:
+    scores: Scores,
+    index: Tensor,
+    correct: Tensor,
+    target: Tensor | None,
+    random_label_loss: Tensor | None,
+    group: ProcessGroup,
+) -> tuple[Scores, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the rows of all processes, in the order of their ranks."""
     numbers = list(scores[:-1])
     if random_label_loss is not None:
         numbers.append(random_label_loss)
     packed = _all_gather(torch.stack(numbers, 1), group)
-    whole = _all_gather(torch.stack([index, scores.runner_up.to(torch.int64), correct.to(torch.int64)], 1), group)
+    integers = [index, scores.runner_up.to(torch.int64), correct.to(torch.int64)]
+    if target is not None:
+        integers.append(target.to(torch.int64))
+    whole = _all_gather(torch.stack(integers, 1), group)
     every = Scores._make([*packed[:, :5].unbind(1), whole[:, 1].to(torch.int32)])
-    return every, whole[:, 0], whole[:, 2] > 0, None if random_label_loss is None else packed[:, 5]
+    targets = None if target is None else whole[:, 3]
+    return every, whole[:, 0], whole[:, 2] > 0, targets, None if random_label_loss is None else packed[:, 5]
 
 
 def _latest(last_step: Tensor, group: ProcessGroup | None) -> Tensor:

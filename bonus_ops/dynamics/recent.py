@@ -37,9 +37,7 @@ class RecentLosses(Field):
     window: int = 2
 
     def __post_init__(self) -> None:
-        check_integer("RecentLosses", "window", self.window, 1)
-        if self.window > KEPT:
-            raise ValueError(f"RecentLosses: window must be in 1 .. {KEPT}, got {self.window}")
+        check_integer("RecentLosses", "window", self.window, 1, KEPT)
 
     @property
     def name(self) -> str:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..number_checks import check_integer, check_number
+from .suggested import Labels, SuggestedLabel
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .tracker import ExampleTracker
 
 __all__ = ["KINDS", "Report"]
@@ -21,6 +26,7 @@ __all__ = ["KINDS", "Report"]
 KINDS = ("easy", "hard", "suspect_label", "suspect_input", "unknown")
 COLORS = ("#b8c4d6", "#4c78a8", "#d62728", "#9467bd", "none")
 MEAN, EARLY = "mean_el2n", "early_entropy"
+LEADER = {"arrowstyle": "-", "linewidth": 0.4, "color": "gray"}  # from a point to its mark
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,12 +54,15 @@ class Report:
     Attributes:
         kind: position in `KINDS` of each example, int64 [num_examples], on the CPU.
         columns: every statistic of the tracker by name, float32 [num_examples], on the CPU.
+        labels: those given and those that the predictions over training vote for, with the confidence in both, on the
+            CPU; None where the tracker does not keep ``suggested_label``.
         cuts: values of ``mean_el2n`` and ``early_entropy`` that above means above of.
     """
 
     kind: Tensor
     columns: dict[str, Tensor]
     cuts: tuple[float, float]
+    labels: Labels | None = None
 
     @classmethod
     def of(cls, tracker: ExampleTracker, suspect: float = 0.15, uncertain: float = 0.15) -> Report:
@@ -71,11 +80,8 @@ class Report:
             TypeError: a share is no number.
             ValueError: a share is out of range, a field is missing, or no example was observed in the early window.
         """
-        for name, share in (("suspect", suspect), ("uncertain", uncertain)):
-            if isinstance(share, bool) or not isinstance(share, Real):
-                raise TypeError(f"report: {name} must be a number in [0, 1], got {type(share).__name__}")
-            if not 0 <= share <= 1:
-                raise ValueError(f"report: {name} must be in [0, 1], got {share}")
+        check_number("report", "suspect", suspect, "[0, 1]")
+        check_number("report", "uncertain", uncertain, "[0, 1]")
         if missing := [name for name in (MEAN, EARLY) if name not in tracker.statistics]:
             raise ValueError(
                 f"report: needs the field {' and '.join(missing)}, kept are {', '.join(tracker.statistics)}"
@@ -87,7 +93,9 @@ class Report:
             raise ValueError(_nothing_known(tracker, EARLY if early.isnan().all() else MEAN))
         cuts = _cut(mean[known], suspect), _cut(early[known], uncertain)
         kind = 2 * (mean > cuts[0]).to(torch.int64) + (early > cuts[1])
-        return cls(torch.where(known, kind, KINDS.index("unknown")), columns, cuts)
+        kept = any(isinstance(field, SuggestedLabel) for field in tracker.fields)
+        labels = Labels._make(column.cpu() for column in tracker.labels()) if kept else None
+        return cls(torch.where(known, kind, KINDS.index("unknown")), columns, cuts, labels)
 
     @property
     def suspects(self) -> Tensor:
@@ -106,6 +114,10 @@ class Report:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         return self._worst_first(self.kind == KINDS.index(kind))
 
+    def name_of(self, index: int) -> str:
+        """Return the kind of an example, one of `KINDS`."""
+        return KINDS[int(self.kind[index])]
+
     def __str__(self) -> str:
         """Return how many examples are of each kind."""
         return ", ".join(f"{int((self.kind == i).sum())} {kind}" for i, kind in enumerate(KINDS))
@@ -114,13 +126,13 @@ class Report:
         return f"Report({self})"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one line an example: index, kind, and every statistic, empty where there is none."""
+        """Write one line an example: index, kind, labels and every statistic, empty where there is none."""
         table = self._table()
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(table)
             for row in zip(*table.values(), strict=True):
-                writer.writerow(["" if value != value else value for value in row])
+                writer.writerow(["" if value is None or value != value else value for value in row])
 
     def to_pandas(self) -> Any:
         """Return the table as a `pandas.DataFrame` indexed by example.
@@ -133,62 +145,86 @@ class Report:
 
     def plot(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         images: Any = None,
         captions: Sequence[Any] | Tensor | None = None,
         shown: int = 8,
-    ) -> None:
+    ) -> Figure:
         """Draw the map, with the worst suspects of either kind marked by their index.
 
         Args:
-            path: file to write; its suffix says the format.
+            path: file to write; its suffix says the format. None writes none.
             images: of the examples, indexed by example, each anything `imshow` takes or [C, H, W] with 1, 3 or 4
                 channels, as a tensor [num_examples, C, H, W] has them; those marked are shown below.
-            captions: a word on each example for its image, such as the label it was given.
+            captions: a word on each example for its image, indexed by example. None tells the label given and the one
+                suggested where they differ.
             shown: how many to mark of each suspect kind.
+
+        Returns:
+            The `matplotlib.figure.Figure`, which a notebook shows; nothing is registered with pyplot.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
-            TypeError, ValueError: ``shown`` is no int or negative; an image has another shape.
+            TypeError, ValueError: ``shown`` is no int or negative; an image has another shape; there is no image or
+                caption for an example that is to be shown. Nothing is written then.
         """
-        if isinstance(shown, bool) or not isinstance(shown, int):
-            raise TypeError(f"plot: shown must be an int, got {type(shown).__name__}")
-        if shown < 0:
-            raise ValueError(f"plot: shown must be at least 0, got {shown}")
+        check_integer("plot", "shown", shown, 0)
         from matplotlib.figure import Figure
 
         marked = {kind: self.of_kind(kind)[:shown].tolist() for kind in KINDS[2:4]}
+        indices = [index for kind in marked.values() for index in kind]
+        pictures = (
+            {} if images is None else {i: _channels_last(_of("images", images, i, len(self.kind))) for i in indices}
+        )
+        texts = {i: self._caption(captions, i) for i in pictures}
         rows = [kind for kind, indices in marked.items() if indices and images is not None]
         figure = Figure(figsize=(9, 6 + 1.4 * len(rows)), layout="constrained")
         grid = figure.add_gridspec(1 + len(rows), max(shown, 1), height_ratios=[6] + [1.4] * len(rows))
-        self._scatter(figure.add_subplot(grid[0, :]), [index for indices in marked.values() for index in indices])
+        scatter = figure.add_subplot(grid[0, :])
+        marks = self._scatter(scatter, indices)
         for row, kind in enumerate(rows, 1):
             for column, index in enumerate(marked[kind]):
                 axes = figure.add_subplot(grid[row, column])
-                axes.imshow(_channels_last(images[index]), cmap="gray")
-                caption = "" if captions is None else f": {captions[index]}"
-                axes.set_title(f"{index}{caption}", fontsize=8, color=COLORS[KINDS.index(kind)])
+                axes.imshow(pictures[index], cmap="gray")
+                axes.set_title(texts[index], fontsize=8, color=COLORS[KINDS.index(kind)])
                 axes.axis("off")
-        figure.savefig(path, dpi=120)
+        _spread(figure, scatter, marks)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
-    def _scatter(self, axes: Any, marked: list[int]) -> None:
+    def _caption(self, captions: Any, index: int) -> str:
+        if captions is not None:
+            return f"{index}: {_of('captions', captions, index, len(self.kind))}"
+        if self.labels is None or self.labels.given[index] == self.labels.suggested[index]:
+            return str(index)
+        return f"{index}: {int(self.labels.given[index])}, not {int(self.labels.suggested[index])}?"
+
+    def _scatter(self, axes: Any, marked: list[int]) -> list[Any]:
         early, mean = self.columns[EARLY], self.columns[MEAN]
         for i, kind in enumerate(KINDS[:4]):
             here = self.kind == i
             label = f"{kind.replace('_', ' ')} ({int(here.sum())})"
             axes.scatter(early[here].tolist(), mean[here].tolist(), s=8, color=COLORS[i], label=label)
+        marks = []
         for index in marked:
             position = float(early[index]), float(mean[index])
-            axes.annotate(str(index), position, xytext=(3, 2), textcoords="offset points", fontsize=7)
+            marks.append(axes.annotate(str(index), position, xytext=(3, 2), textcoords="offset points", fontsize=7))
         axes.axhline(self.cuts[0], color="gray", linewidth=0.8, linestyle=":")
         axes.axvline(self.cuts[1], color="gray", linewidth=0.8, linestyle=":")
         axes.set_xlabel("early entropy, nats")
         axes.set_ylabel("mean EL2N")
         axes.legend(loc="lower right", fontsize=8)
+        return marks
 
     def _table(self) -> dict[str, list[Any]]:
         kinds = [KINDS[i] for i in self.kind.tolist()]
         columns: dict[str, list[Any]] = {"index": list(range(len(kinds))), "kind": kinds}
+        if self.labels is not None:
+            for name, labels in (("given_label", self.labels.given), ("suggested_label", self.labels.suggested)):
+                columns[name] = [None if label < 0 else label for label in labels.tolist()]
+            for name in ("given_confidence", "suggested_confidence"):
+                columns[name] = getattr(self.labels, name).tolist()
         return columns | {name: column.tolist() for name, column in self.columns.items()}
 
     def _worst_first(self, mask: Tensor) -> Tensor:
@@ -211,6 +247,35 @@ def _nothing_known(tracker: ExampleTracker, name: str) -> str:
         ', or for a shorter training keep an earlier window: ExampleTracker(num_examples, fields=("mean_el2n", '
         'Mean("entropy", (first, last))))'
     )
+
+
+def _of(what: str, things: Any, index: int, n_examples: int) -> Any:
+    """Return the thing of an example, or say what is missing."""
+    try:
+        return things[index]
+    except (IndexError, KeyError):
+        came = f", got {len(things)}" if hasattr(things, "__len__") else ""
+        raise ValueError(
+            f"plot: {what} must be indexed by example, one for each of {n_examples}{came}: none for {index}"
+        ) from None
+
+
+def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
+    """Move each mark to the nearest place around its point where it covers no other, and tie it to the point."""
+    figure.draw_without_rendering()  # sizes in pixels are known from here on
+    taken: list[Any] = []
+    turns = [k * math.pi / 4 + 0.4 for k in range(8)]
+    places = [(r * math.cos(turn), r * math.sin(turn)) for r in (6, 12, 20, 30, 42, 56, 72, 90) for turn in turns]
+    inside = axes.get_window_extent()
+    for mark in marks:
+        for x, y in [(3.0, 2.0), *places]:
+            mark.set_position((x, y))
+            box = mark.get_window_extent()
+            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(box.overlaps(t) for t in taken):
+                break
+        if math.hypot(x, y) > 10:
+            axes.annotate("", mark.xy, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)
+        taken.append(box)
 
 
 def _channels_last(image: Any) -> Any:

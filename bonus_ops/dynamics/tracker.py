@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from ..number_checks import check_integer, check_number
 from ..scores import Scores
-from . import merge, random_labels
+from . import merge, random_labels, suggested
 from .field import Batch, Column, Field, State, Statistic
 from .fields import DEFAULT_FIELDS, resolve
 from .report import Report
+from .suggested import Labels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,7 +56,9 @@ class ExampleTracker:
       evaluation, a second split) a tracker of their own.
     - Epochs are counted by `end_epoch`, on the host: a CUDA graph that holds an update goes on in the epoch it was
       captured in.
-    - Token-level scores: reduce them to one value an example first; an index repeated over tokens counts the last one.
+    - Token-level scores: reduce them by `Scores.to_sequences` first; an index repeated over tokens counts the last one.
+    - With `torch.compile`, let the compiled step return its scores and call `update` after it. Inside, it is run as it
+      is, between two graphs, and ``fullgraph=True`` refuses it: its count of steps would be compiled anew at each.
 
     Not an `nn.Module` on purpose: as part of a model its state would be broadcast from rank 0 at each forward of
     `DistributedDataParallel`, and turned to half precision by ``model.half()``.
@@ -64,7 +69,7 @@ class ExampleTracker:
             The default is what `report` needs and the three best-known means.
         device: where the state lives; the device of the logits.
 
-    Memory: 12 bytes an example, 4 of workspace, and what each field states; 90 + 4 with all of `FIELDS`. Loading a
+    Memory: 12 bytes an example, 4 of workspace, and what each field states; 108 + 4 with all of `FIELDS`. Loading a
     state and merging processes keep one copy of what is summed.
 
     Attributes:
@@ -85,10 +90,7 @@ class ExampleTracker:
         fields: str | Iterable[str | Field] = DEFAULT_FIELDS,
         device: torch.device | str | None = None,
     ) -> None:
-        if isinstance(num_examples, bool) or not isinstance(num_examples, (int, Integral)):
-            raise TypeError(f"num_examples: expected an int, got {type(num_examples).__name__}")
-        if num_examples < 1:
-            raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
+        check_integer("ExampleTracker", "num_examples", num_examples, 1)
         self.num_examples = num_examples = int(num_examples)
         self.fields = resolve(fields)
         self.statistics: dict[str, Statistic] = {s.name: s for field in self.fields for s in field.statistics}
@@ -125,6 +127,7 @@ class ExampleTracker:
         """Update at which each example was last observed, counted from 1; 0 if never. int32 [num_examples]."""
         return self._state["last_step"][:-1].clone()
 
+    @_disable_dynamo  # as torch.compiler.disable, which would import the compiler together with this package
     @torch.no_grad()
     def update(
         self,
@@ -141,8 +144,9 @@ class ExampleTracker:
         Args:
             scores: of the batch, any shape; on the tracker's device.
             index: which example each row is, integers shaped like the scores, -1 for rows to skip.
-            target: the labels, shaped like the scores. Only settles ties between the label's logit and the largest
-                other one, as `torch.argmax` would; without it a tie counts as wrong.
+            target: the labels, shaped like the scores; None takes what the scores know. They settle ties between the
+                label's logit and the largest other one, as `torch.argmax` would (a tie counts as wrong without), and
+                let the report say which label was given and which is suggested.
             random_label_loss: of the batch, for the field of that name; see `random_label_loss`. Without that field it
                 changes nothing.
             validate: on a GPU, wait and raise for indices out of range; otherwise such rows are skipped there. A CPU
@@ -163,15 +167,19 @@ class ExampleTracker:
         if validate or index.device.type == "cpu":
             self._check_range(index)
         index = index.to(self.device, torch.int64, non_blocking=True).reshape(-1)
-        scores = Scores._make(_float32(column.detach().reshape(-1)) for column in scores)
-        correct = scores.margin > 0 if target is None else scores.correct(target.reshape(-1))
+        target = scores.label if target is None and scores.target is not None else target
+        target = None if target is None else target.detach().reshape(-1)
+        scores = Scores._make([_float32(column.detach().reshape(-1)) for column in scores])
+        correct = scores.margin > 0 if target is None else scores.correct(target)
         if random_label_loss is not None:
             random_label_loss = _float32(random_label_loss.detach().reshape(-1))
         if group is not None:
-            scores, index, correct, random_label_loss = merge.gather(scores, index, correct, random_label_loss, group)
+            scores, index, correct, target, random_label_loss = merge.gather(
+                scores, index, correct, target, random_label_loss, group
+            )
         rows = self._rows(index, scores)
         labelled = torch.where(scores.loss.isnan(), self.num_examples, rows)
-        batch = Batch(rows, labelled, self.num_examples, scores, correct, random_label_loss, self.epoch)
+        batch = Batch(rows, labelled, self.num_examples, scores, correct, random_label_loss, self.epoch, target)
         self.step += 1
         self._since_merge = mode
         for field in self.fields:
@@ -250,13 +258,22 @@ class ExampleTracker:
             raise ValueError(f"statistic: expected one of {', '.join(self.statistics)}, got {name!r}")
         return self.statistics[name].read(self._examples())
 
-    def difficulty(self, name: str) -> Tensor:
+    def difficulty(self, name: str, unseen: float = math.nan) -> Tensor:
         """Return the statistic times its direction: higher is harder, whichever is asked for.
+
+        Args:
+            name: of a statistic.
+            unseen: what stands for examples without the statistic: never observed, or not often enough. NaN takes no
+                part in a policy and is visited by `DifficultySampler`; +inf ranks first.
 
         Raises:
             ValueError: as `statistic`.
+            TypeError: ``unseen`` is no number.
         """
-        return self.statistic(name) * self.statistics[name].direction
+        if unseen == unseen:
+            check_number("difficulty", "unseen", unseen, "[-inf, inf]")
+        difficulty = self.statistic(name) * self.statistics[name].direction
+        return torch.where(difficulty.isnan(), unseen, difficulty)
 
     def random_label_quantile(self, p: float = 0.1) -> Tensor:
         """Return the p-quantile of the random-label losses of the last finished epoch, a scalar float32 tensor.
@@ -271,18 +288,40 @@ class ExampleTracker:
             TypeError: p is no number.
             ValueError: p is out of range, or the field ``random_label_loss`` is not kept.
         """
-        if isinstance(p, bool) or not isinstance(p, Real):
-            raise TypeError(f"random_label_quantile: p must be a number in (0, 1), got {type(p).__name__}")
-        if not 0 < p < 1:
-            raise ValueError(f"random_label_quantile: p must be in (0, 1), got {p}")
+        check_number("random_label_quantile", "p", p, "(0, 1)")
         if "random_label_counts" not in self._state:
             raise ValueError("random_label_quantile: the field 'random_label_loss' is not kept")
         name = "random_label_counts" + ("_before" if self.epoch > 1 else "")
         return random_labels.quantile(self._state[name], p)
 
-    def report(self, **options: Any) -> Report:
-        """Return the map of the data set: easy, hard, suspect label, suspect input; see `Report.of`."""
-        return Report.of(self, **options)
+    def labels(self) -> Labels:
+        """Return the label each example was given, the one its predictions suggest, and the confidence in both.
+
+        Raises:
+            ValueError: the field ``suggested_label`` is not kept.
+        """
+        if "suggested" not in self._state:
+            raise ValueError("labels: the field 'suggested_label' is not kept")
+        return suggested.labels(self._examples())
+
+    def report(self, suspect: float = 0.15, uncertain: float = 0.15) -> Report:
+        """Return the map of the data set: easy, hard, suspect label, suspect input; see `Report.of`.
+
+        Args:
+            suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1].
+            uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
+
+        Raises:
+            TypeError, ValueError: as `Report.of`.
+        """
+        return Report.of(self, suspect, uncertain)
+
+    def reset(self) -> None:
+        """Forget everything: the state, the epoch and the step are as in a new tracker."""
+        for column in self._columns:
+            self._state[column.name].fill_(column.initial)
+        self.epoch, self.step = 1, 0
+        self._base = self._since_merge = None
 
     def to(self, device: torch.device | str) -> ExampleTracker:
         """Move the state to a device; return the tracker."""

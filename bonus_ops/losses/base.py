@@ -39,7 +39,7 @@ class Loss:
 
     def parameters(self) -> tuple[float, ...]:
         """Return the numbers handed to the kernel pair at run time; by default the fields in order."""
-        return tuple(encode(self)[1].tolist()) or (0.0,)
+        return tuple(self._numbers()) or (0.0,)
 
     @property
     def current(self) -> Any:
@@ -47,9 +47,11 @@ class Loss:
         return self
 
     def _encoded(self) -> tuple[str, Tensor]:
+        return self._name, torch.tensor(self._numbers(), dtype=torch.float64, device="cpu")
+
+    def _numbers(self) -> list[float]:
         values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        values = [math.nan if x is None else float(x) for x in values]
-        return self._name, torch.tensor(values, dtype=torch.float64, device="cpu")
+        return [math.nan if x is None else float(x) for x in values]
 
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         """Return what a class of probability ``p = 1 - rest`` costs for its ``share`` of the target.
@@ -119,8 +121,13 @@ def encode(loss: Loss) -> tuple[str, Tensor]:
     return loss._encoded()
 
 
+def class_of(name: str) -> Any:
+    """Return the class whose name `encode` returned."""
+    return _CLASSES[name]
+
+
 def decode(name: str, values: Tensor) -> Any:
     """Rebuild the loss that `encode` described."""
-    cls = _CLASSES[name]
+    cls = class_of(name)
     names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values.tolist(), strict=True)})

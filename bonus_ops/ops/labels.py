@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..call import Call
+from ..call import Call, as_input, as_rows
 from ..kernels.results import LabelResult, empty_labels
 from ..losses import GapLoss, decode, encode
 from ..scores import Scores
@@ -54,25 +54,23 @@ def _by_loops(call: Call) -> Result:
     eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
-    logits = call.logits()
     target = call.target.reshape(-1)
     weight = call.row_weight()
     visit = _Visit(call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.reduction == "mean")
-    loss, *columns = MadeInForward.apply(logits, visit, target, weight)  # type: ignore[no-untyped-call]
+    loss, *columns = MadeInForward.apply(call.input, visit, target, weight)  # type: ignore[no-untyped-call]
     return _result(call, loss, (*columns[0], columns[1]) if columns else None, None)
 
 
 def _by_kernels(call: Call) -> Result:
     mean = call.reduction == "mean" and call.weight is None and not call.softmax
-    if not mean or not is_plain_eager(*call.tensors()):
+    if not mean or call.input.dim() < 2 or not is_plain_eager(*call.tensors()):
         return _by_rows(call)
-    logits = call.logits()
-    target = call.target.reshape(logits.shape[:2])
-    if logits.device.type == "cpu":
-        reference.check_target(target, call.n_classes, call.ignore_index)
-    loss = cast(GapLoss, call.loss).current
-    out = _MeanByKernels.apply(logits, target, call.ignore_index, loss, call.scores)  # type: ignore[no-untyped-call]
-    return _result(call, out[0], (*out[1], out[2]) if call.scores else None, None)
+    if call.input.device.type == "cpu":
+        reference.check_target(call.target, call.n_classes, call.ignore_index)
+    options = (call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.dtype)
+    loss, *columns = _MeanByKernels.apply(call.input, call.target, *options)  # type: ignore[no-untyped-call]
+    scores = Scores(*(c.view(call.row_shape) for c in (*columns[0], columns[1]))) if columns else None
+    return Result(loss, scores, None)
 
 
 _WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
@@ -108,7 +106,7 @@ def _reduced(call: Call, loss: Tensor) -> Tensor:
 def _result(call: Call, loss: Tensor, columns: Any, probabilities: Tensor | None) -> Result:
     loss = call.shaped(loss) if call.reduction == "none" else loss
     scores = None if columns is None else Scores(*(c.reshape(call.row_shape) for c in columns))
-    softmax = None if probabilities is None else call.shaped_as_input(probabilities)
+    softmax = None if probabilities is None else as_input(probabilities, call.input)
     return Result(loss.to(call.dtype), scores, softmax)
 
 
@@ -123,8 +121,8 @@ class _Visit(NamedTuple):
     scores: bool
     mean: bool
 
-    def visit(self, logits: Tensor, operands: Tensors) -> Visited:
-        target, weight = operands
+    def visit(self, input: Tensor, operands: Tensors) -> Visited:
+        logits, (target, weight) = as_rows(input), operands
         assert target is not None
         loops, n_classes = room("numba", "labels"), logits.shape[2]
         n, n_bad, bad = loops.count(target, n_classes, self.ignore_index)
@@ -133,7 +131,7 @@ class _Visit(NamedTuple):
         dtype = reference.accumulation_dtype(logits.dtype)
         if weight is None:
             divisor: Any = n if self.mean else 1
-            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype)
+            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype, device="cpu")
         else:
             divisor = weight.sum() if self.mean else 1
             upstream = (weight / divisor).to(dtype)
@@ -142,22 +140,23 @@ class _Visit(NamedTuple):
         total = out.loss.sum() if weight is None else (out.loss * weight).sum()
         total = total / divisor if self.mean else total
         others = (out.scores, out.runner_up) if self.scores else ()
-        return Visited(total, others, grad, (upstream, out.saved if halves else None))
+        return Visited(total, others, as_input(grad, input), (upstream, out.saved if halves else None))
 
-    def again(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
-        target, (upstream, saved) = operands[0], kept
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+        logits, target, (upstream, saved) = as_rows(input), operands[0], kept
         assert target is not None and upstream is not None
         loops, upstream = room("numba", "labels"), upstream * factor.to(upstream.dtype)
         if saved is None:
-            grad: Tensor = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False)[1]
-            return grad
-        grad = loops.backward(logits, target, saved, upstream, self.ignore_index, self.loss)
-        return grad
+            grad = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False)[1]
+        else:
+            grad = loops.backward(logits, target, saved, upstream, self.ignore_index, self.loss)
+        return as_input(grad, input)
 
-    def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
-        target, upstream = operands[0], kept[0]
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+        logits, target, upstream = as_rows(input), operands[0], kept[0]
         assert target is not None and upstream is not None
-        return _gradient(logits, target, (factor * upstream).expand(target.numel()), self.ignore_index, self.loss)
+        grad = _gradient(logits, target, (factor * upstream).expand(target.numel()), self.ignore_index, self.loss)
+        return as_input(grad, input)
 
 
 def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
@@ -169,16 +168,21 @@ def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: i
 
 
 class _MeanByKernels(torch.autograd.Function):
-    """The mean over the rows not ignored, by kernels that count them too: five launches in all."""
+    """Mean over the rows not ignored, launched from here.
+
+    Takes the input itself, so that its view as rows is no node of the tape, and returns the mean in ``dtype``, with
+    ``scores`` also scores [5, N] and runner-up [N].
+    """
 
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, loss, scores):  # type: ignore[no-untyped-def]
-        mean, columns, runner_up, saved = room("triton", "labels").forward_mean(
-            logits, target, ignore_index, loss, scores
-        )
-        ctx.save_for_backward(logits, target, *saved)
+    def forward(ctx, input, target, ignore_index, loss, scores, dtype):  # type: ignore[no-untyped-def]
+        kernels = room("triton", "labels")
+        mean, columns, runner_up, saved = kernels.forward_mean(as_rows(input), target, ignore_index, loss, scores)
+        ctx.save_for_backward(input, target, *saved)
         ctx.ignore_index, ctx.loss = ignore_index, loss
         ctx.set_materialize_grads(False)
+        if mean.dtype != dtype:
+            mean = mean.to(dtype)
         if not scores:
             return (mean,)
         ctx.mark_non_differentiable(columns, runner_up)
@@ -187,16 +191,15 @@ class _MeanByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         if grad_loss is None:
-            return (None,) * 5
-        logits, target, *saved = ctx.saved_tensors
+            return (None,) * 6
+        input, target, *saved = ctx.saved_tensors
+        logits = as_rows(input)
         if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
-            upstream = (grad_loss / saved[1]).expand(target.numel())
+            upstream = (grad_loss / saved[-1]).expand(target.numel())
             grad = _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss)
         else:
-            grad = room("triton", "labels").backward_mean(
-                logits, target, tuple(saved), grad_loss, ctx.ignore_index, ctx.loss
-            )
-        return grad, None, None, None, None
+            grad = room("triton", "labels").backward_mean(logits, target, saved, grad_loss, ctx.ignore_index, ctx.loss)
+        return as_input(grad, input), *(None,) * 5
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

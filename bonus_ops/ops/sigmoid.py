@@ -73,7 +73,8 @@ class _Visit(NamedTuple):
 
     def visit(self, input: Tensor, operands: Tensors) -> Visited:
         of = self._elements(input, operands)
-        value, grad = room("numba", "sigmoid").visit(of, torch.tensor(1 / self.divisor, dtype=of.dtype))
+        upstream = torch.tensor(1 / self.divisor, dtype=of.dtype, device="cpu")
+        value, grad = room("numba", "sigmoid").visit(of, upstream)
         return Visited(value / self.divisor, (), grad, ())
 
     def again(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:

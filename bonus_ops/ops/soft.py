@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import Call
+from ..call import Call, as_input
 from ..kernels.results import SoftResult, empty_soft
 from ..losses import ClassLoss, Loss, decode, encode
 from ..scores import Scores
@@ -33,15 +33,17 @@ class _Rows(NamedTuple):
     """The operands of a call: its rows, what their shares are made of, and what the mean divides by."""
 
     logits: Tensor
-    label: Tensor  # [outer, inner], of probabilities the largest
+    label: Tensor  # [outer, inner], of probabilities the largest where that is asked for
     targets: SoftTargets
     divisor: Tensor
 
 
-def _rows(call: Call) -> _Rows:
+def _rows(call: Call, largest: bool = True) -> _Rows:
     logits, targets = call.logits(), call.soft_targets()
     if targets.probabilities is not None:
-        label = targets.probabilities.argmax(-1) if call.n_classes else call.target.new_zeros(logits.shape[:2]).long()
+        known = largest and call.n_classes > 0
+        label = targets.probabilities.argmax(-1) if known else call.target.new_zeros((), dtype=torch.int64)
+        label = label.expand(logits.shape[:2])
         divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)
     else:
         label = call.target.reshape(logits.shape[:2])
@@ -69,7 +71,7 @@ def _by_loops(call: Call) -> Result:
     eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none":
         return _by_rows(call)
-    of = _rows(call)
+    of = _rows(call, largest=False)  # loops find it on their way
     given = of.targets.probabilities
     visit = _Visit(call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:])
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)
@@ -109,7 +111,7 @@ def _result(call: Call, of: _Rows, loss: Tensor, columns: Any) -> Result:
     softmax = None
     if call.softmax:
         label = torch.zeros_like(of.label) if call.by_probabilities else of.label
-        softmax = call.shaped_as_input(labels.softmax(call, of.logits, label))
+        softmax = as_input(labels.softmax(call, of.logits, label), call.input)
     return Result(loss.to(dtype), scores, softmax)
 
 
@@ -166,7 +168,7 @@ class _Visit(NamedTuple):
 
 
 def _check_labels(label: Tensor, n_classes: int, ignore_index: int) -> None:
-    _, n_bad, bad = room("numba", "labels").count(label.reshape(-1).contiguous(), n_classes, ignore_index)
+    _, n_bad, bad = room("numba", "labels").count(label, n_classes, ignore_index)
     if n_bad:
         raise reference.out_of_bounds(bad, n_bad, n_classes, ignore_index)
 

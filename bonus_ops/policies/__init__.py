@@ -1,10 +1,13 @@
 """Policies: from scores or statistics of examples to weights and masks.
 
 Pure functions of tensors, on their device, without a host sync; randomness comes from the generator given. Wherever a
-policy ranks it takes a *difficulty*, higher is harder: ``scores.difficulty(name)``. NaN (an ignored row, a suspect that
-`guarded` took out) takes no part in any of them: it is not chosen and weighs 0.
+policy ranks it takes a *difficulty*, higher is harder: ``scores.difficulty(name)``. NaN (an ignored row, an example not
+seen) and -inf (`TAKEN_OUT`: a suspect that `guarded` took out; also a row with one class left, which teaches nothing)
+take no part in any of them: they are not chosen and weigh 0. Only `DifficultySampler`, which decides over whole epochs,
+visits NaN, so that what was not seen gets seen.
 """
 
+from .checks import TAKEN_OUT
 from .curriculum import co_teaching_keep, self_paced_threshold, self_paced_weight, small_loss
 from .denoise import guarded, late_stopping_mask, mastered_mask, noise_mask
 from .history import History
@@ -28,6 +31,7 @@ __all__ = [
     "Draw",
     "History",
     "Selection",
+    "TAKEN_OUT",
     "co_teaching_keep",
     "exponentiated_gradient",
     "exponentiated_weight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..number_checks import check_integer, check_number
 
 __all__ = [
+    "TAKEN_OUT",
     "check_generator",
     "check_index",
     "check_integer",
@@ -17,8 +19,12 @@ __all__ = [
     "check_number",
     "check_shape",
     "check_threshold",
+    "check_threshold_is_known",
     "check_vector",
+    "checked_difficulty",
 ]
+
+TAKEN_OUT = -math.inf  # the difficulty of what `guarded` takes out: known, and not wanted
 
 
 def check_vector(function: str, name: str, x: Any) -> None:
@@ -28,6 +34,13 @@ def check_vector(function: str, name: str, x: Any) -> None:
         raise TypeError(f"{function}: {name} must be a floating point tensor, got {x.dtype}")
     if x.dim() != 1:
         raise RuntimeError(f"{function}: {name} must have shape [N], got {list(x.shape)}")
+
+
+def checked_difficulty(function: str, name: str, x: Any) -> Tensor:
+    """Return ``x`` detached, NaN where it takes no part; raise as `check_vector`."""
+    check_vector(function, name, x)
+    difficulty: Tensor = x.detach()
+    return difficulty.masked_fill(difficulty == TAKEN_OUT, math.nan)
 
 
 def check_mask(function: str, name: str, x: Any) -> None:
@@ -62,6 +75,16 @@ def check_threshold(function: str, name: str, value: Any, interval: str) -> None
         check_number(function, name, value, interval)
     elif value.dim() > 0:
         raise RuntimeError(f"{function}: {name} must be a number or a scalar tensor, got shape {list(value.shape)}")
+
+
+def check_threshold_is_known(function: str, name: str, value: Tensor | float, compared: Tensor) -> None:
+    """Raise, where that needs no wait, if ``value`` is a NaN that something is compared with: nothing is above it."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_batchedtensor(value) or not value.isnan():
+        return
+    if compared.device.type != "cpu" or not compared.isnan().all():
+        raise ValueError(f"{function}: {name} must be known, got nan: the quantile or mean it is saw no losses")
 
 
 def check_generator(function: str, generator: Any) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_threshold, check_vector
+from .checks import check_integer, check_number, check_threshold, check_threshold_is_known, checked_difficulty
 
 __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "small_loss"]
 
@@ -57,9 +57,9 @@ def small_loss(difficulty: Tensor, keep: float) -> Tensor:
     References:
         arXiv 1804.06872, Algorithm 1.
     """
-    check_vector("small_loss", "difficulty", difficulty)
+    difficulty = checked_difficulty("small_loss", "difficulty", difficulty)
     check_number("small_loss", "keep", keep, "[0, 1]")
-    order = difficulty.detach().argsort(stable=True)  # NaN last
+    order = difficulty.argsort(stable=True)  # NaN last
     n_kept = (keep * (~difficulty.isnan()).sum().double()).floor()
     easiest = torch.arange(len(order), device=order.device) < n_kept
     return torch.empty_like(easiest).scatter(0, order, easiest)
@@ -86,9 +86,9 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
     References:
         Kumar et al., Self-Paced Learning, NeurIPS 2010; Jiang et al., MentorNet, ICML 2018, arXiv 1712.05055.
     """
-    check_vector("self_paced_weight", "loss", loss)
+    loss = checked_difficulty("self_paced_weight", "loss", loss)
     check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]")
-    loss = loss.detach()
+    check_threshold_is_known("self_paced_weight", "threshold", threshold, loss)
     if gamma is None:
         return (loss < threshold).to(loss.dtype)
     check_number("self_paced_weight", "gamma", gamma, "(0, inf)")
@@ -103,7 +103,8 @@ def self_paced_threshold(
     Args:
         previous: the last threshold, a scalar tensor, or None at the start.
         loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            NaN takes no part (a batch of NaN alone, or of nothing, leaves the threshold; at the start it gives NaN).
+            NaN takes no part (a batch of NaN alone, or of nothing, leaves the threshold; at the start it gives NaN,
+            which the next batch that has a loss replaces).
         percentile: in [0, 1], default 0.7.
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 
@@ -116,12 +117,13 @@ def self_paced_threshold(
     References:
         arXiv 1712.05055, section 3.2; google/mentornet.
     """
-    check_vector("self_paced_threshold", "loss", loss)
+    loss = checked_difficulty("self_paced_threshold", "loss", loss)
     check_number("self_paced_threshold", "percentile", percentile, "[0, 1]")
     check_number("self_paced_threshold", "momentum", momentum, "[0, 1)")
-    loss = loss.detach().float()
+    loss = loss.float()
     now = loss.nanquantile(percentile) if len(loss) else loss.new_full((), math.nan)
     if previous is None:
         return now
     check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]")
-    return torch.where(now.isnan(), previous, momentum * previous + (1 - momentum) * now)
+    mean = momentum * previous + (1 - momentum) * now
+    return torch.where(now.isnan(), previous, torch.where(torch.as_tensor(previous).isnan(), now, mean))

@@ -6,7 +6,17 @@ import math
 
 from torch import Tensor
 
-from .checks import check_integer, check_mask, check_number, check_shape, check_threshold, check_vector
+from .checks import (
+    TAKEN_OUT,
+    check_integer,
+    check_mask,
+    check_number,
+    check_shape,
+    check_threshold,
+    check_threshold_is_known,
+    check_vector,
+    checked_difficulty,
+)
 
 __all__ = ["guarded", "late_stopping_mask", "mastered_mask", "noise_mask"]
 
@@ -27,7 +37,8 @@ def noise_mask(
     Args:
         recent_loss: [N] in nats, mean of each example's last ``scores.loss`` (2), the plain cross-entropy; NaN,
             never seen, is not flagged.
-        threshold: scalar tensor or number, e.g. ``History.quantile(0.10)``.
+        threshold: scalar tensor or number, e.g. ``History.quantile(0.10)``. NaN, as of a quantile that saw no losses,
+            raises where there is a loss to judge; on a GPU, where that would wait, it flags nothing.
         observations: int [N], how often each was seen.
         min_observations: an example seen less often is not flagged; default 2, the losses in the mean.
 
@@ -44,6 +55,7 @@ def noise_mask(
     check_vector("noise_mask", "recent_loss", recent_loss)
     check_integer("noise_mask", "min_observations", min_observations, 0)
     check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]")
+    check_threshold_is_known("noise_mask", "threshold", threshold, recent_loss)
     suspect = recent_loss.detach() > threshold
     if observations is None:
         return suspect
@@ -52,9 +64,10 @@ def noise_mask(
 
 
 def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
-    """Return the difficulty with suspects taken out (NaN): the default before any hard sampling.
+    """Return the difficulty with suspects taken out: the default before any hard sampling.
 
-    Every policy here leaves NaN alone: it is not chosen, weighs 0, and does not enter a `History`. So
+    Their mark is `TAKEN_OUT`, -inf, not the NaN of what is not known. Every policy here leaves them alone: they are not
+    chosen, weigh 0, and do not enter a `History`; `DifficultySampler` does not visit them. So
     ``selective_backprop(guarded(loss, noise_mask(...)), history)`` is the noise-aware prioritiser.
 
     Args:
@@ -62,7 +75,7 @@ def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
         noisy: bool [N], True where suspect: `noise_mask`, `late_stopping_mask`.
 
     Returns:
-        [N] of the dtype of ``difficulty``, NaN where noisy; detached, no host sync.
+        [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync.
 
     Raises:
         TypeError, RuntimeError: an argument of a wrong type or shape.
@@ -70,7 +83,7 @@ def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
     check_vector("guarded", "difficulty", difficulty)
     check_mask("guarded", "noisy", noisy)
     check_shape("guarded", "noisy", noisy, difficulty)
-    return difficulty.detach().masked_fill(noisy, math.nan)
+    return difficulty.detach().masked_fill(noisy, TAKEN_OUT)
 
 
 def mastered_mask(
@@ -105,12 +118,12 @@ def mastered_mask(
     References:
         Instance-dependent Early Stopping, ICLR 2025, arXiv 2502.07547, Eq. 3.
     """
-    check_vector("mastered_mask", "second_difference", second_difference)
+    second_difference = checked_difficulty("mastered_mask", "second_difference", second_difference)
     check_shape("mastered_mask", "observations", observations, second_difference, integer=True)
     check_number("mastered_mask", "delta", delta, "(0, inf)")
     check_integer("mastered_mask", "min_observations", min_observations, 0)
     check_integer("mastered_mask", "readmit_every", readmit_every, 1)
-    mastered = (second_difference.detach() < delta) & (observations >= min_observations)
+    mastered = (second_difference < delta) & (observations >= min_observations)
     if epoch is None:
         return mastered
     check_integer("mastered_mask", "epoch", epoch, 0)
@@ -139,7 +152,7 @@ def late_stopping_mask(learned_epoch: Tensor, learned_share: float) -> Tensor:
     References:
         Yuan et al., Late Stopping, ICCV 2023, arXiv 2308.13862.
     """
-    check_vector("late_stopping_mask", "learned_epoch", learned_epoch)
+    learned_epoch = checked_difficulty("late_stopping_mask", "learned_epoch", learned_epoch)
     check_number("late_stopping_mask", "learned_share", learned_share, "(0, 1]")
     learned = learned_epoch.isfinite().sum()
     return (learned_epoch == math.inf) & (learned >= learned_share * (~learned_epoch.isnan()).sum())

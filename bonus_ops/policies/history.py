@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_vector
+from .checks import check_integer, check_number, checked_difficulty
 
 __all__ = ["History"]
 
@@ -48,22 +48,22 @@ class History(NamedTuple):
         return self.written.clamp(max=len(self.values))
 
     def push(self, x: Tensor) -> History:
-        """Return the history after ``x`` [N], in order; NaN takes no part."""
-        check_vector("History.push", "x", x)
+        """Return the history after ``x`` [N], in order; NaN and -inf (taken out) take no part."""
+        x = checked_difficulty("History.push", "x", x)
         size = len(self.values)
         valid = ~x.isnan()
         rank = valid.cumsum(0)
         # of more than `size` new values only the last fit; what does not go in lands in a slot that is cut off
         fits = valid & (rank > valid.sum() - size)
         slot = torch.where(fits, (self.written + rank - 1) % size, size)
-        values = torch.cat([self.values, self.values.new_zeros(1)]).scatter(0, slot, x.detach().to(self.values.dtype))
+        values = torch.cat([self.values, self.values.new_zeros(1)]).scatter(0, slot, x.to(self.values.dtype))
         return History(values[:size], self.written + valid.sum())
 
     def cdf(self, x: Tensor) -> Tensor:
-        """Return the share of held values below ``x`` [N], ties counted half; NaN where ``x`` or the history is."""
-        check_vector("History.cdf", "x", x)
+        """Return the share of held values below ``x`` [N], ties half; NaN for NaN, -inf and an empty history."""
+        x = checked_difficulty("History.cdf", "x", x)
         ordered = self.values.sort().values
-        x = x.detach().to(ordered.dtype)
+        x = x.to(ordered.dtype)
         below = torch.searchsorted(ordered, x)
         not_above = torch.minimum(torch.searchsorted(ordered, x, right=True), self.filled)
         return torch.where(x.isnan(), math.nan, (below + not_above).to(ordered.dtype) / (2 * self.filled))

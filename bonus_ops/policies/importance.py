@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_generator, check_integer, check_number, check_vector
+from .checks import check_generator, check_integer, check_number, checked_difficulty
 from .selective import Selection
 
 __all__ = ["Draw", "importance_draw", "importance_gain", "importance_pays", "poisson_selection"]
@@ -36,8 +36,8 @@ def importance_draw(
     them is a bias too.
 
     Args:
-        difficulty: s, [B], >= 0: ``el2n`` (the paper's gradient norm) or ``loss``. NaN takes no part; a negative
-            counts as 0, +inf as the largest float32. Where all are 0 the draw is uniform;
+        difficulty: s, [B], >= 0: ``el2n`` (the paper's gradient norm) or ``loss``. NaN and -inf (taken out) take no
+            part; another negative counts as 0, +inf as the largest float32. Where all are 0 the draw is uniform;
             where all are NaN it weighs 0.
         size: how many to draw, >= 1; the paper presamples B = 3 size.
         smoothing: c >= 0, default 0; above 0 every example can be drawn and no weight exceeds ``mean(s + c) / c``.
@@ -149,8 +149,8 @@ def _weight_dtype(difficulty: Tensor) -> torch.dtype:
 
 def _scores(function: str, difficulty: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the scores in float64, 0 where NaN, all 1 where none is positive; and which are not NaN."""
-    check_vector(function, "difficulty", difficulty)
+    difficulty = checked_difficulty(function, "difficulty", difficulty)
     check_number(function, "smoothing", smoothing, "[0, inf)")
     valid = ~difficulty.isnan()
-    score = torch.where(valid, difficulty.detach().double().clamp(0, LARGEST) + smoothing, 0.0)
+    score = torch.where(valid, difficulty.double().clamp(0, LARGEST) + smoothing, 0.0)
     return torch.where(score.sum() > 0, score, valid.double()), valid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_generator, check_number, check_vector
+from .checks import check_generator, check_number, checked_difficulty
 
 __all__ = ["infobatch"]
 
@@ -27,7 +27,7 @@ def infobatch(
 
     Args:
         difficulty: [N], the last ``scores.loss`` of each example; higher is harder. +inf (never seen) is kept
-            and left out of the mean; NaN takes no part and weighs 0.
+            and left out of the mean; NaN and -inf (taken out) take no part and weigh 0.
         ratio: in [0, 1), default 0.5.
         progress: share of training done, in [0, 1].
         stop: in [0, 1], default 0.875.
@@ -42,12 +42,12 @@ def infobatch(
     References:
         Qin et al., InfoBatch, ICLR 2024, arXiv 2303.04947.
     """
-    check_vector("infobatch", "difficulty", difficulty)
+    difficulty = checked_difficulty("infobatch", "difficulty", difficulty)
     check_generator("infobatch", generator)
     check_number("infobatch", "ratio", ratio, "[0, 1)")
     check_number("infobatch", "progress", progress, "[0, 1]")
     check_number("infobatch", "stop", stop, "[0, 1]")
-    difficulty = difficulty.detach().to(torch.promote_types(difficulty.dtype, torch.float32))
+    difficulty = difficulty.to(torch.promote_types(difficulty.dtype, torch.float32))
     everyone = (~difficulty.isnan()).to(difficulty.dtype)
     if progress >= stop:
         return everyone

@@ -7,7 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_index, check_integer, check_number, check_shape, check_threshold, check_vector
+from .checks import (
+    check_index,
+    check_integer,
+    check_number,
+    check_shape,
+    check_threshold,
+    check_threshold_is_known,
+    check_vector,
+    checked_difficulty,
+)
 
 __all__ = [
     "exponentiated_gradient",
@@ -40,11 +49,11 @@ def focal_weight(loss: Tensor, *, gamma: float = 2.0) -> Tensor:
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002.
     """
-    check_vector("focal_weight", "loss", loss)
+    loss = checked_difficulty("focal_weight", "loss", loss)
     check_number("focal_weight", "gamma", gamma, "[0, inf)")
     if 0 < gamma < 1:
         raise ValueError(f"focal_weight: gamma must be 0 or at least 1, where the weight is bounded, got {gamma!r}")
-    loss = loss.detach().clamp(min=0)
+    loss = loss.clamp(min=0)
     if gamma == 0:
         return torch.where(loss.isnan(), 0.0, torch.ones_like(loss))
     rest, p = -torch.expm1(-loss), torch.exp(-loss)
@@ -73,10 +82,11 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
     References:
         Castells et al., SuperLoss, NeurIPS 2020, Eq. 5.
     """
-    check_vector("superloss_weight", "loss", loss)
+    loss = checked_difficulty("superloss_weight", "loss", loss)
     check_number("superloss_weight", "regularization", regularization, "(0, inf)")
     check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)")
-    beta = (loss.detach() - threshold) / regularization
+    check_threshold_is_known("superloss_weight", "threshold", threshold, loss)
+    beta = (loss - threshold) / regularization
     weight = torch.exp(-_lambert_w(beta.clamp(min=-2 / math.e) / 2))
     return torch.where(beta.isnan(), 0.0, weight)
 
@@ -119,8 +129,8 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
     References:
         Sanyal et al., Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting, 2025, arXiv 2502.02797.
     """
-    check_vector("flow_weight", "loss", loss)
-    loss = loss.detach().clamp(min=0)
+    loss = checked_difficulty("flow_weight", "loss", loss)
+    loss = loss.clamp(min=0)
     if temperature is None:
         tau = loss.nanmedian()
     else:
@@ -176,10 +186,10 @@ def exponentiated_gradient(
         1911.08731, Algorithm 1. Task-robust pre-training: arXiv 2306.12070.
     """
     check_vector("exponentiated_gradient", "log_weight", log_weight)
-    check_vector("exponentiated_gradient", "loss", loss)
+    loss = checked_difficulty("exponentiated_gradient", "loss", loss)
     check_number("exponentiated_gradient", "eta", eta, "[0, inf)")
     check_number("exponentiated_gradient", "max_loss", max_loss, "(0, inf]")
-    loss = loss.detach().clamp(max=max_loss)
+    loss = loss.clamp(max=max_loss)
     step = (eta if ascent else -eta) * torch.where(loss.isnan(), 0.0, loss).to(log_weight.dtype)
     if index is None:
         check_shape("exponentiated_gradient", "loss", loss, log_weight)
@@ -237,15 +247,17 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
     check_vector("group_weight", "log_weight", log_weight)
     _, count = _group_sums("group_weight", loss, group, len(log_weight))
     share = torch.softmax(log_weight.detach(), 0)
-    return torch.where(loss.isnan(), 0.0, (share / count)[group.to(torch.int64)])
+    return torch.where(
+        checked_difficulty("group_weight", "loss", loss).isnan(), 0.0, (share / count)[group.to(torch.int64)]
+    )
 
 
 def _group_sums(function: str, loss: Tensor, group: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    check_vector(function, "loss", loss)
+    loss = checked_difficulty(function, "loss", loss)
     check_integer(function, "n_groups", n_groups, 1)
     check_index(function, "group", group, loss, n_groups)
     group = group.to(torch.int64)  # a uint8 index would be a mask
-    loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 counts to 256
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 counts to 256
     valid = ~loss.isnan()
     zeros = loss.new_zeros(n_groups)
     return zeros.index_add(0, group, torch.where(valid, loss, 0.0)), zeros.index_add(0, group, valid.to(loss.dtype))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .checks import check_integer, check_vector
+from .checks import TAKEN_OUT, check_integer, check_vector
 from .selective import Selection
 
 __all__ = ["DifficultySampler"]
@@ -19,21 +21,44 @@ Policy = Callable[[Tensor, torch.Generator], Tensor]
 STATE = ("seed", "epoch", "rank", "world_size", "order", "weight", "position")
 
 
+@dataclass
+class _Plan:
+    """An epoch: whom it visits, in which order, with which weights; and how far that has come."""
+
+    epoch: int
+    order: Tensor  # of this process
+    weight: Tensor  # of all examples
+    start: int = 0  # where its iterators begin
+    reached: int = 0  # the furthest place of any of them
+    begun: int = 0  # how many there were
+    loaded: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.reached >= len(self.order)
+
+    def visit(self) -> Iterator[int]:
+        for place in range(self.start, len(self.order)):
+            self.reached = max(self.reached, place + 1)
+            yield int(self.order[place])
+
+
 class DifficultySampler(Sampler[int]):
     """Visit, in random order, the examples to which a policy gives a weight.
 
     At the start of every epoch the policy sees the difficulty of all examples (stale: from when each was last seen)
     and returns their weights for the epoch; those of weight 0 are skipped and cost nothing. Multiply the losses by
-    ``sampler.weight[index]``. NaN takes no part here either: what `guarded` took out is not visited.
+    ``sampler.weight[index]``. What is not known is visited, so that nobody starves; what `guarded` took out is not.
 
     The same on every process: the draw depends on (seed, epoch) and on the difficulty, which must be merged over
     processes first. Process ``rank`` takes every ``world_size``-th of the shuffled order; up to ``world_size - 1`` are
-    left over for the epoch, so that shards are disjoint and of equal length. Skip `DistributedSampler`.
+    left over for the epoch, so that shards are disjoint and of equal length. Skip `DistributedSampler`. Where a library
+    shards what the sampler gives (accelerate, Lightning), leave ``rank`` and ``world_size`` alone.
 
     Args:
         difficulty: float [num_examples], or a function that returns it, called once an epoch. Higher is harder. NaN
-            takes no part: weight 0. +inf was never seen: visited with weight 1, and the policy gets NaN for it. An
-            `ExampleTracker` gives NaN for the unseen: ``nan_to_num(nan=math.inf)``, before `guarded`.
+            and +inf are not known, or never seen: visited with weight 1. -inf is taken out, as by `guarded`: weight 0.
+            The policy gets NaN for all three. ``lambda: tracker.difficulty("recent_loss")`` will do.
         policy: ``(difficulty, generator) -> weight [num_examples]``, on the CPU, finite and >= 0 (what it gives for NaN
             does not matter); a bool mask will do. A `Selection` is not a weight: take its ``keep`` or
             ``unbiased_weight``.
@@ -42,12 +67,17 @@ class DifficultySampler(Sampler[int]):
         world_size: number of processes.
 
     Attributes:
-        weight: float [num_examples] on the CPU, of the present epoch.
+        epoch: the epoch last begun, or the one set since.
+        weight: float [num_examples] on the CPU, of the epoch last begun; before the first, of that to come.
 
-    Call `set_epoch` before every epoch, so that ``len`` is that epoch's; without it each new iteration starts the next.
-    `state_dict` holds the epoch's plan and the place in it, so that a resumed run visits the rest of the same epoch
-    (``len`` stays that of the whole), or the next epoch where that one was finished. It counts what was handed out:
-    with workers, a DataLoader fetches ahead of what was trained.
+    **Epochs.** Call `set_epoch` before every epoch, as with `DistributedSampler`. An iterator keeps the plan and the
+    place it began with, whatever is set or iterated meanwhile. Until one of an epoch's iterators has given its last
+    example, a further one (a look at the first batch) begins the same epoch; after that, without `set_epoch`, the next.
+
+    **Saving.** `state_dict` holds the epoch's plan and the place in it, so that a resumed run visits the rest of the
+    same epoch (``len`` stays that of the whole), or the next epoch where that one was finished. The place is what was
+    handed out; a DataLoader with workers, or a library that looks ahead, has taken more than was trained: say what was
+    by ``state_dict(position=...)``.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape; a policy whose weights have
@@ -56,7 +86,8 @@ class DifficultySampler(Sampler[int]):
     Example:
         >>> import math, torch
         >>> from bonus_ops.policies import *
-        >>> loss = torch.tensor([0.1, 5.0, 0.2, math.nan, math.inf])  # the last two: a suspect, one never seen
+        >>> loss = torch.tensor([0.1, 5.0, 0.2, 6.0, math.nan])  # a suspect, and one never seen
+        >>> loss = guarded(loss, loss > 5.5)
         >>> sorted(DifficultySampler(loss, lambda d, g: small_loss(d, keep=0.7)))
         [0, 2, 4]
 
@@ -66,8 +97,8 @@ class DifficultySampler(Sampler[int]):
         >>> from bonus_ops.dynamics import ExampleTracker
         >>> tracker = ExampleTracker(100, fields="all")
         >>> def difficulty():
-        ...     recent = tracker.statistic("recent_loss")
-        ...     return guarded(recent.nan_to_num(nan=math.inf), noise_mask(recent, 4.0))
+        ...     recent = tracker.difficulty("recent_loss")
+        ...     return guarded(recent, noise_mask(recent, 4.0))
         >>> def selective(d, g):
         ...     return selective_backprop(d, History.empty(len(d)).push(d), generator=g).keep
         >>> pruned = DifficultySampler(difficulty, lambda d, g: infobatch(d, generator=g))
@@ -112,55 +143,76 @@ class DifficultySampler(Sampler[int]):
         if rank >= world_size:
             raise ValueError(f"DifficultySampler: rank must be below world_size {world_size}, got {rank}")
         self.difficulty, self.policy = difficulty, policy
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size = int(seed), int(rank), int(world_size)
         self.epoch = 0
-        self._order: Tensor | None = None  # of this process, made when first asked for
-        self._weight: Tensor | None = None
-        self._position = 0
-        self._iterated = False
-        self._resumed = False  # in the middle of an epoch, not iterated since
+        self._plan: _Plan | None = None  # of the epoch, made when first asked for
+        self._begun: _Plan | None = None  # of the last iterator
 
     def set_epoch(self, epoch: int) -> None:
-        """Start this epoch at the next iteration, from its beginning, with the difficulty of then.
+        """Let the next iterator be of this epoch, from its beginning, with the difficulty of then.
 
-        Right after `load_state_dict` of an unfinished epoch, that epoch keeps its plan and place.
+        Iterators that run are not touched. An epoch that has begun, or was loaded, and is not finished keeps its plan
+        and where it starts.
+
+        Raises:
+            TypeError, ValueError: ``epoch`` is no int (of Python or numpy), or negative.
         """
         check_integer("DifficultySampler.set_epoch", "epoch", epoch, 0)
-        if self._resumed and epoch == self.epoch:
+        plan = self._plan
+        if plan and plan.epoch == epoch and (plan.begun or plan.loaded) and not plan.finished:
+            plan.begun = min(plan.begun, 1)  # again, and on purpose
             return
-        self.epoch, self._order, self._position = epoch, None, 0
-        self._iterated = self._resumed = False
+        self.epoch, self._plan = int(epoch), None
 
     @property
     def weight(self) -> Tensor:
-        """Weight of every example in the present epoch, float [num_examples]; 0 where skipped."""
-        self._plan()
-        assert self._weight is not None
-        return self._weight
+        """Weight of every example in the epoch last begun (before: to come), float [num_examples]; 0 where skipped."""
+        return (self._begun or self._planned()).weight
 
     def __len__(self) -> int:
-        """Return how many examples this process visits in the present epoch: the last begun, or the one set."""
-        return len(self._plan())
+        """Return how many examples this process visits in the epoch: the last begun, or the one set since."""
+        return len(self._planned().order)
 
     def __iter__(self) -> Iterator[int]:
-        if self._iterated:
-            self.set_epoch(self.epoch + 1)
-        order = self._plan()  # may raise: the epoch is not begun then
-        self._iterated, self._resumed = True, False
-        while self._position < len(order):
-            self._position += 1
-            yield int(order[self._position - 1])
+        plan = self._planned()
+        if plan.finished:
+            plan = self._made(self.epoch + 1)  # may raise: the epoch is not begun then
+        if plan.begun > 1:
+            warnings.warn(
+                f"DifficultySampler: epoch {plan.epoch} begins for the {plan.begun + 1}. time, none of its iterators "
+                f"came to the end ({plan.reached} of {len(plan.order)}): the same examples come first again. Call "
+                "set_epoch before every epoch.",
+                stacklevel=2,
+            )
+        plan.begun += 1
+        self.epoch, self._plan, self._begun = plan.epoch, plan, plan
+        return plan.visit()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return seed and epoch (from which the generator starts), this epoch's order and weights, and the place."""
+    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+        """Return seed and epoch (from which the generator starts), this epoch's order and weights, and the place.
+
+        Args:
+            position: how many examples of this epoch this process has trained on, from the epoch's beginning, what was
+                trained before a resumption included: batches times batch size, at most ``len(sampler)``. None takes
+                what was handed out, which is more where a DataLoader has workers: they fetch ahead.
+
+        Raises:
+            TypeError, ValueError: ``position`` is no int, negative, or more than the epoch has.
+        """
+        plan = self._begun
+        if plan is None or (position is None and plan.finished and plan is not self._plan):
+            plan = self._planned()
+        if position is not None:
+            check_integer("DifficultySampler.state_dict", "position", position, 0)
+            _check_position("DifficultySampler.state_dict", position, plan.order)
         return {
             "seed": self.seed,
-            "epoch": self.epoch,
+            "epoch": plan.epoch,
             "rank": self.rank,
             "world_size": self.world_size,
-            "order": self._plan().clone(),
-            "weight": self.weight.clone(),
-            "position": self._position,
+            "order": plan.order.clone(),
+            "weight": plan.weight.clone(),
+            "position": plan.reached if position is None else int(position),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,13 +231,14 @@ class DifficultySampler(Sampler[int]):
         came = {"rank": state["rank"], "world_size": state["world_size"], "num_examples": len(state["weight"])}
         if known != came:
             raise ValueError(f"DifficultySampler.load_state_dict: expected {known}, got {came}")
-        self.seed, self.epoch, self._position = state["seed"], state["epoch"], state["position"]
-        self._order, self._weight = state["order"].clone(), state["weight"].clone()
-        self._iterated = self._position >= len(self._order)  # finished: the next iteration is of the next epoch
-        self._resumed = not self._iterated
+        self.seed, self.epoch, place = int(state["seed"]), int(state["epoch"]), int(state["position"])
+        order, weight = state["order"].clone(), state["weight"].clone()
+        self._plan = _Plan(self.epoch, order, weight, start=place, reached=place, loaded=True)
+        self._begun = None
 
     def __repr__(self) -> str:
-        known = self._weight if callable(self.difficulty) else self.difficulty  # a function is not called for this
+        planned = None if self._plan is None else self._plan.weight
+        known = planned if callable(self.difficulty) else self.difficulty  # a function is not called for this
         num_examples = "?" if known is None else len(known)
         return (
             f"DifficultySampler(num_examples={num_examples}, epoch={self.epoch}, seed={self.seed}, rank={self.rank}, "
@@ -197,25 +250,29 @@ class DifficultySampler(Sampler[int]):
         check_vector("DifficultySampler", "difficulty", difficulty)
         return difficulty.detach().cpu()
 
-    def _plan(self) -> Tensor:
-        if self._order is None:
-            difficulty = self._read()
-            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
-            unseen = difficulty == math.inf
-            known = difficulty.masked_fill(unseen, math.nan)
-            weight = self._checked(self.policy(known, generator), known).masked_fill(unseen, 1.0)
-            chosen = weight.nonzero()[:, 0]
-            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-            chosen = chosen[: len(chosen) // self.world_size * self.world_size]
-            if len(chosen) == 0:
-                positive, absent = int((weight > 0).sum()), int(difficulty.isnan().sum())
-                raise ValueError(
-                    f"DifficultySampler: expected a weight above 0 for at least {self.world_size} of {len(weight)} "
-                    f"examples (one a process), got {positive}; {absent} have the difficulty NaN, which takes no part: "
-                    "never seen is +inf"
-                )
-            self._order, self._weight = chosen[self.rank :: self.world_size], weight
-        return self._order
+    def _planned(self) -> _Plan:
+        """Return the plan of the epoch last begun, or set since."""
+        if self._plan is None:
+            self._plan = self._made(self.epoch)
+        return self._plan
+
+    def _made(self, epoch: int) -> _Plan:
+        difficulty = self._read()
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+        taken_out = difficulty == TAKEN_OUT
+        unknown = difficulty.isnan() | (difficulty == math.inf)
+        known = difficulty.masked_fill(taken_out | unknown, math.nan)
+        weight = self._checked(self.policy(known, generator), known).masked_fill(unknown, 1.0)
+        chosen = weight.nonzero()[:, 0]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        chosen = chosen[: len(chosen) // self.world_size * self.world_size]
+        if len(chosen) == 0:
+            raise ValueError(
+                f"DifficultySampler: expected a weight above 0 for at least {self.world_size} of {len(weight)} "
+                f"examples (one a process), got {int((weight > 0).sum())}; {int(taken_out.sum())} have the difficulty "
+                "-inf, which `guarded` gives to what it takes out"
+            )
+        return _Plan(epoch, chosen[self.rank :: self.world_size], weight)
 
     @staticmethod
     def _checked(weight: object, difficulty: Tensor) -> Tensor:
@@ -245,8 +302,12 @@ def _check_state(state: dict[str, Any]) -> None:
     if not isinstance(order, Tensor) or order.dtype != torch.int64 or order.dim() != 1:
         came = f"{order.dtype} {list(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
         raise TypeError(f"{name}: order must be an int64 tensor [N], got {came}")
-    if state["position"] > len(order):
-        raise ValueError(f"{name}: position must be at most {len(order)}, got {state['position']}")
+    _check_position(name, state["position"], order)
     if len(order) and not 0 <= int(order.min()) <= int(order.max()) < n_examples:
         came = f"{int(order.min())} to {int(order.max())}"
         raise ValueError(f"{name}: order must be of examples below {n_examples}, got {came}")
+
+
+def _check_position(name: str, position: int, order: Tensor) -> None:
+    if position > len(order):
+        raise ValueError(f"{name}: position must be at most {len(order)}, got {position}")

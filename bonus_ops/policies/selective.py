@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_generator, check_integer, check_number, check_vector
+from .checks import check_generator, check_integer, check_number, checked_difficulty
 from .history import History
 
 __all__ = ["Selection", "rank_selection", "rank_selection_is_due", "selective_backprop", "selective_beta"]
@@ -88,7 +88,7 @@ def selective_backprop(
         Jiang et al., Accelerating Deep Learning by Focusing on the Biggest Losers, 2019, arXiv 1910.00762. Its failure
         under label noise: arXiv 2107.07741.
     """
-    check_vector("selective_backprop", "difficulty", difficulty)
+    difficulty = checked_difficulty("selective_backprop", "difficulty", difficulty)
     if not isinstance(history, History):
         raise TypeError(f"selective_backprop: history must be a History, got {type(history).__name__}")
     check_generator("selective_backprop", generator)
@@ -122,7 +122,7 @@ def rank_selection(difficulty: Tensor, *, keep: float = 0.5, generator: torch.Ge
     References:
         MosaicML Composer, Selective Backprop (after arXiv 1910.00762). When: `rank_selection_is_due`.
     """
-    check_vector("rank_selection", "difficulty", difficulty)
+    difficulty = checked_difficulty("rank_selection", "difficulty", difficulty)
     check_generator("rank_selection", generator)
     check_number("rank_selection", "keep", keep, "(0, 1]")
     n = len(difficulty)

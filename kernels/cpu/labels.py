@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..results import LabelResult, empty_labels
+from ..results import LabelResult, empty_labels, fill_ignored
 from . import lanes, rows, stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import Columns, columns_of, probability
@@ -142,8 +142,8 @@ def _count() -> Any:
 
 
 def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
-    """Return how many labels of a contiguous target count, how many are out of range, and one of these."""
-    found = array("q", (0, 0, 0))
+    """Return how many labels count, how many are out of range, and one of these."""
+    target, found = target.reshape(-1).contiguous(), array("q", (0, 0, 0))
     _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
     return found[0], found[1], found[2]
 
@@ -157,12 +157,12 @@ def visit(
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         _run(visit_loop, logits, target, ignore_index, columns, out, grad, upstream, False)
+    else:
+        fill_ignored(out)
     return out, grad
 
 
-def forward(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool
-) -> LabelResult:
+def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool) -> LabelResult:
     """Return loss, scores, what `backward` needs and the probabilities of rows [outer, inner, C]."""
     out, _ = visit(logits, target, ignore_index, loss, scores, None, True)
     if softmax:
@@ -174,9 +174,7 @@ def forward(
     return out
 
 
-def backward(
-    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any
-) -> Tensor:
+def backward(logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any) -> Tensor:
     """Return the gradient from what `forward` saved and the upstream gradient [N] or [1]: one read, one write."""
     grad = _empty_like(logits)
     if logits.numel():

@@ -38,11 +38,21 @@ def load(p, row, n, exps):
     if p.inner_stride == 1 and row % p.n_inner + n <= p.n_inner:
         at = row_at(row, p.n_inner, p.outer_stride, p.inner_stride)
         for k in range(p.n_classes):
-            z, out = vector(p.logits + (at + k * p.class_stride) * size, n, element), vector(class_at(p, k, exps), p.tile, real)
+            z, out = (
+                vector(p.logits + (at + k * p.class_stride) * size, n, element),
+                vector(class_at(p, k, exps), p.tile, real),
+            )
             for i in range(n):
                 out[i] = widen(z[i])
     elif p.n_inner == 1:
-        z, stride = vector(p.logits + row * p.outer_stride * size, (n - 1) * p.outer_stride + (p.n_classes - 1) * p.class_stride + 1, element), p.outer_stride
+        z, stride = (
+            vector(
+                p.logits + row * p.outer_stride * size,
+                (n - 1) * p.outer_stride + (p.n_classes - 1) * p.class_stride + 1,
+                element,
+            ),
+            p.outer_stride,
+        )
         for k in range(p.n_classes):
             out, at = vector(class_at(p, k, exps), p.tile, real), k * p.class_stride
             for i in range(n):
@@ -115,13 +125,19 @@ def write(p, row, n, index, column, exps):
     if p.out_inner_stride == 1 and row % p.n_inner + n <= p.n_inner:
         at = row_at(row, p.n_inner, p.out_outer_stride, p.out_inner_stride)
         for k in range(p.n_classes):
-            out, e, c = vector(p.out + (at + k * p.out_class_stride) * size, n, element), vector(class_at(p, k, exps), p.tile, real), int32(k)
+            out, e, c = (
+                vector(p.out + (at + k * p.out_class_stride) * size, n, element),
+                vector(class_at(p, k, exps), p.tile, real),
+                int32(k),
+            )
             for i in range(n):
                 x = column[AT_TARGET + i] if index[LABEL + i] == c else e[i] * column[SCALE + i]
                 out[i] = narrow(0.0 if index[LABEL + i] < 0 else x)
     elif p.n_inner == 1:
         stride = p.out_outer_stride
-        out = vector(p.out + row * stride * size, (n - 1) * stride + (p.n_classes - 1) * p.out_class_stride + 1, element)
+        out = vector(
+            p.out + row * stride * size, (n - 1) * stride + (p.n_classes - 1) * p.out_class_stride + 1, element
+        )
         for k in range(p.n_classes):
             e, c, at = vector(class_at(p, k, exps), p.tile, real), int32(k), k * p.out_class_stride
             for i in range(n):

@@ -96,6 +96,7 @@ class Terms(NamedTuple):
 
     of_others: int
     of_any: int
+    needs_log_p: int  # whether the former looks at it
     params: int
     owners: tuple[Any, ...]
 
@@ -108,7 +109,7 @@ def terms_of(loss: Any, real: str) -> Terms:
     functions = [_compiled_terms(kernel, len(params), real) for kernel in (few, loss.kernel)]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-    return Terms(at[0], at[1], held.buffer_info()[0], (functions, held))
+    return Terms(at[0], at[1], few == loss.kernel, held.buffer_info()[0], (functions, held))
 
 
 @functools.cache
@@ -124,6 +125,7 @@ def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
     return stored.entry(8, name, f"{name} {n_params}", make)
 
 
+@functools.cache
 def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
     """Return why Numba cannot compile the (value, slope) of a user's loss, or None if it can."""
     value, slope = kernel
@@ -145,6 +147,7 @@ def described(body: Callable[..., Any]) -> str:
         return f"{body.__module__}.{body.__qualname__}"  # whose source `stored` looks at
     code = body.__code__
     named = [body.__globals__[name] for name in code.co_names if name in body.__globals__]
+    named += [cell.cell_contents for cell in body.__closure__ or ()] + list(body.__defaults__ or ())
     inner = [
         described(x) if isinstance(getattr(x, "fn", x), FunctionType) else repr(x)
         for x in named

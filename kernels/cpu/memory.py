@@ -56,6 +56,20 @@ def numbers(typingctx: Any, address: Any, n: Any, kind: Any) -> Any:
     return several(types.intp, n, kind), codegen
 
 
+@intrinsic
+def unrelated(typingctx: Any, address: Any) -> Any:
+    """Return an address whose relation to others the compiler does not know, so that it checks for overlap at run time.
+
+    A distance that it knows but for a number it takes for a dependence, and makes no vector code.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        return builder.asm(ir.FunctionType(word, [word]), "", "=r,0", args, False)
+
+    return types.intp(types.intp), codegen
+
+
 def _call(count: int) -> Any:
     word = ir.IntType(64)
 

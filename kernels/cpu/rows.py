@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .names import element, exp_below, narrow, real, real_size, size, vector, widen
-from .tile import ARGMAX, LABEL, MAX, SCALE, AT_TARGET, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, padded
+from .names import element, exp_below, largest_of, narrow, real, real_size, size, vector, widen
+from .tile import ARGMAX, AT_TARGET, LABEL, MAX, SCALE, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, padded
 
 BLOCK = 1024  # classes added up on their own, so that sums of many lose no digits
 
@@ -53,14 +53,12 @@ def sum_up(p, row, n, index, column, exps):
 
 
 def largest(z, label):
-    """Return the largest logit but the label's; a NaN is found by the sums."""
+    """Return the largest logit but the label's, NaN where there is one."""
     m = -INFINITY
     for k in range(label):
-        x = widen(z[k])
-        m = x if x > m else m
+        m = largest_of(m, widen(z[k]))
     for k in range(label + 1, len(z)):
-        x = widen(z[k])
-        m = x if x > m else m
+        m = largest_of(m, widen(z[k]))
     return m
 
 

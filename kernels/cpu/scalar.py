@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -68,6 +69,20 @@ def _compared(sign: str) -> Any:
 
 
 maximum, minimum = _compared(">"), _compared("<")  # of NaN and b: b
+
+
+@intrinsic
+def largest_of(typingctx: Any, a: Any, b: Any) -> Any:
+    """Return the larger, NaN of NaN: what a loop may do in any order, so in vectors."""
+    number = typingctx.unify_types(a, b)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        given = [context.cast(builder, v, t, number) for v, t in zip(args, signature.args, strict=True)]
+        kind = context.get_value_type(number)
+        function = builder.module.declare_intrinsic("llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind]))
+        return builder.call(function, given)
+
+    return number(a, b), codegen
 
 
 @_jit
@@ -262,9 +277,9 @@ def twins(element: str) -> dict[str, Any]:
     double = element == "float64"
     real = types.float64 if double else types.float32
     both = dict(
-        where=where, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt, element=in_memory, widen=widen,
+        where=where, largest_of=largest_of, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt, element=in_memory, widen=widen,
         narrow=narrow, real=real, size=in_memory.bitwidth // 8, real_size=real.bitwidth // 8, int32=types.int32,
-        int64=types.int64, float32=types.float32, vector=memory.vector, numbers=memory.numbers, record=memory.record,
+        int64=types.int64, float32=types.float32, vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
         call5=memory.call5, call8=memory.call8,
     )  # fmt: skip
     if double:

@@ -20,8 +20,21 @@ from ..elements import Elements, common_axes
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import columns_of
-from .names import call5, element, given_element, given_size, int64, narrow, real, real_size, record, size, vector
-from .names import widen, widen_given
+from .names import (
+    call5,
+    element,
+    given_element,
+    given_size,
+    int64,
+    narrow,
+    real,
+    real_size,
+    record,
+    size,
+    vector,
+    widen,
+    widen_given,
+)
 from .tile import padded
 
 __all__ = ["backward", "forward", "visit"]
@@ -223,11 +236,11 @@ def _run(of: Elements, loss: Tensor | None, reduce: bool, upstream: Tensor | Non
     strides = array("q", [s for t in expanded for s in (none if t is None else next(known))])
     n, element = x.numel(), NAMES[x.dtype]
     n_chunks = n // shape[-1] * -(-shape[-1] // CHUNK) if n else 0
-    sums = torch.empty(n_chunks if reduce else 0, dtype=dtype)
+    sums = x.new_empty(n_chunks if reduce else 0, dtype=dtype)
     if n:
         columns = columns_of(of.loss, real_of(element))
         sizes, at = array("q", shape), array("q", [0 if t is None else t.data_ptr() for t in tensors])
-        scales = torch.tensor(of.scales, dtype=dtype)
+        scales = torch.tensor(of.scales, dtype=dtype, device="cpu")
         plan = array("q", Plan(
             len(shape), shape[-1], sizes.buffer_info()[0], strides.buffer_info()[0], at.buffer_info()[0],
             scales.data_ptr(), columns.function, columns.params, sums.data_ptr(),

@@ -21,7 +21,6 @@ from ..formulas.scalar import log_sigmoid, sigmoid
 from ..formulas.scores import gap_of, scores_of
 from ..formulas.soft_targets import (
     Apart,
-    Softmax,
     cross_entropy_apart,
     cross_entropy_of,
     gap_of_runner_up,
@@ -29,18 +28,37 @@ from ..formulas.soft_targets import (
     softmax_of,
     where_known,
 )
-from ..results import SoftResult, empty_soft
+from ..results import SoftResult, empty_soft, fill_ignored
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import terms_of
-from .names import call8, element, exp_below, float32, given_element, int32, int64, narrow, real, real_size, record
-from .names import given_size, size, vector, widen, widen_given
+from .names import (
+    call8,
+    element,
+    exp_below,
+    float32,
+    given_element,
+    given_size,
+    int32,
+    int64,
+    largest_of,
+    narrow,
+    real,
+    real_size,
+    record,
+    size,
+    unrelated,
+    vector,
+    where,
+    widen,
+    widen_given,
+)
 from .rows import largest, place_of, row_at
 
 __all__ = ["forward", "backward", "visit"]
 
 CHUNK = 256  # classes
-T, V, P, REST, LOG_P, VALUE, PULL, END = range(0, 8 * CHUNK, CHUNK)  # where the columns of a chunk begin
+T, V, P, REST, LOG_P, VALUE, PULL, SHARE, END = range(0, 9 * CHUNK, CHUNK)  # where the columns of a chunk begin
 INFINITY, NAN = float("inf"), float("nan")
 
 
@@ -60,9 +78,11 @@ class Plan(NamedTuple):
     given_inner_stride: int
     weight: int
     bonus_weight: int
+    uniform: int  # whether all classes but the label have the same share
     shares: int  # keep and off of cross-entropy, keep and off of the bonus
     terms: int  # `losses.terms` of a class with p <= 1/2; 0 where cross-entropy is all
     terms_apart: int  # of any class
+    needs_log_p: int  # whether the former do
     params: int
     upstream: int
     upstream_stride: int
@@ -86,16 +106,20 @@ def visit_loop(plan, first, last, work):
     """Compute rows ``first`` to ``last``: loss, scores; the gradient where it is wanted."""
     p = record(plan, Plan)
     chunk = vector(work, END, real)
-    pulls = work + END * real_size
+    if p.uniform:
+        of = vector(p.shares, 4, real)
+        for i in range(CHUNK):
+            chunk[T + i], chunk[V + i] = of[1], of[3]
+    pulls = unrelated(work + END * real_size)
     for row in range(first, last):
         label = label_of(p, row)
-        e = pulls + p.n_classes * real_size
+        e = unrelated(pulls + p.n_classes * real_size)
         if p.in_place:
             e = p.out + row_at(row, p.n_inner, p.out_outer_stride, p.out_inner_stride) * size
         if label < 0:
             ignore(p, row)
         else:
-            one_row(p, row, label, chunk, work, vector(pulls, p.n_classes, real), vector(e, p.n_classes, real))
+            one_row(p, row, label, chunk, work, pulls, e)
 
 
 def label_of(p, row):
@@ -104,12 +128,19 @@ def label_of(p, row):
         y = vector(p.target + row * 8, 1, int64)[0]
         return -1 if y == p.ignore_index else y
     given = vector(given_at(p, row), p.n_classes, given_element)
-    best, label = widen_given(given[0]), 0
-    for k in range(1, p.n_classes):
-        x = widen_given(given[k])
-        if (x > best) | ((x != x) & (best == best)):
-            best, label = x, k
-    return label
+    best = -INFINITY
+    for k in range(p.n_classes):
+        best = largest_of(best, widen_given(given[k]))
+    for first in range(0, p.n_classes, CHUNK):
+        last = min(first + CHUNK, p.n_classes)
+        found = 0
+        for k in range(first, last):
+            found |= widen_given(given[k]) == best
+        if found:
+            for k in range(first, last):
+                if widen_given(given[k]) == best:
+                    return k
+    return 0  # all are NaN, and so is the row
 
 
 def given_at(p, row):
@@ -128,7 +159,9 @@ def share_of(p, row, k, label, number):
 
 
 def fill_shares(p, row, first, n, chunk, at, number):
-    """Fill a chunk with the shares of its classes, right for all but the label."""
+    """Fill a chunk with the shares of its classes, right for all but the label; where they are all alike, it is."""
+    if p.uniform:
+        return
     numbers = vector(p.shares, 4, real)
     keep, off = numbers[2 * number], numbers[2 * number + 1]
     if p.given:
@@ -151,15 +184,16 @@ def one_row(p, row, label, chunk, work, pulls, e):
     m = largest(z, label)
     known = (m > -INFINITY) & (p.n_classes > 1)
     runner_up = place_of(z, m, label) if known else -1
-    paid, others, s2, sz = sums_of(p, row, z, e, label, runner_up, m, chunk)
+    paid, others, s2, sz = sums_of(p, row, at, e, label, runner_up, m, chunk)
     z_target = widen(z[label])
     one = 1.0 if known else 0.0  # exp(z - max) of the runner-up
+    one = NAN if m == INFINITY else one
     rest = RestStats(m, 0, others + one, s2 + one, sz)
     gap = gap_of(z_target, rest)
     softmax = softmax_of(gap, rest)
     value, pull = 0.0, 0.0
     if p.terms:
-        value, pull = terms_of_others(p, row, z, e, label, runner_up, m, softmax, chunk, work, pulls)
+        value, pull = terms_of_others(p, row, at, e, label, runner_up, m, softmax, chunk, work, pulls)
     of_label = apart(p, row, label, label, gap, chunk, work)
     other = runner_up if known else label
     of_other = apart(p, row, other, label, gap_of_runner_up(z_target, rest, others), chunk, work)
@@ -186,25 +220,26 @@ def one_row(p, row, label, chunk, work, pulls, e):
         g[label] = narrow(at_label * up + missing)
 
 
-def sums_of(p, row, z, e, label, runner_up, m, chunk):
+def sums_of(p, row, logits, exps, label, runner_up, m, chunk):
     """Return Paid, and sum_exp, sum_exp2 and sum_exp_z of all classes but label and runner-up."""
     at = 0.0 if m == -INFINITY else m
     s = s2 = sz = total = cost = 0.0
     for first in range(0, p.n_classes, CHUNK):
         n = min(CHUNK, p.n_classes - first)
         fill_shares(p, row, first, n, chunk, T, 0)
-        if (label >= first) & (label < first + n):
-            chunk[T + label - first] = 0.0
+        # counted from the chunk: an index that the compiler takes for negative keeps a loop from becoming vector code
+        z, e = vector(logits + first * size, n, element), vector(exps + first * real_size, n, real)
+        label_here, runner_up_here = label - first, runner_up - first
         a = a2 = az = total_here = cost_here = 0.0
         for i in range(n):
-            k = first + i
-            d = widen(z[k]) - at
+            d = widen(z[i]) - at
             t = chunk[T + i]
+            t = 0.0 if i == label_here else t
             total_here += t
-            cost_here -= 0.0 if t == 0.0 else t * d
-            d = -1000.0 if (d < -1000.0) | (k == label) | (k == runner_up) else d
+            cost_here -= where(t == 0.0, 0.0, t * d)
+            d = -1000.0 if (d < -1000.0) | (i == label_here) | (i == runner_up_here) else d
             x = exp_below(d)
-            e[k] = x
+            e[i] = x
             a += x
             a2 += x * x
             az += x * d
@@ -216,29 +251,32 @@ def sums_of(p, row, z, e, label, runner_up, m, chunk):
     return Paid(total, cost), s, s2, sz
 
 
-def terms_of_others(p, row, z, e, label, runner_up, m, softmax, chunk, work, pulls):
+def terms_of_others(p, row, logits, exps, label, runner_up, m, softmax, chunk, work, pulls):
     """Return the sums of value and pull of all classes but label and runner-up; keep every pull."""
     at = 0.0 if m == -INFINITY else m
     value = pull = 0.0
     for first in range(0, p.n_classes, CHUNK):
         n = min(CHUNK, p.n_classes - first)
         fill_shares(p, row, first, n, chunk, V, 1)
+        e, pulled = vector(exps + first * real_size, n, real), vector(pulls + first * real_size, n, real)
         for i in range(n):
-            x = e[first + i] * softmax.scale
+            x = e[i] * softmax.scale
             chunk[P + i] = x
             chunk[REST + i] = 1.0 - x
-            chunk[LOG_P + i] = widen(z[first + i]) - at + softmax.log_scale
+        if p.needs_log_p:
+            z = vector(logits + first * size, n, element)
+            for i in range(n):
+                chunk[LOG_P + i] = widen(z[i]) - at + softmax.log_scale
         call8((p.terms, n, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
-               work + V * real_size, p.params, work + VALUE * real_size, work + PULL * real_size))  # fmt: skip
+               work + V * real_size, p.params, work + VALUE * real_size, pulls + first * real_size))  # fmt: skip
         if (label >= first) & (label < first + n):
-            chunk[VALUE + label - first] = chunk[PULL + label - first] = 0.0
+            chunk[VALUE + label - first] = pulled[label - first] = 0.0
         if (runner_up >= first) & (runner_up < first + n):
-            chunk[VALUE + runner_up - first] = chunk[PULL + runner_up - first] = 0.0
+            chunk[VALUE + runner_up - first] = pulled[runner_up - first] = 0.0
         here = pull_here = 0.0
         for i in range(n):
             here += chunk[VALUE + i]
-            pull_here += chunk[PULL + i]
-            pulls[first + i] = chunk[PULL + i]
+            pull_here += pulled[i]
         value += here
         pull += pull_here
     return value, pull
@@ -249,24 +287,25 @@ def apart(p, row, k, label, gap, chunk, work):
     chunk[P], chunk[REST], chunk[LOG_P] = sigmoid(gap), sigmoid(-gap), log_sigmoid(gap)
     chunk[VALUE] = chunk[PULL] = 0.0
     if p.terms:
-        chunk[V] = share_of(p, row, k, label, 1)
+        chunk[SHARE] = share_of(p, row, k, label, 1)
         call8((p.terms_apart, 1, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
-               work + V * real_size, p.params, work + VALUE * real_size, work + PULL * real_size))  # fmt: skip
+               work + SHARE * real_size, p.params, work + VALUE * real_size, work + PULL * real_size))  # fmt: skip
     return Apart(chunk[P], chunk[REST], chunk[LOG_P], share_of(p, row, k, label, 0), chunk[VALUE], chunk[PULL])
 
 
-def write(p, row, e, pulls, scale, up, chunk, out):
+def write(p, row, exps, pulls, scale, up, chunk, out):
     """Write the gradient, right for all classes but label and runner-up."""
     for first in range(0, p.n_classes, CHUNK):
         n = min(CHUNK, p.n_classes - first)
         fill_shares(p, row, first, n, chunk, T, 0)
-        g = vector(out + first * size, n, element)
+        g, e = vector(out + first * size, n, element), vector(exps + first * real_size, n, real)
         if p.terms:
+            pulled = vector(pulls + first * real_size, n, real)
             for i in range(n):
-                g[i] = narrow(e[first + i] * scale - (chunk[T + i] + pulls[first + i]) * up)
+                g[i] = narrow(e[i] * scale - (chunk[T + i] + pulled[i]) * up)
         else:
             for i in range(n):
-                g[i] = narrow(e[first + i] * scale - chunk[T + i] * up)
+                g[i] = narrow(e[i] * scale - chunk[T + i] * up)
 
 
 def ignore(p, row):
@@ -308,9 +347,7 @@ def _loop(element: str, given: str) -> Any:
 # --- what the library calls -------------------------------------------------------------------------------------------
 
 
-def forward(
-    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool
-) -> SoftResult:
+def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool) -> SoftResult:
     """Return loss and scores of rows [outer, inner, C]; `backward` needs nothing saved."""
     out, _ = visit(logits, label, targets, ignore_index, loss, scores, None)
     return out._replace(saved=out.saved.zero_(), runner_up=out.runner_up if scores else out.runner_up.zero_())
@@ -337,10 +374,11 @@ def visit(
     grad = None if upstream is None else torch.empty_like(logits)
     n_outer, n_inner, n_classes = logits.shape
     if not logits.numel():
+        fill_ignored(result)
         return result, grad
     real_dtype, element = result.loss.dtype, NAMES[logits.dtype]
     z = logits if logits.stride(2) == 1 else logits.contiguous()
-    out = grad if grad is None or grad.stride(2) == 1 else torch.empty(grad.shape, dtype=grad.dtype)
+    out = grad if grad is None or grad.stride(2) == 1 else grad.new_empty(grad.shape)
     given = targets.probabilities
     if given is not None:
         given = given if given.stride(2) == 1 else given.contiguous()
@@ -349,7 +387,7 @@ def visit(
     t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
     weights = [None if w is None else w.to(real_dtype).contiguous() for w in (t.weight, v.weight)]
-    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype)
+    shares = torch.tensor((*of_t, v.keep, v.off), dtype=real_dtype, device="cpu")
     terms = None if loss.is_cross_entropy() else terms_of(loss, real_of(element))
     label = None if label is None else label.reshape(-1).contiguous()
     up = None if upstream is None else upstream.to(real_dtype)
@@ -357,7 +395,8 @@ def visit(
     plan = array("q", Plan(
         n_outer * n_inner, n_inner, n_classes, z.data_ptr(), *z.stride()[:2],
         _at(label), ignore_index, _at(given), *((0, 0) if given is None else given.stride()[:2]),
-        *map(_at, weights), shares.data_ptr(), *((0, 0, 0) if terms is None else terms[:3]),
+        *map(_at, weights), given is None and weights == [None, None], shares.data_ptr(),
+        *((0, 0, 0, 0) if terms is None else terms[:4]),
         _at(up), 0 if up is None or up.numel() == 1 else up.stride(0),
         result.loss.data_ptr(), result.scores.data_ptr(), result.runner_up.data_ptr() if scores else 0,
         _at(out), *((0, 0) if out is None else out.stride()[:2]), int(in_place),

@@ -12,8 +12,8 @@ from .names import call5, float32, int32, int64, real, real_size, vector
 ROWS = 512  # of a tile at most
 PAD = 64
 # where the columns of a tile begin in its memory
-Z_TARGET, MAX, SUM_EXP, SUM_EXP2, SUM_EXP_Z, GAP, VALUE, SLOPE, SCALE, AT_TARGET, UPSTREAM, S0, S1, S2, S3, S4, END = range(
-    0, 17 * ROWS, ROWS
+Z_TARGET, MAX, SUM_EXP, SUM_EXP2, SUM_EXP_Z, GAP, VALUE, SLOPE, SCALE, AT_TARGET, UPSTREAM, S0, S1, S2, S3, S4, END = (
+    range(0, 17 * ROWS, ROWS)
 )
 LABEL, ARGMAX = 0, ROWS  # of its int32 columns
 

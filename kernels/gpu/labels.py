@@ -57,7 +57,7 @@ def finish(rest, rows, row, n_rows, class_stride, outputs, loss_params, VALUE: t
 
 @triton.jit(**FEW_VARIANTS)
 def forward_kernel(
-    logits_ptr, target_ptr, outputs, n_rows: tl.int64, shape, strides, ignore_index: tl.int64, loss_params,
+    logits_ptr, target_ptr, outputs, n_rows, shape, strides, ignore_index, loss_params,
     VALUE: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, several a program: sweep, finish."""
@@ -69,8 +69,8 @@ def forward_kernel(
 
 @triton.jit(**FEW_VARIANTS)
 def forward_softmax_kernel(
-    logits_ptr, target_ptr, softmax_ptr, outputs, n_rows: tl.int64, shape, strides, softmax_strides,
-    ignore_index: tl.int64, loss_params,
+    logits_ptr, target_ptr, softmax_ptr, outputs, n_rows, shape, strides, softmax_strides,
+    ignore_index, loss_params,
     VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, then a second sweep of the same rows, still in cache, writes their probabilities."""
@@ -88,7 +88,7 @@ def forward_softmax_kernel(
 
 @triton.jit(**FEW_VARIANTS)
 def partial_kernel(
-    logits_ptr, target_ptr, sums_ptr, argmax_ptr, n_rows: tl.int64, shape, strides, ignore_index: tl.int64,
+    logits_ptr, target_ptr, sums_ptr, argmax_ptr, n_rows, shape, strides, ignore_index,
     LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A share of one row: sweep, store its RestStats in [4, n_rows, n_parts] and [n_rows, n_parts]."""
@@ -106,7 +106,7 @@ def partial_kernel(
 
 @triton.jit(**FEW_VARIANTS)
 def merge_kernel(
-    logits_ptr, target_ptr, sums_ptr, argmax_ptr, outputs, n_rows: tl.int64, shape, strides, ignore_index: tl.int64,
+    logits_ptr, target_ptr, sums_ptr, argmax_ptr, outputs, n_rows, shape, strides, ignore_index,
     loss_params, VALUE: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row from its parts: merge by a fixed tree, finish."""
@@ -126,8 +126,8 @@ def merge_kernel(
 
 @triton.jit(**FEW_VARIANTS)
 def backward_kernel(
-    logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, count_ptr, n_rows: tl.int64, shape, strides,
-    grad_strides, grad_loss_stride, ignore_index: tl.int64, loss_params,
+    logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, count_ptr, n_rows, shape, strides,
+    grad_strides, grad_loss_stride, ignore_index, loss_params,
     SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Some rows (axis 0) and a share of their tiles (axis 1); of a mean, whose rows ``count_ptr`` counts, or None."""

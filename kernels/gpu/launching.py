@@ -62,7 +62,7 @@ def gap_kernel(loss: Any) -> GapKernel:
 def vector(*tensors: Tensor) -> int:
     """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
     first = tensors[0]
-    return _vector(first.shape, first.element_size(), *((t.stride(), t.data_ptr() % 16) for t in tensors))
+    return _vector(first.shape, first.itemsize, *[(t.stride(), t.data_ptr() % 16) for t in tensors])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,7 +82,6 @@ _NO_GUARD = contextlib.nullcontext()
 
 def device_guard(tensor: Tensor) -> Any:
     """Return a context that launches on the device of the tensor."""
-    kind = tensor.device.type
-    if kind == "cuda":
+    if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
-    return torch.xpu.device_of(tensor) if kind == "xpu" else _NO_GUARD
+    return torch.xpu.device_of(tensor) if tensor.is_xpu else _NO_GUARD

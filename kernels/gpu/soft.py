@@ -59,7 +59,7 @@ from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_o
 
 @triton.jit(**FEW_VARIANTS)
 def soft_forward_kernel(
-    logits_ptr, targets, outputs, n_rows: tl.int64, shape, strides, ignore_index: tl.int64, loss_params,
+    logits_ptr, targets, outputs, n_rows, shape, strides, ignore_index, loss_params,
     TERMS: tl.constexpr, SUMS: tl.constexpr, POWER: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,8 @@ def soft_forward_kernel(
     tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
     column = saved_ptr + row
     tl.store(column, softmax.max, inside)
-    tl.store(column + n_rows, softmax.scale, inside)
+    column += n_rows  # one by one: a multiple may not fit 32 bits
+    tl.store(column, softmax.scale, inside)
 
     if POWER:
         sums = power_sums(paid, rest, softmax, params[0], gamma)
@@ -111,9 +112,11 @@ def soft_forward_kernel(
 
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
     mass_of_row = mass + (of_label.pull + of_label.share) + (of_runner_up.pull + of_runner_up.share)
-    tl.store(column + 2 * n_rows, mass_of_row + missing, inside)
-    tl.store(column + 3 * n_rows, gradient_apart(of_label, of_runner_up, mass), inside)
-    tl.store(column + 4 * n_rows, gradient_apart(of_runner_up, of_label, mass), inside)
+    column += n_rows
+    tl.store(column, mass_of_row + missing, inside)
+    column += n_rows
+    tl.store(column, gradient_apart(of_label, of_runner_up, mass), inside)
+    tl.store(column + n_rows, gradient_apart(of_runner_up, of_label, mass), inside)
 
 
 class Saved(NamedTuple):
@@ -132,18 +135,22 @@ def load_saved(saved, row, n_rows):
     """Load the Saved from the pointers (columns, runner-up, upstream gradient)."""
     inside = row < n_rows
     column = saved[0] + row
-    maximum, scale = tl.load(column, inside, 0.0), tl.load(column + n_rows, inside, 0.0)
+    maximum = tl.load(column, inside, 0.0)
+    column += n_rows  # one by one: a multiple may not fit 32 bits
+    scale = tl.load(column, inside, 0.0)
     grad_loss = tl.load(saved[2] + row, inside, 0.0).to(scale.dtype)
-    mass = tl.load(column + 2 * n_rows, inside, 0.0) * grad_loss
-    at_target = tl.load(column + 3 * n_rows, inside, 0.0) * grad_loss
-    at_runner_up = tl.load(column + 4 * n_rows, inside, 0.0) * grad_loss
+    column += n_rows
+    mass = tl.load(column, inside, 0.0) * grad_loss
+    column += n_rows
+    at_target = tl.load(column, inside, 0.0) * grad_loss
+    at_runner_up = tl.load(column + n_rows, inside, 0.0) * grad_loss
     softmax = Softmax(maximum, scale, tl.log(tl.maximum(scale, TINY)))
     return Saved(softmax, grad_loss, mass, at_target, tl.load(saved[1] + row, inside, -1), at_runner_up)
 
 
 @triton.jit(**FEW_VARIANTS)
 def soft_backward_kernel(
-    logits_ptr, targets, saved, grad_ptr, n_rows: tl.int64, shape, strides, grad_strides, ignore_index: tl.int64,
+    logits_ptr, targets, saved, grad_ptr, n_rows, shape, strides, grad_strides, ignore_index,
     loss_params,
     TERMS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip

@@ -1,9 +1,11 @@
-"""The fast torch path against float64, in one block and in many, and what it costs in memory."""
+"""The loops of a CPU against float64, on one thread and on several, in one tile and in many, and what they hold."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,30 +20,18 @@ from bonus_ops import (
     reference,
 )
 from bonus_ops.losses import CrossEntropy
-from bonus_ops.torch_path import blocks as torch_blocks
-from bonus_ops.torch_path import maximum, sums
 from tests.cases import FLOATS, LAYOUTS, REGIMES, generator, masked, regimes_of, typical
+from tests.threads import several_threads
 
 CLASS_COUNTS = (1, 2, 10, 64, 65, 255, 256, 1000, 5000)
 EVERY_LOSS = pytest.mark.parametrize("bonus", [None, LogBonus()], ids=["plain", "bonus"])
 
 
-@pytest.fixture(params=["one block", "many blocks"])
-def blocks(request, monkeypatch) -> None:
-    """Run once as shipped, where these cases fit one block, and once a few rows at a time."""
-    if request.param == "many blocks":
-        monkeypatch.setattr(torch_blocks, "BLOCK_ELEMENTS", 700)
-        monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 200)
-
-
-@pytest.fixture(params=["numpy", "no numpy"])
-def functions(request, monkeypatch) -> None:
-    """Run once with numpy, an optional extra, and once without."""
-    if request.param == "no numpy":
-        monkeypatch.setattr(maximum, "numpy", None)
-        monkeypatch.setattr(sums, "numpy", None)
-        monkeypatch.setattr(sums, "_VECDOT", False)
-        monkeypatch.setattr(sums, "_VECTOR_LOG2", False)
+@pytest.fixture(params=["one thread", "several threads"])
+def shared(request):
+    """Run once as shipped, where these cases are worth one thread, and once with shares of a few rows."""
+    with several_threads(3 if request.param == "several threads" else 1):
+        yield
 
 
 def truth_of(logits: Tensor, target: Tensor, bonus) -> tuple[Tensor, Tensor]:
@@ -76,7 +66,7 @@ def rounding_steps(logits: Tensor) -> Tensor:
 @EVERY_LOSS
 @pytest.mark.parametrize("n_classes", CLASS_COUNTS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rows_and_gradients_are_float64_truth_rounded_once(bonus, n_classes, dtype, blocks):
+def test_rows_and_gradients_are_float64_truth_rounded_once(bonus, n_classes, dtype, shared):
     n_rows = 8 if n_classes > 1000 else 23
     for regime in regimes_of(dtype):
         logits, target = REGIMES[regime](generator(n_classes), n_rows, n_classes, dtype)
@@ -87,20 +77,20 @@ def test_rows_and_gradients_are_float64_truth_rounded_once(bonus, n_classes, dty
         near_zero = steps[:, 0] * (1 if bonus is None else (truth.abs() + 2.5) / truth.abs().clamp(min=1e-6))
 
         leaf = logits.clone().requires_grad_()
-        rows = bonus_cross_entropy(leaf, target, reduction="none", bonus=bonus, implementation="torch")
+        rows = bonus_cross_entropy(leaf, target, reduction="none", bonus=bonus, implementation="numba")
         (grad,) = torch.autograd.grad(rows.sum(), leaf)
         assert rows.dtype == grad.dtype == dtype
         assert_rounded_from(rows, truth, dtype, near_zero, f"{regime}: rows")
         assert_rounded_from(grad, true_grad, dtype, steps, f"{regime}: gradient of the rows")
 
-        total = bonus_cross_entropy(leaf, target, reduction="sum", bonus=bonus, implementation="torch")
+        total = bonus_cross_entropy(leaf, target, reduction="sum", bonus=bonus, implementation="numba")
         (grad,) = torch.autograd.grad(total, leaf)
         assert_rounded_from(grad, true_grad, dtype, steps, f"{regime}: gradient of the sum")
         size = (near_zero * truth.abs()).sum() / truth.sum().abs()
         assert_rounded_from(total, truth.sum(), dtype, size + n_rows, f"{regime}: sum")
 
         n_counted = (target != -100).sum()
-        mean = bonus_cross_entropy(leaf, target, bonus=bonus, implementation="torch")
+        mean = bonus_cross_entropy(leaf, target, bonus=bonus, implementation="numba")
         (grad,) = torch.autograd.grad(mean, leaf)
         assert_rounded_from(grad, true_grad / n_counted, dtype, steps + 2, f"{regime}: gradient of the mean")
         assert_rounded_from(mean, truth.sum() / n_counted, dtype, size + n_rows + 2, f"{regime}: mean")
@@ -110,13 +100,13 @@ def test_rows_and_gradients_are_float64_truth_rounded_once(bonus, n_classes, dty
 @pytest.mark.parametrize("n_classes", [3, 65, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_layouts_blocks_and_unwritten_memory_change_nothing(layout, n_classes, dtype, reduction, blocks, poison):
+def test_layouts_threads_and_unwritten_memory_change_nothing(layout, n_classes, dtype, reduction, shared, poison):
     logits, target = typical(generator(2), 31, n_classes, dtype)
     logits = LAYOUTS[layout](logits)
     truth, true_grad = truth_of(logits, target, LogBonus())
     leaf = logits.detach().requires_grad_()
-    loss, scores, probabilities = bonus_cross_entropy_with_softmax(leaf, target, implementation="torch")
-    loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="torch")
+    loss, scores, probabilities = bonus_cross_entropy_with_softmax(leaf, target, implementation="numba")
+    loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="numba")
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     steps = rounding_steps(logits)
     assert_rounded_from(grad, true_grad, dtype, steps, "gradient")
@@ -126,10 +116,12 @@ def test_layouts_blocks_and_unwritten_memory_change_nothing(layout, n_classes, d
         torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(7, 3, 5), (2, 70, 11), (3, 200, 4), (1, 5, 2), (5, 12, 3, 4)])
+@pytest.mark.parametrize(
+    "shape", [(7, 3, 5), (2, 70, 11), (3, 200, 4), (1, 5, 2), (5, 12, 3, 4), (2, 19, 25, 23), (3, 2, 1300), (301, 2, 3)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_inner_axes_are_rows_like_any_other(shape, dtype, channels_last, blocks, poison):
+def test_inner_axes_are_rows_like_any_other(shape, dtype, channels_last, shared, poison):
     logits = 3 * torch.randn(shape).to(dtype)
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
     target.view(-1)[::7] = -100
@@ -139,37 +131,47 @@ def test_inner_axes_are_rows_like_any_other(shape, dtype, channels_last, blocks,
     truth, true_grad = truth_of(flat, target.reshape(-1), LogBonus())
     for reduction in ("sum", "none"):
         leaf = logits.detach().requires_grad_()
-        loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="torch")
+        loss = bonus_cross_entropy(leaf, target, reduction=reduction, implementation="numba")
         (grad,) = torch.autograd.grad(loss.sum(), leaf)
         assert_rounded_from(
             grad.movedim(1, -1).reshape(-1, shape[1]), true_grad, dtype, rounding_steps(flat), reduction
         )
-    _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="torch")
+    _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="numba")
     for column, expected in zip(scores, reference.scores(flat, target.reshape(-1), -100), strict=True):
         torch.testing.assert_close(column.reshape(-1), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("n_classes", [10, 130, 131, 1000])
-def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, blocks, functions):
-    """Long rows are searched chunk by chunk, the last chunk overlapping its neighbour."""
+def test_the_runner_up_is_the_lowest_index_of_many_ties(n_classes, shared):
+    """Long rows are searched block by block, the last block shorter than the others."""
     for place in (0, 1, n_classes // 2, n_classes - 2, n_classes - 1):
         logits = torch.zeros(n_classes, n_classes)
         logits[:, place] = logits[:, -1] = 1.0  # labels run over every class
         logits[: n_classes // 2, 0] = 1.0
         target = torch.arange(n_classes)
-        _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="torch")
+        _, scores = bonus_cross_entropy_with_scores(logits, target, implementation="numba")
         expected = logits.masked_fill(torch.eye(n_classes, dtype=torch.bool), -math.inf).argmax(1)
         assert torch.equal(scores.runner_up.long(), expected)
 
 
+@pytest.mark.parametrize("target", [torch.full((4,), -100), torch.zeros(4, 0)], ids=["ignored", "probabilities"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_rows_without_classes_cost_nothing_and_have_no_scores(target, options, poison):
+    loss, scores = bonus_cross_entropy_with_scores(
+        torch.zeros(4, 0, requires_grad=True), target, reduction="none", implementation="numba", **options
+    )
+    assert loss.tolist() == [0.0] * 4 and scores.runner_up.tolist() == [-1] * 4
+    assert all(column.isnan().all() for column in scores[:-1])
+
+
 @pytest.mark.parametrize("n_classes", [5, 70, 500])
-def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, blocks, functions):
+def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, shared):
     logits, target = masked(generator(3), 40, n_classes, torch.float32)
     out = logits == -math.inf
     assert out.any()
     for reduction in ("sum", "none"):
         leaf = logits.clone().requires_grad_()
-        loss, scores = bonus_cross_entropy_with_scores(leaf, target, reduction=reduction, implementation="torch")
+        loss, scores = bonus_cross_entropy_with_scores(leaf, target, reduction=reduction, implementation="numba")
         (grad,) = torch.autograd.grad(loss.sum(), leaf)
         assert (grad[out] == 0).all() and grad.isfinite().all() and loss.isfinite().all()
         assert all(column.isfinite().all() for column in (scores.loss, scores.el2n, scores.entropy, scores.energy))
@@ -178,14 +180,14 @@ def test_masked_classes_get_no_gradient_and_spoil_nothing(n_classes, blocks, fun
 @pytest.mark.parametrize("target_type", ["labels", "smoothing", "probabilities"])
 @pytest.mark.parametrize("n_classes", [131, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_function_of_numpy_has_one_of_torch(target_type, n_classes, dtype, blocks, functions):
+def test_every_kind_of_target_is_float64_truth(target_type, n_classes, dtype, shared):
     logits, label = typical(generator(n_classes), 9, n_classes, dtype)
     options = {"label_smoothing": 0.1} if target_type == "smoothing" else {}
     target = (
         torch.randn_like(logits, dtype=torch.float32).softmax(1).to(dtype) if target_type == "probabilities" else label
     )
     found = []
-    for z, t, implementation in ((logits, target, "torch"), (logits.double(), target, "reference")):
+    for z, t, implementation in ((logits, target, "numba"), (logits.double(), target, "reference")):
         leaf = z.clone().requires_grad_()
         t = t.to(z.dtype) if t.is_floating_point() else t
         loss, scores = bonus_cross_entropy_with_scores(leaf, t, implementation=implementation, **options)
@@ -203,13 +205,13 @@ def test_every_function_of_numpy_has_one_of_torch(target_type, n_classes, dtype,
 
 def run(logits: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().clone().requires_grad_()
-    loss = bonus_cross_entropy(leaf, target, implementation="torch", **options)
+    loss = bonus_cross_entropy(leaf, target, implementation="numba", **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("n_classes", [10, 100, 1000])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-def test_a_row_does_not_depend_on_its_company(n_classes, reduction, blocks):
+def test_a_row_does_not_depend_on_its_company(n_classes, reduction, shared):
     logits, target = typical(generator(4), 50, n_classes, torch.float32)
     loss, grad = run(logits, target, reduction=reduction)
     again, same_grad = run(logits, target, reduction=reduction)
@@ -222,8 +224,19 @@ def test_a_row_does_not_depend_on_its_company(n_classes, reduction, blocks):
         assert torch.equal(shuffled, loss[order]) and torch.equal(few, loss[:7])
 
 
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(1201, 10), (150, 1000), (41, 5000)])
+def test_rows_of_every_tile_are_those_of_small_batches(n_rows, n_classes):
+    """Several tiles, the last one partly filled."""
+    logits, target = typical(generator(n_classes), n_rows, n_classes, torch.float32)
+    target[::9] = -100
+    loss, grad = run(logits, target, reduction="none")
+    for part in torch.arange(n_rows).split(37):
+        few, few_grad = run(logits[part], target[part], reduction="none")
+        assert torch.equal(few, loss[part]) and torch.equal(few_grad, grad[part])
+
+
 @pytest.mark.parametrize("n_classes", [10, 1000])
-def test_classes_may_be_renamed_and_impossible_ones_added(n_classes, blocks):
+def test_classes_may_be_renamed_and_impossible_ones_added(n_classes, shared):
     logits, target = typical(generator(5), 20, n_classes, torch.float64)
     loss, grad = run(logits, target, reduction="none")
     order = torch.randperm(n_classes)
@@ -282,7 +295,7 @@ def test_forward_and_backward_hold_at_most_one_gradient_and_a_fifth(dtype, n_row
     target[:ignored] = -100
 
     def step():
-        loss, _ = bonus_cross_entropy_with_scores(logits, target, implementation="torch")
+        loss, _ = bonus_cross_entropy_with_scores(logits, target, implementation="numba")
         loss.backward()
 
     step()
@@ -292,55 +305,50 @@ def test_forward_and_backward_hold_at_most_one_gradient_and_a_fifth(dtype, n_row
 
 def test_scores_without_a_gradient_hold_half_the_logits():
     logits, target = torch.randn(3000, 1000), torch.randint(0, 1000, (3000,))
-    peak = peak_bytes(lambda: bonus_cross_entropy_with_scores(logits, target, implementation="torch"))
+    peak = peak_bytes(lambda: bonus_cross_entropy_with_scores(logits, target, implementation="numba"))
     assert peak <= 0.6 * logits.numel() * logits.element_size()
 
 
-# --- where it runs ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("dtype", "gradients"), [(torch.float32, 2.5), (torch.bfloat16, 3.5)])
+def test_of_few_classes_the_columns_weigh_more_than_the_gradient(dtype, gradients):
+    logits, target = torch.randn(65536, 10).to(dtype).requires_grad_(), torch.randint(0, 10, (65536,))
+
+    def step():
+        loss, _ = bonus_cross_entropy_with_scores(logits, target, implementation="numba")
+        loss.backward()
+
+    step()
+    logits.grad = None
+    assert peak_bytes(step) <= gradients * logits.numel() * logits.element_size()
 
 
-@pytest.mark.parametrize("n_classes", [10, 1000])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_it_runs_wherever_the_logits_are(n_classes, reduction, device):
-    logits, target = typical(generator(8), 9, n_classes, torch.float32)
-    here, there = (
-        bonus_cross_entropy_with_softmax(
-            logits.to(place).requires_grad_(), target.to(place), reduction=reduction, implementation="torch"
-        )
-        for place in ("cpu", device)
-    )
-    torch.testing.assert_close(there[0].cpu(), here[0])
-    torch.testing.assert_close(there[2].cpu(), here[2])
-    for a, b in zip(there[1], here[1], strict=True):
-        torch.testing.assert_close(a.cpu(), b)
+# --- who calls --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("n_buffers", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_buffers_lie_where_nothing_is_needed(dtype, n_buffers, in_place, monkeypatch):
-    """Behind what is written; the last, and all where blocks are made in place, behind the block itself too."""
-    monkeypatch.setattr(torch_blocks, "SMALLEST_BLOCK", 1)
-    monkeypatch.setattr(torch_blocks, "VECTOR", 2)
-    in_tail = 0
-    for n_rows in (*range(1, 40), 100, 1001):
-        for n_classes in (65, 66, 67):
-            logits = torch.empty(n_rows, 1, n_classes, dtype=dtype)
-            out = torch.empty_like(logits)
-            blocks = torch_blocks.Blocks(logits, n_buffers, out, 0.05, in_place)
-            assert sum(blocks.sizes) == n_rows
-            row = 0
-            for block, size in enumerate(blocks.sizes):
-                row += size
-                buffers = [blocks.buffer(which, block) for which in range(n_buffers)]
-                spans = sorted((b.data_ptr(), b.data_ptr() + b.numel() * b.element_size()) for b in buffers)
-                assert all(b.shape == (size, n_classes) and b.is_contiguous() for b in buffers)
-                assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-                begin, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
-                if not begin <= spans[0][0] < end:
-                    continue  # buffers of their own
-                in_tail += 1
-                written = begin + row * n_classes * dtype.itemsize
-                assert spans[-1][1] <= end and buffers[-1].data_ptr() >= written
-                assert spans[0][0] >= (written if in_place else written - size * n_classes * dtype.itemsize)
-    assert in_tail > 0
+def test_callers_on_several_threads_do_not_meet():
+    batches = [typical(generator(seed), 40 + seed, 100, torch.float32) for seed in range(8)]
+    expected = [run(*batch, reduction="none") for batch in batches]
+
+    def call(i: int) -> bool:
+        found = [run(*batches[i], reduction="none") for _ in range(10)]
+        return all(torch.equal(a, b) for one in found for a, b in zip(one, expected[i], strict=True))
+
+    with several_threads(2), ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(call, range(8)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_computes_the_same():
+    """A pool of threads would not be there any more, and its caller would wait for ever."""
+    logits, target = typical(generator(9), 50, 100, torch.float32)
+    with several_threads(2):
+        loss, grad = run(logits, target)
+        child = os.fork()
+        if child == 0:
+            try:
+                again, same = run(logits, target)
+                os._exit(0 if torch.equal(again, loss) and torch.equal(same, grad) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,4 +1,4 @@
-"""The kernels for targets that are shares: what they touch, to the byte, and what the compiler makes of them."""
+"""The kernels for soft targets: what they touch, to the byte, and what the compiler makes of them."""
 
 from __future__ import annotations
 
