@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from . import accuracy, digits, elementwise, host, plots, report, shares, speed, tracker
+from . import accuracy, digits, host, plots, report, sigmoid, soft, speed, tracker
 from .record import ROOT, commit, environment, plain, progress
 
 SECTIONS = {
     "accuracy": accuracy.run,
     "speed": speed.run,
-    "shares": shares.run,
-    "elementwise": elementwise.run,
+    "soft": soft.run,
+    "sigmoid": sigmoid.run,
     "host": host.run,
     "tracker": tracker.run,
     "digits": digits.run,

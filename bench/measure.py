@@ -103,9 +103,9 @@ def cache_bytes(on_gpu: bool) -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else 0
 
 
-def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20) -> float:
-    """Return this GPU's copy bandwidth, bytes read plus written, over buffers far larger than L2, in turn."""
-    buffers = [torch.randn(bytes_each // 4, device="cuda") for _ in range(n_buffers)]
+def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20, device: str = "cuda") -> float:
+    """Return the copy bandwidth, bytes read plus written, over buffers far larger than caches, in turn."""
+    buffers = [torch.ones(bytes_each // 4, device=device) for _ in range(n_buffers)]
     turn = iter(range(1 << 30))
 
     def copy() -> None:
@@ -113,5 +113,5 @@ def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20)
         buffers[i % n_buffers].copy_(buffers[(i + 1) % n_buffers])
 
     step = Step(lambda: None, copy)
-    times = interleave({"copy": step}, True, math.inf, (reps, reps))["copy"][2:]
+    times = interleave({"copy": step}, device == "cuda", math.inf, (reps, reps))["copy"][2:]
     return 2 * bytes_each / statistics.median(times) / 1e6

@@ -71,11 +71,15 @@ def speed(section: dict[str, Any]) -> Any:
             heights = [_relative_time(case["providers"], name) for case in cases]
             axes.bar([j + (i - len(names) / 2 + 0.5) * width for j in range(len(cases))], heights, width, label=name)
         axes.set(yscale="log", title=f"{dtype}: time over that of F.cross_entropy (difficulty_scores: of its forward)")
-        axes.set_xticks(range(len(cases)), [f"{case['n_rows']}x{case['n_classes']}" for case in cases])
+        axes.set_xticks(range(len(cases)), [_sizes(case) for case in cases])
         axes.axhline(1, color="black", linewidth=0.8)
         axes.grid(alpha=0.3, axis="y")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _sizes(case: dict[str, Any]) -> str:
+    return "x".join(map(str, case.get("shape", (case["n_rows"], case["n_classes"]))))
 
 
 def _relative_time(providers: dict[str, Any], name: str) -> float:

@@ -23,26 +23,44 @@ class Case(NamedTuple):
     n_classes: int
     cpu_rows: int
     gpu_rows: int
+    inner: tuple[int, ...] = ()  # further axes, of pixels: logits [N, C, height, width]
+
+    def shape(self, on_gpu: bool, quick: bool) -> tuple[int, ...]:
+        """Return the shape of the logits; a quick run has few of them."""
+        n = self.gpu_rows if on_gpu else self.cpu_rows
+        inner = tuple(x // 8 for x in self.inner) if quick else self.inner
+        return (max(n // 64, 2) if quick else n, self.n_classes, *inner)
 
 
 CASES = {
     "one-batch": Case(10, 64, 64),  # what a call costs however little it computes
+    "small-batch": Case(1000, 128, 128),
     "ten-classes": Case(10, 65536, 1 << 20),
     "imagenet-1k": Case(1000, 4096, 65536),
     "llama2-vocab": Case(32000, 1024, 8192),
     "llama3-vocab": Case(128256, 128, 8192),
+    "street-scenes": Case(19, 8, 32, (256, 256)),
+    "foreground": Case(2, 8, 32, (256, 256)),
 }
 
 
-def inputs(n_rows: int, n_classes: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return logits [n_rows, n_classes], as of a partly trained classifier, and labels: gaps from -4 to 10."""
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return logits [N, C, d1, ...], as of a partly trained classifier, and labels: gaps from -4 to 10."""
+    n_rows, n_classes = math.prod(shape) // shape[1], shape[1]
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(n_classes, (n_rows,), generator=generator)
     logits = torch.randn(n_rows, n_classes, generator=generator)
     rest = logits.scatter(1, target[:, None], -math.inf).logsumexp(1)
     gap = torch.rand(n_rows, generator=generator) * 14 - 4
     logits[torch.arange(n_rows), target] = rest + gap
+    target = target.reshape(shape[0], *shape[2:])
+    logits = logits.reshape(*target.shape, n_classes).movedim(-1, 1).contiguous()
     return logits.to(device, dtype).requires_grad_(), target.to(device)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return [N, C, d1, ...] as [rows, C]."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 # --- providers --------------------------------------------------------------------------------------------------------
@@ -62,9 +80,9 @@ class Provider(NamedTuple):
 
 
 def paper_terms(logits: Tensor, log_end: float = LOG_END) -> tuple[Tensor, Tensor]:
-    """Return log p and the bonus as the paper's code computes them: every step a full [n_rows, n_classes] tensor."""
+    """Return log p and the bonus as the paper's code computes them: every step a tensor as large as the logits."""
     # float32 as under autocast: in bfloat16 1 - p is 0 from p = 0.998 on
-    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
     p = log_p.exp()
     bonus = torch.log(torch.clamp(1 - p, min=1e-5))
     if log_end < 1:
@@ -83,7 +101,7 @@ def paper_formula(logits: Tensor, target: Tensor, log_end: float = LOG_END, redu
 def eager_scores(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Return the six scores by the eager torch a user would write."""
     label = target[:, None]
-    log_p = F.log_softmax(logits, -1, dtype=torch.float32)
+    log_p = F.log_softmax(logits, 1, dtype=torch.float32)
     p = log_p.exp()
     loss = -log_p.gather(1, label)[:, 0]
     error = p.scatter_add(1, label, -torch.ones_like(label, dtype=p.dtype))  # softmax - onehot
@@ -104,7 +122,7 @@ def _ours(logits: Tensor, target: Tensor) -> Outcome:
 
 PROVIDERS = {
     "ours": Provider(_ours, bonus=True),
-    # the torch path makes its gradient in forward: another upstream gradient than 1 costs it a pass
+    # loops by Numba make their gradient in forward: another upstream gradient than 1 costs them a pass
     "ours, upstream 1/2": Provider(_ours, bonus=True, upstream=0.5),
     "ours, loss only": Provider(lambda z, y: Outcome(bonus_cross_entropy(z, y, bonus=BONUS)), bonus=True),
     "F.cross_entropy": Provider(lambda z, y: Outcome(F.cross_entropy(z, y))),
@@ -134,7 +152,7 @@ def call(provider: Provider, logits: Tensor, target: Tensor) -> Outcome:
 
 
 class Truth(NamedTuple):
-    """Float64 columns [n_rows] of logits as given, without a difference that could cancel."""
+    """Float64 columns, a number a row, of logits as given, without a difference that could cancel."""
 
     loss: Tensor
     bonus_loss: Tensor
@@ -146,7 +164,7 @@ class Truth(NamedTuple):
 
 
 def truth(logits: Tensor, target: Tensor) -> Truth:
-    z, label = logits.detach().double().cpu(), target.cpu()[:, None]
+    z, label = rows(logits.detach()).double().cpu(), target.cpu().reshape(-1, 1)
     others = z.scatter(1, label, -math.inf)
     other = others.amax(1)
     z_target = z.gather(1, label)[:, 0]
@@ -180,13 +198,18 @@ def check(provider: Provider, logits: Tensor, target: Tensor) -> None:
     if outcome.loss is not None:
         close("loss", outcome.loss, (exact.bonus_loss if provider.bonus else exact.loss).mean(), tolerance)
     if provider.trains:
-        slope = (exact.bonus_slope if provider.bonus else exact.slope) * provider.upstream / len(target)
-        largest = provider.upstream / len(target)  # that the gradient of a row can be
-        close("gradient", logits.grad.cpu().double() / largest, slope[:, None] * exact.direction / largest, tolerance)
+        slope = (exact.bonus_slope if provider.bonus else exact.slope) * provider.upstream / target.numel()
+        largest = provider.upstream / target.numel()  # that the gradient of a row can be
+        close(
+            "gradient",
+            rows(logits.grad).cpu().double() / largest,
+            slope[:, None] * exact.direction / largest,
+            tolerance,
+        )
     if outcome.scores is not None:
         for name, score in zip(SCORE_NAMES, outcome.scores, strict=False):
-            close(name, score, exact.scores[name], 1e-4)
-        check_runner_up(values, target, outcome.scores[5], exact.scores["margin"])
+            close(name, score.flatten(), exact.scores[name], 1e-4)
+        check_runner_up(rows(values), target.flatten(), outcome.scores[5].flatten(), exact.scores["margin"])
 
 
 def check_runner_up(logits: Tensor, target: Tensor, runner_up: Tensor, margin: Tensor) -> None:

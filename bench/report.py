@@ -12,7 +12,7 @@ from .record import between
 TABLE_GAPS = (-20, -10, 0, 3, 6, 9, 12, 15, 16, 20, 30, 60, 87, 90)
 Bounds = list[dict[str, Any]]
 GPU_RATIO = "ours / Liger-Kernel"
-MET, MISSED, NOT_MEASURED = "met", "**missed**", "not measured"
+MET, MISSED, NOT_MEASURED, NOT_TIMED = "met", "**missed**", "not measured", "not timed"
 
 
 def markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> str:
@@ -22,8 +22,8 @@ def markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> str:
         "environment": ("Environment", _environment),
         "accuracy": ("Accuracy", _accuracy),
         "speed": ("Speed and memory", _speed),
-        "shares": ("Targets that are shares of classes", _shares),
-        "elementwise": ("Sigmoid family", _elementwise),
+        "soft": ("Soft targets", _soft),
+        "sigmoid": ("Sigmoid family", _sigmoid),
         "host": ("Host time on a GPU, launches mocked", _host),
         "tracker": ("Example tracker", _tracker),
         "digits": ("Digits", _digits),
@@ -124,14 +124,16 @@ def _speed(section: dict[str, Any]) -> str:
             lambda provider: _get(provider, "gb_per_s")
         ),
         "Peak extra memory in gradients:": by_provider(lambda provider: _get(provider, "peak_gradients")),
-        "On a GPU:": _gpu(section),
+        "Of the bandwidth of a copy:": _bandwidth(section),
+        "One thread and two, and the first call of a process:": _of_process(section),
         "Left out:": _skipped(cases),
     }
     return "\n".join(f"{title}\n\n{body}" for title, body in parts.items() if body or title.startswith("Forward"))
 
 
 def _case(case: dict[str, Any]) -> str:
-    return f"{case['case']} {case['n_rows']}x{case['n_classes']} {case['dtype']}"
+    sizes = case.get("shape", (case["n_rows"], case["n_classes"]))
+    return f"{case['case']} {'x'.join(map(str, sizes))} {case['dtype']}"
 
 
 def _time(provider: dict[str, Any]) -> str:
@@ -149,12 +151,13 @@ def _get(provider: dict[str, Any], key: str) -> str:
     return _number(provider[key]) if key in provider else "-"
 
 
-def _gpu(section: dict[str, Any]) -> str:
+def _bandwidth(section: dict[str, Any]) -> str:
     copy = section["copy_gb_per_s"]
+    moved = "1 read" if section["threads"] == 1 else "2 reads"
     header = [
         "case",
         "share of copy bandwidth: scores (1 read)",
-        "loss, scores, gradient (2 reads, 1 write)",
+        f"loss, scores, gradient ({moved}, 1 write)",
         GPU_RATIO,
     ]
     if copy is None:
@@ -165,7 +168,17 @@ def _gpu(section: dict[str, Any]) -> str:
          _ratio(c, GPU_RATIO) if GPU_RATIO in c["ratios"] else NOT_MEASURED]
         for c in section["cases"]
     )  # fmt: skip
-    return f"Copy bandwidth {copy:.0f} GB/s, read plus written.\n\n" + _table(header, rows)
+    return f"Copy bandwidth {copy:.3g} GB/s, read plus written; - where all of it fits caches.\n\n" + _table(
+        header, rows
+    )
+
+
+def _of_process(section: dict[str, Any]) -> str:
+    if not section.get("two_threads"):
+        return ""
+    times = ([name, _time({"time_ms": times})] for name, times in section["two_threads"]["time_ms"].items())
+    calls = ([f"first call, {name}", f"{1e3 * s:.3g}"] for name, s in section["first_call_s"].items())
+    return _table(["1024x32000 float32, loss, scores and gradient; first calls of 64x10", "ms"], [*times, *calls])
 
 
 def _skipped(cases: list[dict[str, Any]]) -> str:
@@ -181,25 +194,35 @@ def _verdicts(bounds: Bounds) -> str:
     """Return one line per bound: met with all values, or missed with where."""
     if not bounds:
         return ""
-    rows = ([what, MISSED if failed else MET, _values(failed or same)] for what, same, failed in _by_bound(bounds))
+    rows = ([what, _verdict(same), _values(failed or same)] for what, same, failed in _by_bound(bounds))
     return _table(["bound", "verdict", "values"], rows)
+
+
+def _verdict(same: Bounds) -> str:
+    """Return the verdict of a bound from where it was looked at; what was left out has passed None."""
+    timed = [bound["passed"] for bound in same if bound["passed"] is not None]
+    return NOT_TIMED if not timed else MET if all(timed) else MISSED
 
 
 def _by_bound(bounds: Bounds) -> Iterator[tuple[str, Bounds, Bounds]]:
     """Yield each bound with its verdicts everywhere, and with those that say missed."""
     for what in dict.fromkeys(bound["bound"] for bound in bounds):
         same = [bound for bound in bounds if bound["bound"] == what]
-        yield what, same, [bound for bound in same if not bound["passed"]]
+        yield what, same, [bound for bound in same if bound["passed"] is False]
 
 
 def _values(bounds: Bounds) -> str:
-    return ", ".join(" ".join(filter(None, (_number(b["value"]), b.get("case"), b.get("dtype")))) for b in bounds)
+    return ", ".join(" ".join(filter(None, (_value(b), b.get("case"), b.get("dtype")))) for b in bounds)
 
 
-# --- shares, sigmoid family, tracker ----------------------------------------------------------------------------------
+def _value(bound: dict[str, Any]) -> str:
+    return NOT_TIMED if bound["passed"] is None else _number(bound["value"])
 
 
-def _shares(section: dict[str, Any]) -> str:
+# --- soft targets, sigmoid family, tracker ----------------------------------------------------------------------------
+
+
+def _soft(section: dict[str, Any]) -> str:
     cases = section["cases"]
     labels = list(dict.fromkeys(label for case in cases for label in case["ratios"]))
     names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
@@ -224,7 +247,7 @@ def _asked(case: dict[str, Any]) -> tuple[str, str]:
     return _case(case), case["target"]
 
 
-def _elementwise(section: dict[str, Any]) -> str:
+def _sigmoid(section: dict[str, Any]) -> str:
     header = ["case", "loss", "eager / ours", "ours, ms", "peak memory in gradients, ours", "eager"]
     rows = (
         [_elements(c), c["loss"], _number(c["eager / ours"]["median"]), _number(c["ours_ms"]["median"]),
@@ -328,8 +351,8 @@ def readme_block(results: dict[str, Any]) -> str:
     """Return what the README says of ``results``: tables, and every bound with its verdict."""
     renderers = {
         "speed": _readme_speed,
-        "shares": _readme_shares,
-        "elementwise": _readme_elementwise,
+        "soft": _readme_soft,
+        "sigmoid": _readme_sigmoid,
         "tracker": _readme_tracker,
         "accuracy": _readme_accuracy,
         "digits": _readme_digits,
@@ -341,9 +364,7 @@ def readme_block(results: dict[str, Any]) -> str:
         else:
             parts.append(render(results[name]))
     if bounds := _bounds(results):
-        rows = (
-            [what, _range(same), MISSED if failed else MET, _values(failed)] for what, same, failed in _by_bound(bounds)
-        )
+        rows = ([what, _range(same), _verdict(same), _values(failed)] for what, same, failed in _by_bound(bounds))
         parts.append("Wanted, and what came:\n")
         parts.append(_table(["wanted", "measured", "verdict", "where missed"], rows))
     if absent:
@@ -355,10 +376,15 @@ def _readme_where(results: dict[str, Any]) -> str:
     where, dates = results["environment"], sorted(section["date"][:10] for section in results.values())
     when, torch = " to ".join(dict.fromkeys((dates[0], dates[-1]))), where["torch"].partition("+")[0]
     return _paragraph(
-        f"`python -m bench`, {when}, torch {torch}, one thread of {where['cpu_cores']} cores ({where['cpu']}); all "
+        f"`python -m bench`, {when}, torch {torch}, one thread of {where['cpu_cores']} cores ({_cpu(where)}); all "
         "of it in [bench/results/cpu.md](bench/results/cpu.md). Times are of forward and backward, their ratios "
         "medians over interleaved rounds: below 1 the first is faster."
     )
+
+
+def _cpu(where: dict[str, Any]) -> str:
+    """Name a CPU with the instructions that torch and our loops find there: ratios differ between them."""
+    return ", ".join(filter(None, (where["cpu"], where.get("instruction_set", "").upper())))
 
 
 def _paragraph(text: str) -> str:
@@ -377,7 +403,7 @@ def _readme_speed(section: dict[str, Any]) -> str:
     )
 
 
-def _readme_shares(section: dict[str, Any]) -> str:
+def _readme_soft(section: dict[str, Any]) -> str:
     """A row a shape and dtype, a column a kind of target and ratio."""
     columns = dict.fromkeys((c["target"], label) for c in section["cases"] for label in c["ratios"])
     columns = [(target, label) for target, label in columns if "loss only" not in label]
@@ -386,13 +412,13 @@ def _readme_shares(section: dict[str, Any]) -> str:
         by_case.setdefault(_case(c), {}).update({(c["target"], label): _ratio(c, label) for label in c["ratios"]})
     rows = ([case, *(cells.get(column, "-") for column in columns)] for case, cells in by_case.items())
     return (
-        "Targets that are shares of the classes, and the squared error of the softmax, with all six scores; "
+        "Soft targets, and the squared error of the softmax, with all six scores; "
         "`F.cross_entropy` has the same options, without bonus and scores:\n\n"
         + _table(["case", *(f"{target}: {label}" for target, label in columns)], rows)
     )
 
 
-def _readme_elementwise(section: dict[str, Any]) -> str:
+def _readme_sigmoid(section: dict[str, Any]) -> str:
     losses = list(dict.fromkeys(c["loss"] for c in section["cases"]))
     by_case: dict[str, dict[str, str]] = {}
     for c in section["cases"]:
@@ -427,9 +453,6 @@ def _readme_digits(section: dict[str, Any]) -> str:
 
 def _range(bounds: Bounds) -> str:
     """Return least and largest value, and the cases if they have names."""
-    values = [
-        _number(bound["value"])
-        for bound in sorted(bounds, key=lambda b: -math.inf if b["value"] is None else b["value"])
-    ]
+    values = [_value(bound) for bound in sorted(bounds, key=lambda b: -math.inf if b["value"] is None else b["value"])]
     cases = dict.fromkeys(bound["case"] for bound in bounds if "case" in bound)
     return ", ".join([" to ".join(dict.fromkeys((values[0], values[-1]))), *cases])

@@ -32,7 +32,7 @@ EMULATED = (
 )
 COMMANDS = {  # in the order in which the tests ask for them
     "tests.test_codegen": ("-m", "bench", "codegen", "--quick", "--json"),
-    "tests.test_soft_kernels": ("-m", "tests.compile_dense"),
+    "tests.test_soft_kernels": ("-m", "tests.compile_soft"),
     "tests.test_launch": ("-m", "tests.compile_launches"),
     "tests.test_sigmoid": ("-m", "tests.compile_sigmoid"),
     "tests.test_ptx": ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED),
