@@ -31,8 +31,8 @@ def visits(batches):
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 @pytest.mark.parametrize("when", [1, 3, 6])
 def test_an_epoch_set_while_an_iterator_runs_changes_the_next_one_only(workers, epoch, when):
-    sampler, loader = loader_of(12, workers=workers)
-    twin, other = loader_of(12)
+    sampler, loader = loader_of(40, half, workers=workers)
+    twin, other = loader_of(40, half)
     it = iter(loader)
     head = [next(it) for _ in range(when)]
     weight = sampler.weight
