@@ -241,4 +241,5 @@ def _why_not_compiled(name: str, n_params: int) -> str | None:
     from .losses.base import class_of
 
     cls = class_of(name)
-    return why_not_compiled(cls.__name__, cls.kernel, n_params)
+    why: str | None = why_not_compiled(cls.__name__, cls.kernel, n_params)
+    return why

@@ -86,10 +86,20 @@ def _by_rows(call: Call) -> Result:
 
 def softmax(call: Call, logits: Tensor, label: Tensor) -> Tensor:
     """Return the probabilities of rows [outer, inner, C], detached, 0 where the label is ignored."""
-    if call.implementation not in ("triton", "numba"):
-        return reference.softmax(logits.detach(), label, call.ignore_index)
+    return _SOFTMAXES[call.implementation](call, logits.detach(), label)
+
+
+def _softmax_by_formula(call: Call, logits: Tensor, label: Tensor) -> Tensor:
+    return reference.softmax(logits, label, call.ignore_index)
+
+
+def _softmax_by_rows(call: Call, logits: Tensor, label: Tensor) -> Tensor:
     name, fields = encode(reference.CROSS_ENTROPY)
-    return forward(logits.detach(), label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+    out: Tensor = forward(logits, label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+    return out
+
+
+_SOFTMAXES = {"triton": _softmax_by_rows, "numba": _softmax_by_rows, "reference": _softmax_by_formula}
 
 
 def _reduced(call: Call, loss: Tensor) -> Tensor:
@@ -221,7 +231,7 @@ def forward(
     out: LabelResult = room(implementation, "labels").forward(
         logits, target, ignore_index, decode(loss, fields), scores, softmax
     )
-    return tuple(out)
+    return out.loss, out.scores, out.runner_up, out.saved, out.softmax
 
 
 @forward.register_fake

@@ -153,7 +153,8 @@ class _Visit(NamedTuple):
         return _gradient(logits, label, self.ignore_index, self.loss, self._targets(operands), upstream)
 
     def _targets(self, operands: Tensors) -> SoftTargets:
-        return SoftTargets(*operands[1:4], self.smoothing, self.bonus_smoothing)
+        _, probabilities, weight, bonus_weight, *_ = operands
+        return SoftTargets(probabilities, weight, bonus_weight, self.smoothing, self.bonus_smoothing)
 
     def _visited(self, logits: Tensor, operands: Tensors, scores: bool, upstream: Tensor) -> tuple[SoftResult, Tensor]:
         label, targets, loops = operands[0], self._targets(operands), room("numba", "soft")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
+from ..formulas import class_terms
 from ..formulas.scalar import sigmoid
 from . import stored
 from .names import numbers, real, vector
@@ -104,18 +105,16 @@ class Terms(NamedTuple):
 @functools.lru_cache(256)
 def terms_of(loss: Any, real: str) -> Terms:
     """Return `terms` of a loss in an accumulation dtype."""
-    params = loss.parameters()
-    few = f"{loss.kernel}_below_half" if getattr(loss, "is_logarithm_below_half", bool)() else loss.kernel
-    functions = [_compiled_terms(kernel, len(params), real) for kernel in (few, loss.kernel)]
+    kernel, few, params = class_terms.terms_of(loss)
+    functions = [_compiled_terms(name, len(params), real) for name in (few, kernel)]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-    return Terms(at[0], at[1], few == loss.kernel, held.buffer_info()[0], (functions, held))
+    return Terms(at[0], at[1], few == kernel, held.buffer_info()[0], (functions, held))
 
 
 @functools.cache
 def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
     def make() -> str:
-        from ..formulas import class_terms
         from .compile import machine_code
 
         body = getattr(class_terms, f"{kernel}_terms")

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from .language import jit, tl
 from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin
 
@@ -104,3 +107,24 @@ def softmax_absolute_error_terms(p, rest, log_p, share, params):
     value, pull = mirror_terms(p, rest, log_p, share, params)
     distance = (1.0 - share) * p - share * rest
     return value + tl.abs(distance), pull - p * tl.where(distance > 0.0, 1.0, tl.where(distance < 0.0, -1.0, 0.0))
+
+
+# Which of them serve a loss.
+
+
+def terms_of(loss: Any) -> tuple[str, str, tuple[float, ...]]:
+    """Return the stems of the terms of a class and of one with p <= 1/2, and their params."""
+    kernel, params = loss.kernel, loss.parameters()
+    if loss.is_cross_entropy():
+        kernel, params = "power_bonus", (0.0, -math.inf, 0.0, math.inf, 1.0)
+    elif kernel == "log_bonus" and params[4] == -math.inf:  # of log_end = 0 the tangent is left, -p
+        kernel, params = "power_bonus", (*params[:4], 1.0)
+    below_half = kernel
+    if kernel == "log_bonus" and params[4] >= 0 and params[7] <= math.log(0.5) and not has_window(params):
+        below_half = "log_bonus_below_half"
+    return kernel, below_half, params
+
+
+def has_window(params: tuple[float, ...]) -> bool:
+    """Return whether a bonus with these params is off for some p."""
+    return params[1:4:2] != (-math.inf, math.inf)

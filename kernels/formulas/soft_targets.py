@@ -26,7 +26,7 @@ class Apart(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What gives the probabilities of all classes but the label: p = scale exp(z - max), log p = z - max + log_scale."""
+    """What gives p of all classes but the label: p = scale exp(z - max), log p = z - max + log_scale."""
 
     max: tl.tensor
     scale: tl.tensor

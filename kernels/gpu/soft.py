@@ -13,7 +13,6 @@ gradient; writes V b. Class weights are read as probabilities are.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -233,29 +232,16 @@ class ClassKernel(NamedTuple):
     is_power: bool  # of p and without a window: one sweep does
 
 
-def has_kernel(loss: Any) -> bool:
-    """Return whether kernels know what a class adds under this loss."""
-    return loss.is_cross_entropy() or isinstance(loss.kernel, str) and hasattr(class_terms, f"{loss.kernel}_terms")
-
-
 @once_a_loss
 def class_kernel(loss: Any) -> ClassKernel:
     """Return the jit functions and numbers of a loss."""
-    kernel, params = loss.kernel, loss.parameters()
-    if loss.is_cross_entropy():
-        kernel, params = "power_bonus", (0.0, -math.inf, 0.0, math.inf, 1.0)
-    elif kernel == "log_bonus" and params[4] == -math.inf:  # of log_end = 0 the tangent is left, -p
-        kernel, params = "power_bonus", (*params[:4], 1.0)
-    below_half = kernel
-    has_window = kernel.endswith("_bonus") and params[1:4:2] != (-math.inf, math.inf)
-    if kernel == "log_bonus" and params[4] >= 0 and params[7] <= math.log(0.5) and not has_window:
-        below_half = "log_bonus_below_half"
+    kernel, below_half, params = class_terms.terms_of(loss)
     return ClassKernel(
         getattr(class_terms, f"{kernel}_terms"),
         getattr(class_terms, f"{below_half}_terms"),
         getattr(class_sums, f"{below_half}_sums", class_sums.sums_of_terms),
         halved(params),
-        kernel == "power_bonus" and not has_window,
+        kernel == "power_bonus" and not class_terms.has_window(params),
     )
 
 
