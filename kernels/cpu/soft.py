@@ -228,7 +228,9 @@ def terms_of_others(p, row, z, e, label, runner_up, m, softmax, chunk, work, pul
             x = e[first + i] * softmax.scale
             chunk[P + i] = x
             chunk[REST + i] = 1.0 - x
-            chunk[LOG_P + i] = widen(z[first + i]) - at + softmax.log_scale
+            d = widen(z[first + i]) - at
+            d = 0.0 if d > 0.0 else d  # it never is; or log_scale - at would be taken out of the loop, and round
+            chunk[LOG_P + i] = d + softmax.log_scale
         call8((p.terms, n, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
                work + V * real_size, p.params, work + VALUE * real_size, work + PULL * real_size))  # fmt: skip
         if (label >= first) & (label < first + n):
