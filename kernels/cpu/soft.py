@@ -266,7 +266,9 @@ def terms_of_others(p, row, logits, exps, label, runner_up, m, softmax, chunk, w
         if p.needs_log_p:
             z = vector(logits + first * size, n, element)
             for i in range(n):
-                chunk[LOG_P + i] = widen(z[i]) - at + softmax.log_scale
+                d = widen(z[i]) - at
+                d = 0.0 if d > 0.0 else d  # it never is; or log_scale - at would be taken out of the loop, and round
+                chunk[LOG_P + i] = d + softmax.log_scale
         call8((p.terms, n, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
                work + V * real_size, p.params, work + VALUE * real_size, pulls + first * real_size))  # fmt: skip
         if (label >= first) & (label < first + n):
