@@ -178,7 +178,7 @@ class DifficultySampler(Sampler[int]):
         loader: Any = sys._getframe(1).f_locals.get(
             "loader"
         )  # torch would say that an int is not iterable, from a worker
-        if isinstance(loader, DataLoader) and loader.batch_sampler is self:
+        if isinstance(loader, DataLoader) and id(loader.batch_sampler) == id(self):
             raise TypeError(
                 "DifficultySampler gives examples, not batches: expected DataLoader(..., sampler=), got batch_sampler="
             )
