@@ -38,7 +38,7 @@ class TrackExamples(TrainerCallback):
         options: of `causal_lm_loss`, such as ``bonus`` and ``label_smoothing``.
 
     Raises:
-        ValueError: by the Trainer, for ``label_smoothing_factor`` or ``remove_unused_columns``; or no index.
+        ValueError: by the Trainer, for ``label_smoothing_factor`` or ``remove_unused_columns``; the index is missing.
         FileNotFoundError: training resumes from a checkpoint without the tracker's state.
     """
 
