@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -24,15 +23,9 @@ from bonus_ops import (
     bonus_cross_entropy_with_scores,
 )
 from bonus_ops.policies import DifficultySampler, infobatch
+from tests import torchvision_operators as torchvision_operators
 
 N, D, C = 48, 6, 4
-
-if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
-    # the registry's torchvision is built for CUDA: beside a CPU torch its import asks for operators that nothing calls
-    TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # a build that fits defines them itself
-            TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def needs(library: str) -> pytest.MarkDecorator:
@@ -359,6 +352,7 @@ assert tracker.count.tolist() == [2] * N, tracker.count
 every = accelerator.gather(tracker.statistic("mean_loss")[None])
 assert torch.equal(every[0], every[1]) and tracker.labels().given.tolist() == [i % C for i in range(N)]
 accelerator.save_state(sys.argv[1])
+accelerator.wait_for_everyone()  # one process writes
 again = ExampleTracker(N, "all")
 accelerator._custom_objects.clear()
 accelerator.register_for_checkpointing(again)
