@@ -503,7 +503,8 @@ MUTANTS = (
     Mutant(
         "lanes forget the block of classes before", "kernels/cpu/lanes.py",
         "column[SUM_EXP + i] += column[PART + i]", "column[SUM_EXP + i] = column[PART + i]",
-        "tests/test_loops.py::test_layouts_threads_and_unwritten_memory_change_nothing[one thread-sum-dtype0-65-transposed]",
+        "tests/test_loops.py::test_layouts_threads_and_unwritten_memory_change_nothing"
+        "[one thread-sum-dtype0-65-transposed]",
     ),
     Mutant(
         "a loop charges ignored rows", "kernels/cpu/tile.py",
