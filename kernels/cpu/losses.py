@@ -81,13 +81,14 @@ def _compiled(value: Any, slope: Any, n_params: int, real: str) -> Any:
     return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {real}", make)
 
 
-def terms(n, p, rest, log_p, share, params, value, pull):
+def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
     """Write what ``n`` classes add for their shares; all but ``n`` are addresses."""
-    p, rest, log_p, share = vector(p, n, real), vector(rest, n, real), vector(log_p, n, real), vector(share, n, real)
+    p, rest, share = vector(p, n, real), vector(rest, n, real), vector(share, n, real)
+    log_p, log_rest = vector(log_p, n, real), vector(log_rest, n, real)
     value, pull = vector(value, n, real), vector(pull, n, real)
     of_loss = numbers(params, N_PARAMS, real)
     for i in range(n):
-        a, b = TERMS(p[i], rest[i], log_p[i], share[i], of_loss)
+        a, b = TERMS(p[i], rest[i], log_p[i], log_rest[i], share[i], of_loss)
         value[i] = a
         pull[i] = b
 
@@ -121,7 +122,7 @@ def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
         return machine_code(terms, real, {"TERMS": getattr(body, "fn", body), "N_PARAMS": n_params})
 
     name = f"{kernel}_terms_{real}"
-    return stored.entry(8, name, f"{name} {n_params}", make)
+    return stored.entry(9, name, f"{name} {n_params}", make)
 
 
 @functools.cache

@@ -217,6 +217,16 @@ def reciprocal_float64(x):
 
 
 @_jit
+def tiny(x):
+    return f32(2.0**-126)
+
+
+@_jit
+def tiny_float64(x):
+    return 2.0**-1022
+
+
+@_jit
 def log_of_rest_float64(p):
     return math.log1p(-p)
 
@@ -281,16 +291,17 @@ def twins(element: str) -> dict[str, Any]:
         element=in_memory, widen=widen, narrow=narrow, size=in_memory.bitwidth // 8,
         real=real, real_size=real.bitwidth // 8, int32=types.int32, int64=types.int64, float32=types.float32,
         vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
-        call5=memory.call5, call8=memory.call8,
+        call5=memory.call5, call9=memory.call9,
     )  # fmt: skip
     if double:
         own = dict(
             log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, float=infinity_float64,
-            reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64,
+            reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64, tiny=tiny_float64,
         )  # fmt: skip
     else:
         own = dict(
-            log=log, log1p=log1p, exp=exp, exp_below=exp_below, float=infinity_float32, reciprocal=reciprocal,
+            log=log, log1p=log1p, exp=exp, exp_below=exp_below, float=infinity_float32, tiny=tiny,
+            reciprocal=reciprocal,
             log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series),
         )  # fmt: skip
     return both | own
