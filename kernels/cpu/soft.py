@@ -252,7 +252,7 @@ def sums_of(p, row, logits, exps, label, runner_up, m, chunk):
         total += total_here
         cost += cost_here
     if p.uniform:  # not as a sum of many that rounds
-        total = (p.n_classes - 1) * chunk[T]
+        total = real(p.n_classes - 1) * chunk[T]
     return Paid(total, cost), s, s2, sz
 
 
