@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
 TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedules.py", "tests/test_sigmoid.py"
+LOOPS = "tests/test_loops.py"
 TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
 GPU_BENCH = "tests/test_gpu_bench.py"
 
@@ -487,22 +488,22 @@ MUTANTS = (
     Mutant(
         "a loop counts the label among the rest", "kernels/cpu/rows.py",
         "if (d < -1000.0) | (k == label) else d", "if d < -1000.0 else d",
-        "tests/test_loops.py::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
+        f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
     ),
     Mutant(
         "a loop takes the label for its own runner-up", "kernels/cpu/rows.py",
         "if widen(z[k]) == m and k != label:", "if widen(z[k]) == m:",
-        "tests/test_loops.py::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-131]",
+        f"{LOOPS}::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-131]",
     ),
     Mutant(
         "of tied lanes the last is the runner-up", "kernels/cpu/lanes.py",
         "index[ARGMAX + i] = c if x > m else", "index[ARGMAX + i] = c if x >= m else",
-        "tests/test_loops.py::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-10]",
+        f"{LOOPS}::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-10]",
     ),
     Mutant(
         "lanes forget the block of classes before", "kernels/cpu/lanes.py",
         "column[SUM_EXP + i] += column[PART + i]", "column[SUM_EXP + i] = column[PART + i]",
-        "tests/test_loops.py::test_layouts_threads_and_unwritten_memory_change_nothing[one thread-sum-dtype0-65-transposed]",
+        f"{LOOPS}::test_layouts_threads_and_unwritten_memory_change_nothing[one thread-sum-dtype0-65-transposed]",
     ),
     Mutant(
         "a loop charges ignored rows", "kernels/cpu/tile.py",
@@ -537,22 +538,22 @@ MUTANTS = (
     Mutant(
         "e^x is 2e-5 too large", "kernels/cpu/scalar.py",
         "return p * (r * r) + r + f32(1.0)", "return p * (r * r) + r + f32(1.00002)",
-        "tests/test_loops.py::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
+        f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
     ),
     Mutant(
         "log 2 has the digits of its first part", "kernels/cpu/scalar.py",
         "y = f * z * p + k * f32(-2.12194440e-4) - f32(0.5) * z", "y = f * z * p - f32(0.5) * z",
-        "tests/test_loops.py::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
+        f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
     ),
     Mutant(
         "a bfloat16 is cut off", "kernels/cpu/scalar.py",
         "    i = i32(i + i32(0x7FFF) + i32(i32(i >> i32(16)) & i32(1)))\n", "",
-        "tests/test_loops.py::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype2-64-bonus]",
+        f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype2-64-bonus]",
     ),
     Mutant(
         "threads leave out the last rows", "kernels/cpu/threads.py",
         "ends = [n_rows * i // n for", "ends = [n_rows // n * i for",
-        "tests/test_loops.py::test_rows_and_gradients_are_float64_truth_rounded_once[several threads-dtype0-64-bonus]",
+        f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[several threads-dtype0-64-bonus]",
     ),
     Mutant(
         "a gradient is given away twice", "bonus_ops/ops/made.py",
