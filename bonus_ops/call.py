@@ -25,6 +25,7 @@ from .checks import (
     checked_label_smoothing,
 )
 from .losses import CrossEntropy, GapLoss, Loss
+from .scores import Scores
 from .soft_targets import SoftTargets
 from .watchers import constant_when_compiled, is_deeply_transformed, is_transformed
 
@@ -103,7 +104,11 @@ class Call:
 
     def shaped(self, rows: Tensor) -> Tensor:
         """Return numbers of rows [N] in the shape of the target."""
-        return rows.view(self.row_shape)
+        return rows if rows.shape == self.row_shape else rows.reshape(self.row_shape)
+
+    def scores_of(self, columns: Any) -> Scores:
+        """Return scores and runner-up, each [N], as an object that knows its target."""
+        return Scores(*map(self.shaped, columns), target=self.target)
 
     def _only_by_formula(self) -> str | None:
         """Return what no kernel does of this call, if anything."""
@@ -123,7 +128,7 @@ def as_rows(x: Tensor) -> Tensor:
     """Return logits (or probabilities) as [outer, inner, C]: a view wherever strides allow."""
     if x.dim() == 1:
         return x[None, None, :]
-    return x[:, None, :] if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
 def as_input(rows: Tensor, input: Tensor) -> Tensor:
@@ -236,4 +241,5 @@ def _why_not_compiled(name: str, n_params: int) -> str | None:
     from .losses.base import class_of
 
     cls = class_of(name)
-    return why_not_compiled(cls.__name__, cls.kernel, n_params)
+    why: str | None = why_not_compiled(cls.__name__, cls.kernel, n_params)
+    return why

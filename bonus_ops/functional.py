@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from .call import Call
@@ -126,7 +128,7 @@ def bonus_cross_entropy_with_scores(
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, implementation, validate, True, False)  # fmt: skip
     out = _WAYS[call.kind](call)
-    return out.loss, out.scores
+    return out.loss, cast(Scores, out.scores)
 
 
 def bonus_cross_entropy_with_softmax(
@@ -163,7 +165,8 @@ def bonus_cross_entropy_with_softmax(
     """
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, implementation, validate, True, True)  # fmt: skip
-    return tuple(_WAYS[call.kind](call))
+    out = _WAYS[call.kind](call)
+    return out.loss, cast(Scores, out.scores), cast(Tensor, out.softmax)
 
 
 def difficulty_scores(
@@ -193,4 +196,4 @@ def difficulty_scores(
     """
     call = Call(input.detach() if isinstance(input, Tensor) else input, target, None, None, ignore_index, None,
                 "none", 0.0, None, None, None, implementation, validate, True, False)  # fmt: skip
-    return _WAYS[call.kind](call).scores
+    return cast(Scores, _WAYS[call.kind](call).scores)

@@ -30,10 +30,6 @@ class Share(NamedTuple):
         share = hard * self.keep + self.off
         return share if self.weight is None else share * self.weight
 
-    def is_as(self, other: Share) -> bool:
-        """Return whether both give the same shares."""
-        return self.weight is other.weight and (self.keep, self.off) == (other.keep, other.off)
-
 
 class SoftTargets(NamedTuple):
     """What turns the labels of a batch into shares."""

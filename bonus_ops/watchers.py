@@ -31,12 +31,15 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
     """Return whether only the tape watches: no compiler, transform, batch, dispatch mode or such subclass."""
     if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(x is None or _is_plain(x) for x in tensors)
-
-
-def _is_plain(x: Tensor) -> bool:
-    plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__  # others may have no memory here
-    return plain and not torch._C._functorch.is_legacy_batchedtensor(x)
+    for x in tensors:
+        if x is None:
+            continue
+        # others may have no memory here
+        if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(x):
+            return False
+    return True
 
 
 def is_transformed() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,9 +57,9 @@ def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
     )
 
 
-def fill_ignored(result: LabelResult | SoftResult) -> None:
+def fill_ignored(result: Any) -> None:
     """Write what rows give that are ignored, as all must be where there are no classes."""
     result.loss.zero_()
-    result.scores.fill_(torch.nan)
-    result.runner_up.fill_(-1)
-    result.saved.zero_()
+    for column, nothing in ((result.scores, torch.nan), (result.runner_up, -1), (result.saved, 0)):
+        if column is not None:
+            column.fill_(nothing)

@@ -26,6 +26,7 @@ TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedul
 LOOPS = "tests/test_loops.py"
 TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
 GPU_BENCH = "tests/test_gpu_bench.py"
+SAMPLER, SCORES_OBJECT = "tests/test_sampler.py", "tests/test_scores_object.py"
 
 
 class Mutant(NamedTuple):
@@ -681,6 +682,78 @@ MUTANTS = (
         "the middle of the halted focal loss has no slope, as by a clamp of torch 2.15", "bonus_ops/losses/focal.py",
         "value(torch.where(gap > 0, 0.0, gap))", "value(torch.where(gap >= 0, 0.0, gap))",
         "tests/test_sigmoid.py::test_the_formula_is_that_of_the_paper[halted]",
+    ),
+    # wrong in silence for the person who trains
+    Mutant(
+        "a look at the loader begins another epoch", "bonus_ops/policies/sampler.py",
+        "        if plan.finished:\n", "        if plan.begun:\n",
+        f"{SAMPLER}::test_a_look_at_the_loader_changes_no_epoch",
+    ),
+    Mutant(
+        "weights are of the epoch that is set, not of the one that runs", "bonus_ops/policies/sampler.py",
+        "(self._begun or self._planned()).weight", "self._planned().weight",
+        f"{SAMPLER}::test_an_epoch_set_while_an_iterator_runs_changes_the_next_one_only",
+    ),
+    Mutant(
+        "a sampler saves what was handed out, whatever was trained", "bonus_ops/policies/sampler.py",
+        "plan.reached if position is None else int(position)", "plan.reached",
+        f"{SAMPLER}::test_a_run_that_says_what_it_trained_goes_on_there",
+    ),
+    Mutant(
+        "what was never seen is never visited", "bonus_ops/policies/sampler.py",
+        "unknown = difficulty.isnan() | (difficulty == math.inf)", "unknown = difficulty == math.inf",
+        "tests/test_policies.py::test_sampler_starves_nobody_that_the_tracker_has_not_seen",
+    ),
+    Mutant(
+        "what was taken out is taken for the easiest", "bonus_ops/policies/checks.py",
+        "return difficulty.masked_fill(difficulty == TAKEN_OUT, math.nan)", "return difficulty",
+        "tests/test_policies.py::test_what_was_taken_out_takes_no_part_as_what_is_not_known",
+    ),
+    Mutant(
+        "an unknown threshold flags nothing", "bonus_ops/policies/denoise.py",
+        '    check_threshold_is_known("noise_mask", "threshold", threshold, recent_loss)\n', "",
+        "tests/test_policies.py::test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge",
+    ),
+    Mutant(
+        "a share of ints is of the default dtype", "bonus_ops/dynamics/events.py",
+        'state["correct_count"].to(torch.float32)', 'state["correct_count"]',
+        "tests/test_tracker_state.py::test_no_statistic_takes_its_dtype_from_the_default",
+    ),
+    Mutant(
+        "ignored rows rank as hardest", "bonus_ops/scores.py",
+        "(~difficulty.isnan()).nonzero()", "difficulty.isnan().logical_or(~difficulty.isnan()).nonzero()",
+        f"{SCORES_OBJECT}::test_the_hardest_rows_are_those_of_largest_difficulty_without_the_ignored",
+    ),
+    Mutant(
+        "accuracy counts what is ignored", "bonus_ops/scores.py",
+        "(~self.margin.isnan()).sum()", "self.margin.numel()",
+        f"{SCORES_OBJECT}::test_it_knows_what_is_right_and_accuracy_skips_the_ignored",
+    ),
+    Mutant(
+        "labels that are not shifted are compared with shifted scores", "bonus_ops/scores.py",
+        "if _is_plain_cpu(differs) and differs.any():", "if False:",
+        f"{SCORES_OBJECT}::test_scores_of_next_tokens_know_the_shifted_labels",
+    ),
+    Mutant(
+        "what torch scripted of a class before the patch is used in it", "bonus_ops/patch.py",
+        "    torch.jit._recursive.concrete_type_store.type_store.clear()\n", "    pass\n",
+        "tests/test_lost_words.py::test_a_module_scripted_in_the_patch_has_its_bonus",
+    ),
+    Mutant(
+        "a slope of the wrong sign passes", "bonus_ops/check_loss.py",
+        "slope = -derivative, loss.slope(gap.detach())", "slope = -derivative, loss.slope(gap.detach()).abs()",
+        "tests/test_check_loss.py::test_a_wrong_loss_is_told_what_is_wrong",
+    ),
+    Mutant(
+        "a suggested label keeps the confidence of the one before", "bonus_ops/dynamics/suggested.py",
+        'torch.where(taken_over, 0.0, state["suggested_prob"].index_select(0, rows))',
+        'state["suggested_prob"].index_select(0, rows)',
+        "tests/test_tracker_report.py::test_the_suggested_label_is_voted_by_the_predictions_and_its_confidence_is_a_mean",
+    ),
+    Mutant(
+        "a file of the command line is unpickled", "bonus_ops/__main__.py",
+        'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
+        "tests/test_command_line.py::test_a_pickle_is_never_run",
     ),
 )  # fmt: skip
 

@@ -31,8 +31,8 @@ def visits(batches):
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 @pytest.mark.parametrize("when", [1, 3, 6])
 def test_an_epoch_set_while_an_iterator_runs_changes_the_next_one_only(workers, epoch, when):
-    sampler, loader = loader_of(12, workers=workers)
-    twin, other = loader_of(12)
+    sampler, loader = loader_of(40, half, workers=workers)
+    twin, other = loader_of(40, half)
     it = iter(loader)
     head = [next(it) for _ in range(when)]
     weight = sampler.weight
@@ -196,3 +196,14 @@ def test_the_plan_of_an_epoch_is_made_once_and_a_later_one_sees_what_is_known_th
     list(it)
     sampler.set_epoch(0)  # finished: again, with what is known now
     assert len(sampler) == 6 and len(seen) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_as_a_batch_sampler_it_says_what_it_is(options):
+    sampler, _ = loader_of(12)
+    with pytest.raises(TypeError, match=r"gives examples, not batches: expected DataLoader\(..., sampler=\)"):
+        list(DataLoader(list(range(12)), batch_sampler=sampler, **options))
+    assert sorted(DataLoader(list(range(12)), sampler=sampler, batch_size=None)) == list(range(12))  # a row at a time
+    batches = torch.utils.data.BatchSampler(sampler, 5, False)
+    sampler.set_epoch(0)
+    assert sorted(visits(DataLoader(list(range(12)), batch_sampler=batches, **options))) == list(range(12))

@@ -114,7 +114,8 @@ def test_every_loss_is_exact_in_the_loops(loss, dtype, soft, shared):
     value, gradient = truth(x, t, loss)
     none = bonus_bce(x, t, bonus=loss, reduction="none", implementation="numba")
     assert none.dtype == dtype
-    relative = not soft and not hasattr(loss, "strength")
+    # a bonus and the step of HaltedFocal are taken off: the difference crosses zero
+    relative = not soft and not hasattr(loss, "strength") and not isinstance(loss, HaltedFocal)
     assert_exact(x, loss, none, value, relative, "losses")
     (grad,) = torch.autograd.grad(none.sum(), x)
     assert_exact(x, loss, grad, gradient, not soft and rewards(loss), "gradient")

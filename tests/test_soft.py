@@ -346,6 +346,16 @@ def test_every_layout(layout, target):
         check("log_bonus", target, dtype, None, 65, layout)
 
 
+@pytest.mark.parametrize("loss", [Focal(2.0), Poly1(1.5), LogBonus(), PowerBonus(0.5)], ids=repr)
+def test_a_common_offset_cancels(loss):
+    """Logits in steps of 1/64, so that adding the offset rounds nothing away."""
+    logits = (64 * torch.randn(5, 40)).round() / 64
+    options = {"label_smoothing": 0.1, "reduction": "none", "bonus": loss}
+    target = torch.arange(5)
+    found = [loss_and_grad(bonus_cross_entropy, logits + offset, target, **options) for offset in (0.0, 2.0**16)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("n_classes", [10, 137])
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_may_be_shared_by_threads(target, n_classes):

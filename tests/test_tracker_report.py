@@ -358,7 +358,7 @@ def test_marks_do_not_collide_and_are_as_near_as_can_be(spread):
     tracker.end_epoch()
     figure = tracker.report(suspect=0.6, uncertain=0.3).plot(shown=10)
     marks = [text for text in figure.axes[0].texts if text.get_text()]
-    boxes = [mark.get_window_extent() for mark in marks]
+    boxes = [mark.get_window_extent().padded(1) for mark in marks]
     assert len(marks) >= 10
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(math.hypot(*mark.get_position()) <= 91 for mark in marks)

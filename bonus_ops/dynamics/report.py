@@ -270,7 +270,7 @@ def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
     for mark in marks:
         for x, y in [(3.0, 2.0), *places]:
             mark.set_position((x, y))
-            box = mark.get_window_extent()
+            box = mark.get_window_extent().padded(2)  # 75 next to 225 is not 75225
             if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(box.overlaps(t) for t in taken):
                 break
         if math.hypot(x, y) > 10:

@@ -60,10 +60,6 @@ class Loss:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define class_value(p, rest, log_p, share)")
 
-    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
-        """Return ``-p d class_value / dp``."""
-        raise NotImplementedError(f"{type(self).__name__} does not define class_pull(p, rest, log_p, share)")
-
 
 class GapLoss(Loss):
     """A loss that is a scalar function of the gap ``z_y - logsumexp(z_k, k != y)``, so of ``p = sigmoid(gap)``.
@@ -104,13 +100,6 @@ class GapLoss(Loss):
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return share * self.value(log_p - torch.log(rest))
 
-    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
-        return share * self.slope(log_p - torch.log(rest)) / rest
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both for finite gaps, not differentiable; a loss may share terms where passes count."""
-        return self.value(gap), self.slope(gap)
-
 
 def encode(loss: Loss) -> tuple[str, Tensor]:
     """Return the class name and fields of ``loss``, which is what an operator can carry.
@@ -129,5 +118,5 @@ def class_of(name: str) -> Any:
 def decode(name: str, values: Tensor) -> Any:
     """Rebuild the loss that `encode` described."""
     cls = class_of(name)
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(cls)]
     return cls(**{name: None if math.isnan(x) else x for name, x in zip(names, values.tolist(), strict=True)})

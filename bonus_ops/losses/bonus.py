@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
 from .checks import check, check_numbers
-from .gap import logit, shared_terms
+from .gap import logit
 
 __all__ = ["Bonus"]
 
@@ -48,24 +48,13 @@ class Bonus(GapLoss):
     def is_cross_entropy(self) -> bool:
         return self.strength == 0
 
-    def has_window(self) -> bool:
-        """Return whether the bonus is off for some p."""
-        return self.start > 0 or self.abrupt < 1
-
     def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
         """Return b as a function of p = 1 - rest."""
         raise NotImplementedError(f"{type(self).__name__} does not define class_bonus(p, rest)")
 
-    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
-        """Return ``-p db/dp >= 0`` as a function of p = 1 - rest."""
-        raise NotImplementedError(f"{type(self).__name__} does not define class_odds(p, rest)")
-
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         bonus = self.class_bonus(p, rest) - self._bonus_at_start()
         return self.strength * share * self._in_class_window(p, rest, bonus)
-
-    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
-        return self.strength * share * self._in_class_window(p, rest, self.class_odds(p, rest))
 
     def _in_class_window(self, p: Tensor, rest: Tensor, x: Tensor) -> Tensor:
         if self.start > 0:
@@ -107,17 +96,3 @@ class Bonus(GapLoss):
     def slope(self, gap: Tensor) -> Tensor:
         p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
         return torch.add(rest, self._in_window(gap, self.bonus_slope(gap, p, rest)), alpha=self.strength)
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        plain, rest = shared_terms(gap)
-        if self.strength == 0:
-            return plain, rest
-        bonus, slope = self._bonus_and_slope(gap, plain, rest)
-        if self.start > 0:
-            bonus = bonus - self._bonus_at_start()
-        value = plain.add_(self._in_window(gap, bonus), alpha=self.strength)
-        return value, rest.add_(self._in_window(gap, slope), alpha=self.strength)
-
-    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return b and ``-db/dgap`` of finite gaps from plain = -log p and rest = 1 - p, exact beside these."""
-        return self.bonus(gap), self.bonus_slope(gap, 1 - rest, rest)

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .base import Loss
@@ -23,7 +22,7 @@ __all__ = ["ClassLoss", "SoftmaxAbsoluteError", "SoftmaxSquaredError"]
 class ClassLoss(Loss):
     """A loss that is a mean over the classes of a function of their probabilities.
 
-    Subclasses give `error` and `error_slope`; ``strength`` times the mirror bonus
+    Subclasses give `error`; ``strength`` times the mirror bonus
     ``-(share p^gamma + (1 - share) (1 - p)^gamma)`` is added to both.
 
     Args:
@@ -47,17 +46,9 @@ class ClassLoss(Loss):
         """Return the error of a class from ``distance = p - share``."""
         raise NotImplementedError(f"{type(self).__name__} does not define error(distance)")
 
-    def error_slope(self, distance: Tensor) -> Tensor:
-        """Return ``d error / d distance``."""
-        raise NotImplementedError(f"{type(self).__name__} does not define error_slope(distance)")
-
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         mirror = share * p**self.gamma + (1 - share) * rest**self.gamma
         return self.error((1 - share) * p - share * rest) - self.strength * mirror
-
-    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
-        mirror = share * p**self.gamma - (1 - share) * p * rest ** (self.gamma - 1)
-        return self.strength * self.gamma * mirror - p * self.error_slope((1 - share) * p - share * rest)
 
 
 @dataclass(frozen=True)
@@ -79,9 +70,6 @@ class SoftmaxSquaredError(ClassLoss):
     def error(self, distance: Tensor) -> Tensor:
         return distance * distance
 
-    def error_slope(self, distance: Tensor) -> Tensor:
-        return 2 * distance
-
 
 @dataclass(frozen=True)
 class SoftmaxAbsoluteError(ClassLoss):
@@ -100,6 +88,3 @@ class SoftmaxAbsoluteError(ClassLoss):
 
     def error(self, distance: Tensor) -> Tensor:
         return distance.abs()
-
-    def error_slope(self, distance: Tensor) -> Tensor:
-        return torch.sign(distance)

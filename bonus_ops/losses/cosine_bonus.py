@@ -40,6 +40,3 @@ class CosineBonus(Bonus):
 
     def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
         return -2 * torch.sin(math.pi / 2 * p) ** 2
-
-    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
-        return math.pi * p * torch.sin(math.pi * torch.minimum(p, rest))

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .gap import shared_terms
 
 __all__ = ["CrossEntropy"]
 
@@ -39,9 +38,3 @@ class CrossEntropy(GapLoss):
 
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return torch.zeros_like(p)
-
-    def class_pull(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
-        return torch.zeros_like(p)
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        return shared_terms(gap)

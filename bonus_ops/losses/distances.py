@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
 from .checks import check, check_numbers
-from .gap import PRODUCTS
 
 __all__ = ["AbsoluteError", "SquaredError"]
 
@@ -40,15 +39,6 @@ class _Error(GapLoss):
         rest = torch.sigmoid(-gap)
         _, slope = self._error(torch.sigmoid(gap), rest)
         return slope + self.strength * self.gamma * torch.exp(self.gamma * logsigmoid(gap)) * rest
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
-        value, slope = self._error(p, rest)
-        if self.strength == 0:
-            return value, slope
-        power = p**self.gamma if self.gamma in PRODUCTS else torch.exp(self.gamma * logsigmoid(gap))
-        mirror = torch.addcmul(slope, power, rest, value=self.strength * self.gamma)
-        return torch.sub(value, power, alpha=self.strength), mirror
 
 
 @dataclass(frozen=True)

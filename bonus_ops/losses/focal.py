@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
 from .checks import check, check_numbers
-from .gap import PRODUCTS, shared_terms
 
 __all__ = ["Focal", "FocalStar", "HaltedFocal"]
 
@@ -47,12 +46,6 @@ class Focal(GapLoss):
         damping = torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0))
         log_p = logsigmoid(gap).clamp(min=-1000.0)  # p log p is 0 at p = 0, not 0 * -inf
         return damping * (torch.sigmoid(-gap) - self.gamma * torch.sigmoid(gap) * log_p)
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        plain, rest = shared_terms(gap)
-        damping = rest**self.gamma if self.gamma in PRODUCTS else ((gap + plain) * -self.gamma).exp_()
-        slope = rest.addcmul_(1 - rest, plain, value=self.gamma).mul_(damping)
-        return plain.mul_(damping), slope
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,3 @@ class FocalStar(GapLoss):
 
     def slope(self, gap: Tensor) -> Tensor:
         return torch.sigmoid(-(self.gamma * gap + self.beta))
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        plain, rest = shared_terms(self.gamma * gap + self.beta)
-        return plain.div_(self.gamma), rest

@@ -87,27 +87,8 @@ class LogBonus(Bonus):
         bonus = torch.log(lowest)
         return bonus if self.log_end == 1 else bonus - (lowest - rest) / (1 - self.log_end)
 
-    def is_logarithm_below_half(self) -> bool:
-        """Return whether the bonus is ``log(1 - p)`` for every p up to 1/2."""
-        clamped = self.log_end == 1 and self.clamp is not None and self.clamp > 0.5
-        return self.log_end >= 0.5 and not clamped and not self.has_window()
-
-    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
-        odds = p / rest.clamp(min=self._lowest_rest())
-        return torch.where(rest >= self._lowest_rest(), odds, 0.0) if self.log_end == 1 else odds
-
     def _lowest_rest(self) -> float:
         return 1 - self.log_end if self.log_end < 1 else self.clamp or torch.finfo(torch.float32).tiny
-
-    def _bonus_and_slope(self, gap: Tensor, plain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        p, log_rest = 1 - rest, torch.neg(gap).sub_(plain)
-        if self.log_end == 1:
-            floor = self._floor()
-            return log_rest.clamp(min=floor), p if self.clamp is None else torch.where(log_rest >= floor, p, 0.0)
-        # b = log(1 - min(p, LE)) + share - 1, where share = min(1, (1 - p) / (1 - LE))
-        rest_end = 1 - self.log_end
-        share = (rest * (1 / rest_end)).clamp_(max=1.0)
-        return log_rest.clamp_(min=math.log(rest_end)).add_(share).sub_(1.0), p.mul_(share)
 
     def bonus_parameters(self) -> tuple[float, ...]:
         rest_end = 1 - self.log_end

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from .bonus import Bonus
 from .checks import check
-from .gap import PRODUCTS, shared_terms
 
 __all__ = ["PowerBonus"]
 
@@ -49,17 +48,6 @@ class PowerBonus(Bonus):
 
     def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
         return -(p**self.gamma)
-
-    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
-        return self.gamma * p**self.gamma
-
-    def value_and_slope(self, gap: Tensor) -> tuple[Tensor, Tensor]:
-        if self.start > 0 or self.abrupt < 1:
-            return super().value_and_slope(gap)
-        plain, rest = shared_terms(gap)
-        power = (1 - rest).pow_(self.gamma) if self.gamma in PRODUCTS else (plain * -self.gamma).exp_()
-        slope = rest.addcmul_(power, rest, value=self.strength * self.gamma)
-        return plain.sub_(power, alpha=self.strength), slope
 
     def bonus_parameters(self) -> tuple[float, ...]:
         return (self.gamma,)

@@ -65,10 +65,6 @@ class SubDataBonus(Bonus):
     def class_bonus(self, p: Tensor, rest: Tensor) -> Tensor:
         return torch.log(((1 - self.k) + self.k * rest).clamp(min=self._lowest_share()))
 
-    def class_odds(self, p: Tensor, rest: Tensor) -> Tensor:
-        share = (1 - self.k) + self.k * rest
-        return torch.where(share >= self._lowest_share(), self.k * p / share.clamp(min=self._lowest_share()), 0.0)
-
     def _lowest_share(self) -> float:
         return self.clamp or torch.finfo(torch.float32).tiny
 

@@ -54,11 +54,10 @@ def _by_loops(call: Call) -> Result:
     eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
-    target = call.target.reshape(-1)
     weight = call.row_weight()
     visit = _Visit(call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.reduction == "mean")
-    loss, *columns = MadeInForward.apply(call.input, visit, target, weight)  # type: ignore[no-untyped-call]
-    return _result(call, loss, (*columns[0], columns[1]) if columns else None, None)
+    loss, *columns = MadeInForward.apply(call.input, visit, call.target, weight)  # type: ignore[no-untyped-call]
+    return _result(call, loss, (*columns[0].unbind(), columns[1]) if columns else None, None)
 
 
 def _by_kernels(call: Call) -> Result:
@@ -69,8 +68,7 @@ def _by_kernels(call: Call) -> Result:
         reference.check_target(call.target, call.n_classes, call.ignore_index)
     options = (call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.dtype)
     loss, *columns = _MeanByKernels.apply(call.input, call.target, *options)  # type: ignore[no-untyped-call]
-    scores = Scores(*(c.view(call.row_shape) for c in (*columns[0], columns[1]))) if columns else None
-    return Result(loss, scores, None)
+    return Result(loss, call.scores_of((*columns[0].unbind(), columns[1])) if columns else None, None)
 
 
 _WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
@@ -88,10 +86,20 @@ def _by_rows(call: Call) -> Result:
 
 def softmax(call: Call, logits: Tensor, label: Tensor) -> Tensor:
     """Return the probabilities of rows [outer, inner, C], detached, 0 where the label is ignored."""
-    if call.implementation not in ("triton", "numba"):
-        return reference.softmax(logits.detach(), label, call.ignore_index)
+    return _SOFTMAXES[call.implementation](call, logits.detach(), label)
+
+
+def _softmax_by_formula(call: Call, logits: Tensor, label: Tensor) -> Tensor:
+    return reference.softmax(logits, label, call.ignore_index)
+
+
+def _softmax_by_rows(call: Call, logits: Tensor, label: Tensor) -> Tensor:
     name, fields = encode(reference.CROSS_ENTROPY)
-    return forward(logits.detach(), label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+    out: Tensor = forward(logits, label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+    return out
+
+
+_SOFTMAXES = {"triton": _softmax_by_rows, "numba": _softmax_by_rows, "reference": _softmax_by_formula}
 
 
 def _reduced(call: Call, loss: Tensor) -> Tensor:
@@ -105,9 +113,9 @@ def _reduced(call: Call, loss: Tensor) -> Tensor:
 
 def _result(call: Call, loss: Tensor, columns: Any, probabilities: Tensor | None) -> Result:
     loss = call.shaped(loss) if call.reduction == "none" else loss
-    scores = None if columns is None else Scores(*(c.reshape(call.row_shape) for c in columns))
+    scores = None if columns is None else call.scores_of(columns)
     softmax = None if probabilities is None else as_input(probabilities, call.input)
-    return Result(loss.to(call.dtype), scores, softmax)
+    return Result(loss if loss.dtype == call.dtype else loss.to(call.dtype), scores, softmax)
 
 
 # --- eager on a CPU ---------------------------------------------------------------------------------------------------
@@ -128,34 +136,41 @@ class _Visit(NamedTuple):
         n, n_bad, bad = loops.count(target, n_classes, self.ignore_index)
         if n_bad:
             raise reference.out_of_bounds(bad, n_bad, n_classes, self.ignore_index)
-        dtype = reference.accumulation_dtype(logits.dtype)
-        if weight is None:
-            divisor: Any = n if self.mean else 1
-            upstream = torch.tensor([1 / divisor if divisor else 0.0], dtype=dtype, device="cpu")
-        else:
-            divisor = weight.sum() if self.mean else 1
-            upstream = (weight / divisor).to(dtype)
         halves = logits.dtype.itemsize == 2
-        out, grad = loops.visit(logits, target, self.ignore_index, self.loss, self.scores, upstream, halves)
-        total = out.loss.sum() if weight is None else (out.loss * weight).sum()
-        total = total / divisor if self.mean else total
+        upstream: Any = (1 / n if n else 0.0) if self.mean else 1.0
+        if weight is not None:
+            upstream = weight / weight.sum() if self.mean else weight
+            upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
+        out = loops.visit(logits, target, self.ignore_index, self.loss, self.scores, upstream, halves)
+        if weight is not None:
+            total = (out.loss * weight).sum()
+            total = total / weight.sum() if self.mean else total
+        elif self.mean:
+            total = out.loss.mean() if n == out.loss.numel() else out.loss.sum() / n
+        else:
+            total = out.loss.sum()
         others = (out.scores, out.runner_up) if self.scores else ()
-        return Visited(total, others, as_input(grad, input), (upstream, out.saved if halves else None))
+        if weight is None:
+            return Visited(total, others, as_input(out.grad, input), (None, out.saved), upstream)
+        return Visited(total, others, as_input(out.grad, input), (upstream, out.saved), 1.0)
 
-    def again(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         logits, target, (upstream, saved) = as_rows(input), operands[0], kept
-        assert target is not None and upstream is not None
-        loops, upstream = room("numba", "labels"), upstream * factor.to(upstream.dtype)
+        assert target is not None
+        loops = room("numba", "labels")
+        dtype = reference.accumulation_dtype(logits.dtype)
+        upstream = factor.to(dtype) * (scale if upstream is None else upstream)
         if saved is None:
-            grad = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False)[1]
+            grad = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False).grad
         else:
             grad = loops.backward(logits, target, saved, upstream, self.ignore_index, self.loss)
         return as_input(grad, input)
 
-    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         logits, target, upstream = as_rows(input), operands[0], kept[0]
-        assert target is not None and upstream is not None
-        grad = _gradient(logits, target, (factor * upstream).expand(target.numel()), self.ignore_index, self.loss)
+        assert target is not None
+        upstream = (factor * (scale if upstream is None else upstream)).expand(target.numel())
+        grad = _gradient(logits, target, upstream, self.ignore_index, self.loss)
         return as_input(grad, input)
 
 
@@ -216,7 +231,7 @@ def forward(
     out: LabelResult = room(implementation, "labels").forward(
         logits, target, ignore_index, decode(loss, fields), scores, softmax
     )
-    return tuple(out)
+    return out.loss, out.scores, out.runner_up, out.saved, out.softmax
 
 
 @forward.register_fake

@@ -22,6 +22,7 @@ class Visited(NamedTuple):
     others: tuple[Tensor, ...]  # outputs without a gradient
     grad: Tensor
     kept: Tensors  # what `Visit.again` needs beside the operands
+    scale: float  # of the upstream gradient: a number that no graph needs to see
 
 
 class Visit(Protocol):
@@ -30,10 +31,10 @@ class Visit(Protocol):
     def visit(self, input: Tensor, operands: Tensors) -> Visited:
         """Return loss and gradient."""
 
-    def again(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         """Return the gradient for another upstream gradient than 1."""
 
-    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         """Return the gradient as a differentiable function of input and upstream gradient."""
 
 
@@ -45,7 +46,7 @@ class MadeInForward(torch.autograd.Function):
         visited = visit.visit(input, operands)
         # all of it saved, also the gradient: what checkpoints and offloading know nothing of would never be freed
         ctx.save_for_backward(input, visited.grad, *visited.kept, *operands)
-        ctx.visit, ctx.n_operands = visit, len(operands)
+        ctx.visit, ctx.n_operands, ctx.scale = visit, len(operands), visited.scale
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*visited.others)
         return visited.total, *visited.others
@@ -58,11 +59,11 @@ class MadeInForward(torch.autograd.Function):
         input, grad, *rest = ctx.saved_tensors
         kept, operands = rest[: len(rest) - ctx.n_operands], rest[len(rest) - ctx.n_operands :]
         if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
-            return ctx.visit.formula(input, operands, kept, grad_loss), *nothing
+            return ctx.visit.formula(input, operands, kept, ctx.scale, grad_loss), *nothing
         factor = grad_loss.item()  # of a CPU: nothing waits
         # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
         if factor != 1 and (grad.dtype.itemsize == 2 or not math.isfinite(factor)):
-            return ctx.visit.again(input, operands, kept, grad_loss), *nothing
+            return ctx.visit.again(input, operands, kept, ctx.scale, grad_loss), *nothing
         if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
             return grad * factor if factor != 1 else grad.clone(), *nothing
         return grad.mul_(factor) if factor != 1 else grad, *nothing

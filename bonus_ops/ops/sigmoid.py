@@ -75,14 +75,14 @@ class _Visit(NamedTuple):
         of = self._elements(input, operands)
         upstream = torch.tensor(1 / self.divisor, dtype=of.dtype, device="cpu")
         value, grad = room("numba", "sigmoid").visit(of, upstream)
-        return Visited(value / self.divisor, (), grad, ())
+        return Visited(value / self.divisor, (), grad, (), 1.0)
 
-    def again(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         of = self._elements(input, operands)
         grad: Tensor = room("numba", "sigmoid").backward(of, factor.to(of.dtype) / self.divisor)
         return grad
 
-    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         return reference.elements_gradient(*self._elements(input, operands), factor / self.divisor)
 
     def _elements(self, input: Tensor, operands: Tensors) -> Elements:

@@ -14,7 +14,6 @@ from .. import reference
 from ..call import Call, as_input
 from ..kernels.results import SoftResult, empty_soft
 from ..losses import ClassLoss, Loss, decode, encode
-from ..scores import Scores
 from ..soft_targets import SoftTargets
 from ..watchers import is_plain_eager
 from . import labels, room
@@ -107,7 +106,7 @@ def _result(call: Call, of: _Rows, loss: Tensor, columns: Any) -> Result:
     if call.by_probabilities:
         for other in (call.target, call.weight, call.bonus_weight):
             dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    scores = None if columns is None else Scores(*(c.reshape(call.row_shape) for c in columns))
+    scores = None if columns is None else call.scores_of(columns)
     softmax = None
     if call.softmax:
         label = torch.zeros_like(of.label) if call.by_probabilities else of.label
@@ -139,22 +138,23 @@ class _Visit(NamedTuple):
         upstream = upstream / divisor if self.mean else upstream
         out, grad = self._visited(logits, operands, self.scores, upstream)
         total = out.loss.sum() / divisor if self.mean else out.loss.sum()
-        return Visited(total, (out.scores, out.runner_up) if self.scores else (), grad, (upstream,))
+        return Visited(total, (out.scores, out.runner_up) if self.scores else (), grad, (upstream,), 1.0)
 
-    def again(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def again(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         (upstream,) = kept
         assert upstream is not None
         grad: Tensor = self._visited(logits, operands, False, upstream * factor.to(upstream.dtype))[1]
         return grad
 
-    def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, factor: Tensor) -> Tensor:
+    def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         label, upstream = operands[0], kept[0]
         assert label is not None and upstream is not None
         upstream = (factor.to(upstream.dtype) * upstream).expand(label.numel())
         return _gradient(logits, label, self.ignore_index, self.loss, self._targets(operands), upstream)
 
     def _targets(self, operands: Tensors) -> SoftTargets:
-        return SoftTargets(*operands[1:4], self.smoothing, self.bonus_smoothing)
+        _, probabilities, weight, bonus_weight, *_ = operands
+        return SoftTargets(probabilities, weight, bonus_weight, self.smoothing, self.bonus_smoothing)
 
     def _visited(self, logits: Tensor, operands: Tensors, scores: bool, upstream: Tensor) -> tuple[SoftResult, Tensor]:
         label, targets, loops = operands[0], self._targets(operands), room("numba", "soft")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from .checks import TAKEN_OUT, check_integer, check_vector
 from .selective import Selection
@@ -174,6 +175,13 @@ class DifficultySampler(Sampler[int]):
         return len(self._planned().order)
 
     def __iter__(self) -> Iterator[int]:
+        loader: Any = sys._getframe(1).f_locals.get(
+            "loader"
+        )  # torch would say that an int is not iterable, from a worker
+        if isinstance(loader, DataLoader) and id(loader.batch_sampler) == id(self):
+            raise TypeError(
+                "DifficultySampler gives examples, not batches: expected DataLoader(..., sampler=), got batch_sampler="
+            )
         plan = self._planned()
         if plan.finished:
             plan = self._made(self.epoch + 1)  # may raise: the epoch is not begun then

@@ -7,13 +7,15 @@ widened on the way. `machine_code` is kept on disk by `stored`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core.compiler_lock import global_compiler_lock
 
 from . import scalar
 
@@ -32,6 +34,22 @@ def machine_code(body: Callable[..., Any], element: str, bound: dict[str, Any], 
     """
     bound = bound | scalar.given(given)
     function = _compiler(element).function(body, bound)
+    with global_compiler_lock, _unoptimised():
+        return _assembly(function, body)
+
+
+@contextlib.contextmanager
+def _unoptimised() -> Iterator[None]:
+    """Keep Numba from optimising every function on its way up: `stored` does it once for all, in half the time."""
+    kept = numba.config.OPT, numba.config.LOOP_VECTORIZE
+    numba.config.OPT, numba.config.LOOP_VECTORIZE = type(kept[0])(0), 0
+    try:
+        yield
+    finally:
+        numba.config.OPT, numba.config.LOOP_VECTORIZE = kept
+
+
+def _assembly(function: Any, body: Callable[..., Any]) -> str:
     n = body.__code__.co_argcount
     function.compile(numba.void(*[numba.intp] * n))
     (overload,) = function.overloads.values()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..results import LabelResult, empty_labels, fill_ignored
+from ..results import LabelResult, accumulation_dtype, fill_ignored
 from . import lanes, rows, stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import Columns, columns_of, probability
@@ -143,42 +143,63 @@ def _count() -> Any:
 
 def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
     """Return how many labels count, how many are out of range, and one of these."""
-    target, found = target.reshape(-1).contiguous(), array("q", (0, 0, 0))
+    target, found = target if target.is_contiguous() else target.contiguous(), array("q", (0, 0, 0))
     _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
     return found[0], found[1], found[2]
 
 
+class Visited(NamedTuple):
+    """What a visit returns; None where it was not asked for."""
+
+    loss: Tensor  # [N]
+    scores: Tensor | None  # [5, N] float32
+    runner_up: Tensor | None  # [N] int32
+    saved: Tensor | None  # [3, N]
+    grad: Any  # as the logits
+
+
 def visit(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | None, save: bool
-) -> tuple[LabelResult, Tensor | None]:
-    """Return the results of rows [outer, inner, C] and, for an upstream gradient [N] or [1], the gradient."""
-    out = empty_labels(logits, scores, False, save)
-    grad = None if upstream is None else _empty_like(logits)
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | float | None,
+    save: bool,
+) -> Visited:  # fmt: skip
+    """Return the results of rows [outer, inner, C] and, for an upstream gradient, the gradient.
+
+    That is a number, or one for each row [N] or for all [1] in the accumulation dtype.
+    """
+    n_rows = logits.shape[0] * logits.shape[1]
+    dtype = accumulation_dtype(logits.dtype)
+    out = Visited(
+        torch.empty(n_rows, dtype=dtype, device="cpu"),
+        torch.empty((5, n_rows), dtype=torch.float32, device="cpu") if scores else None,
+        torch.empty(n_rows, dtype=torch.int32, device="cpu") if scores else None,
+        torch.empty((3, n_rows), dtype=dtype, device="cpu") if save else None,
+        None if upstream is None else _empty_like(logits),
+    )
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
-        _run(visit_loop, logits, target, ignore_index, columns, out, grad, upstream, False)
+        _run(visit_loop, logits, target, ignore_index, columns, out, out.grad, upstream, False)
     else:
         fill_ignored(out)
-    return out, grad
+    return out
 
 
 def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool) -> LabelResult:
     """Return loss, scores, what `backward` needs and the probabilities of rows [outer, inner, C]."""
-    out, _ = visit(logits, target, ignore_index, loss, scores, None, True)
-    if softmax:
-        out = out._replace(softmax=_empty_like(logits))
-        if logits.numel():
-            columns = probability(real_of(NAMES[logits.dtype]))
-            one = out.loss.new_ones(1)
-            _run(again_loop, logits, target, ignore_index, columns, out, out.softmax, one, True)
-    return out
+    out = visit(logits, target, ignore_index, loss, scores, None, True)
+    probabilities = _empty_like(logits) if softmax else None
+    if probabilities is not None and logits.numel():
+        columns = probability(real_of(NAMES[logits.dtype]))
+        _run(again_loop, logits, target, ignore_index, columns, out, probabilities, 1.0, True)
+    given = (*out[:4], probabilities)
+    kinds = (out.loss.dtype, torch.float32, torch.int32, out.loss.dtype, logits.dtype)
+    return LabelResult(*(logits.new_empty(0, dtype=k) if x is None else x for x, k in zip(given, kinds, strict=True)))
 
 
 def backward(logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any) -> Tensor:
     """Return the gradient from what `forward` saved and the upstream gradient [N] or [1]: one read, one write."""
     grad = _empty_like(logits)
     if logits.numel():
-        out = LabelResult(saved, saved, saved, saved, saved)
+        out = Visited(saved, None, None, saved, None)
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         _run(again_loop, logits, target, ignore_index, columns, out, grad, grad_loss.to(saved.dtype), False)
     return grad
@@ -192,13 +213,18 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def _run(
-    body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, result: LabelResult,
-    out: Tensor | None, upstream: Tensor | None, softmax: bool,
+    body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, result: Visited,
+    out: Tensor | None, upstream: Tensor | float | None, softmax: bool,
 ) -> None:  # fmt: skip
     n_outer, n_inner, n_classes = logits.shape
     n_rows, strides, element = n_outer * n_inner, logits.stride(), NAMES[logits.dtype]
-    target = target.reshape(-1).contiguous()
     real_bytes = 8 if element == "float64" else 4
+    target = target if target.is_contiguous() else target.contiguous()
+    if isinstance(upstream, float):
+        number = array("d" if real_bytes == 8 else "f", (upstream,))
+        up = number.buffer_info()[0], 0
+    else:
+        up = (0, 0) if upstream is None else (upstream.data_ptr(), upstream.stride(0) if upstream.numel() > 1 else 0)
     side_by_side = n_classes <= FEW or strides[2] != 1
     in_place = 0
     if side_by_side:
@@ -210,11 +236,13 @@ def _run(
         kept = 0 if in_place else tile * n_classes
     plan = array("q", Plan(
         n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
-        columns.function, columns.params,
-        0 if upstream is None else upstream.data_ptr(), 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0),
-        result.loss.data_ptr(), result.scores.data_ptr(), result.runner_up.data_ptr(), result.saved.data_ptr(), softmax,
-        0 if out is None else out.data_ptr(), *((0, 0, 0) if out is None else out.stride()), in_place,
+        columns.function, columns.params, *up, result.loss.data_ptr(), _at(result.scores), _at(result.runner_up),
+        _at(result.saved), softmax, _at(out), *((0, 0, 0) if out is None else out.stride()), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
     loop = _loop(body, lanes if side_by_side else rows, element)
     threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)
+
+
+def _at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
+from ..formulas import class_terms
 from ..formulas.scalar import sigmoid
 from . import stored
 from .names import numbers, real, vector
@@ -80,13 +81,14 @@ def _compiled(value: Any, slope: Any, n_params: int, real: str) -> Any:
     return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {real}", make)
 
 
-def terms(n, p, rest, log_p, share, params, value, pull):
+def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
     """Write what ``n`` classes add for their shares; all but ``n`` are addresses."""
-    p, rest, log_p, share = vector(p, n, real), vector(rest, n, real), vector(log_p, n, real), vector(share, n, real)
+    p, rest, share = vector(p, n, real), vector(rest, n, real), vector(share, n, real)
+    log_p, log_rest = vector(log_p, n, real), vector(log_rest, n, real)
     value, pull = vector(value, n, real), vector(pull, n, real)
     of_loss = numbers(params, N_PARAMS, real)
     for i in range(n):
-        a, b = TERMS(p[i], rest[i], log_p[i], share[i], of_loss)
+        a, b = TERMS(p[i], rest[i], log_p[i], log_rest[i], share[i], of_loss)
         value[i] = a
         pull[i] = b
 
@@ -104,25 +106,23 @@ class Terms(NamedTuple):
 @functools.lru_cache(256)
 def terms_of(loss: Any, real: str) -> Terms:
     """Return `terms` of a loss in an accumulation dtype."""
-    params = loss.parameters()
-    few = f"{loss.kernel}_below_half" if getattr(loss, "is_logarithm_below_half", bool)() else loss.kernel
-    functions = [_compiled_terms(kernel, len(params), real) for kernel in (few, loss.kernel)]
+    kernel, few, params = class_terms.terms_of(loss)
+    functions = [_compiled_terms(name, len(params), real) for name in (few, kernel)]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-    return Terms(at[0], at[1], few == loss.kernel, held.buffer_info()[0], (functions, held))
+    return Terms(at[0], at[1], few == kernel, held.buffer_info()[0], (functions, held))
 
 
 @functools.cache
 def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
     def make() -> str:
-        from ..formulas import class_terms
         from .compile import machine_code
 
         body = getattr(class_terms, f"{kernel}_terms")
         return machine_code(terms, real, {"TERMS": getattr(body, "fn", body), "N_PARAMS": n_params})
 
     name = f"{kernel}_terms_{real}"
-    return stored.entry(8, name, f"{name} {n_params}", make)
+    return stored.entry(9, name, f"{name} {n_params}", make)
 
 
 @functools.cache

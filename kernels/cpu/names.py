@@ -12,9 +12,9 @@ Of any:
     vector(address, n, kind), numbers(address, n, kind), record(address, kind)   what lies at an address: an array, a
                           tuple of a known length, a plan
     unrelated(address)    the same address, whose distance from others is not known
-    call5, call8          of a tuple: the address of a C function, and as many integers to call it with
+    call5, call9          of a tuple: the address of a C function, and as many integers to call it with
 """
 
 given_element = given_size = widen_given = None
 element = size = real = real_size = widen = narrow = exp = log = exp_below = where = largest_of = None
-int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call8 = None
+int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call9 = None

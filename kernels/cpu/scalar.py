@@ -157,7 +157,7 @@ infinity_float32, infinity_float64 = _infinity(types.float32), _infinity(types.f
 
 @_jit
 def polynomial_of_exp(r):
-    """Return e^r for \\|r\\| <= log(2) / 2."""
+    """Return e^r for r in [-log(2) / 2, log(2) / 2]."""
     p = f32(1.9875691500e-4)
     p = p * r + f32(1.3981999507e-3)
     p = p * r + f32(8.3334519073e-3)
@@ -214,6 +214,16 @@ def reciprocal(x):
 @_jit
 def reciprocal_float64(x):
     return 1.0 / x
+
+
+@_jit
+def tiny(x):
+    return f32(2.0**-126)
+
+
+@_jit
+def tiny_float64(x):
+    return 2.0**-1022
 
 
 @_jit
@@ -277,17 +287,23 @@ def twins(element: str) -> dict[str, Any]:
     double = element == "float64"
     real = types.float64 if double else types.float32
     both = dict(
-        where=where, largest_of=largest_of, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt, element=in_memory, widen=widen,
-        narrow=narrow, real=real, size=in_memory.bitwidth // 8, real_size=real.bitwidth // 8, int32=types.int32,
-        int64=types.int64, float32=types.float32, vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
-        call5=memory.call5, call8=memory.call8,
+        where=where, largest_of=largest_of, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt,
+        element=in_memory, widen=widen, narrow=narrow, size=in_memory.bitwidth // 8,
+        real=real, real_size=real.bitwidth // 8, int32=types.int32, int64=types.int64, float32=types.float32,
+        vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
+        call5=memory.call5, call9=memory.call9,
     )  # fmt: skip
     if double:
-        own = dict(log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, reciprocal=reciprocal_float64,
-                   log_of_rest=log_of_rest_float64, float=infinity_float64)  # fmt: skip
+        own = dict(
+            log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, float=infinity_float64,
+            reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64, tiny=tiny_float64,
+        )  # fmt: skip
     else:
-        own = dict(log=log, log1p=log1p, exp=exp, exp_below=exp_below, reciprocal=reciprocal, float=infinity_float32,
-                   log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series))  # fmt: skip
+        own = dict(
+            log=log, log1p=log1p, exp=exp, exp_below=exp_below, float=infinity_float32, tiny=tiny,
+            reciprocal=reciprocal,
+            log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series),
+        )  # fmt: skip
     return both | own
 
 

@@ -25,15 +25,16 @@ from ..formulas.soft_targets import (
     cross_entropy_of,
     gap_of_runner_up,
     gradient_apart,
+    of_runner_up,
+    rest_of,
     softmax_of,
-    where_known,
 )
 from ..results import SoftResult, empty_soft, fill_ignored
 from . import stored, threads
 from .elements import NAMES, real_of, record_of
 from .losses import terms_of
 from .names import (
-    call8,
+    call9,
     element,
     exp_below,
     float32,
@@ -58,7 +59,9 @@ from .rows import largest, place_of, row_at
 __all__ = ["forward", "backward", "visit"]
 
 CHUNK = 256  # classes
-T, V, P, REST, LOG_P, VALUE, PULL, SHARE, END = range(0, 9 * CHUNK, CHUNK)  # where the columns of a chunk begin
+T, V, P, REST, LOG_P, VALUE, PULL, SHARE, LOG_REST, END = range(
+    0, 10 * CHUNK, CHUNK
+)  # where the columns of a chunk begin
 INFINITY, NAN = float("inf"), float("nan")
 
 
@@ -197,7 +200,7 @@ def one_row(p, row, label, chunk, work, pulls, e):
     of_label = apart(p, row, label, label, gap, chunk, work)
     other = runner_up if known else label
     of_other = apart(p, row, other, label, gap_of_runner_up(z_target, rest, others), chunk, work)
-    of_other = where_known(known, of_other)
+    of_other = of_runner_up(known, of_other, of_label, softmax)
     loss = cross_entropy_of(paid, softmax.log_scale) + cross_entropy_apart(of_label)
     loss += value + of_label.value + of_other.value
     share = of_other.share if known else 0.0
@@ -248,6 +251,8 @@ def sums_of(p, row, logits, exps, label, runner_up, m, chunk):
         sz += az
         total += total_here
         cost += cost_here
+    if p.uniform:  # not as a sum of many that rounds
+        total = (p.n_classes - 1) * chunk[T]
     return Paid(total, cost), s, s2, sz
 
 
@@ -266,9 +271,12 @@ def terms_of_others(p, row, logits, exps, label, runner_up, m, softmax, chunk, w
         if p.needs_log_p:
             z = vector(logits + first * size, n, element)
             for i in range(n):
-                chunk[LOG_P + i] = widen(z[i]) - at + softmax.log_scale
-        call8((p.terms, n, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
-               work + V * real_size, p.params, work + VALUE * real_size, pulls + first * real_size))  # fmt: skip
+                d = widen(z[i]) - at
+                d = 0.0 if d > 0.0 else d  # it never is; or log_scale - at would be taken out of the loop, and round
+                chunk[LOG_P + i] = d + softmax.log_scale
+        at_chunk = work + P * real_size, work + REST * real_size, work + LOG_P * real_size, work + LOG_REST * real_size
+        to = work + VALUE * real_size, pulls + first * real_size
+        call9((p.terms, n, *at_chunk, work + V * real_size, p.params, *to))
         if (label >= first) & (label < first + n):
             chunk[VALUE + label - first] = pulled[label - first] = 0.0
         if (runner_up >= first) & (runner_up < first + n):
@@ -284,12 +292,14 @@ def terms_of_others(p, row, logits, exps, label, runner_up, m, softmax, chunk, w
 
 def apart(p, row, k, label, gap, chunk, work):
     """Return the class whose logit is ``gap`` above the logsumexp of all others."""
-    chunk[P], chunk[REST], chunk[LOG_P] = sigmoid(gap), sigmoid(-gap), log_sigmoid(gap)
+    chunk[P], chunk[REST] = sigmoid(gap), rest_of(gap)
+    chunk[LOG_P], chunk[LOG_REST] = log_sigmoid(gap), log_sigmoid(-gap)
     chunk[VALUE] = chunk[PULL] = 0.0
     if p.terms:
         chunk[SHARE] = share_of(p, row, k, label, 1)
-        call8((p.terms_apart, 1, work + P * real_size, work + REST * real_size, work + LOG_P * real_size,
-               work + SHARE * real_size, p.params, work + VALUE * real_size, work + PULL * real_size))  # fmt: skip
+        at_chunk = work + P * real_size, work + REST * real_size, work + LOG_P * real_size, work + LOG_REST * real_size
+        to = work + VALUE * real_size, work + PULL * real_size
+        call9((p.terms_apart, 1, *at_chunk, work + SHARE * real_size, p.params, *to))
     return Apart(chunk[P], chunk[REST], chunk[LOG_P], share_of(p, row, k, label, 0), chunk[VALUE], chunk[PULL])
 
 

@@ -26,6 +26,15 @@ def exp(x):
 
 
 @jit
+def tiny(x):
+    """Return the smallest normal number of the dtype of ``x``."""
+    if x.dtype == tl.float64:
+        return 2.2250738585072014e-308
+    else:
+        return 1.1754943508222875e-38
+
+
+@jit
 def reciprocal(x):
     """Return 1 / x for x in [2^-126, 1], within 2 ulp: a division would also guard against larger ones."""
     if x.dtype == tl.float64:

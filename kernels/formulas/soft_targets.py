@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .language import jit, tl
 from .rest import origin
-from .scalar import exp, log_sigmoid, sigmoid
+from .scalar import exp, log_sigmoid, sigmoid, tiny
 
 LARGEST = tl.constexpr(3.4e38)  # a float32
 
@@ -26,7 +26,7 @@ class Apart(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What gives the probabilities of all classes but the label: p = scale exp(z - max), log p = z - max + log_scale."""
+    """What gives p of all classes but the label: p = scale exp(z - max), log p = z - max + log_scale."""
 
     max: tl.tensor
     scale: tl.tensor
@@ -34,16 +34,24 @@ class Softmax(NamedTuple):
 
 
 @jit
-def softmax_of(gap, rest):
-    sum_exp = tl.maximum(rest.sum_exp, 1.0)  # no rest, no matter
-    return Softmax(rest.max, sigmoid(-gap) / sum_exp, log_sigmoid(-gap) - tl.log(sum_exp))
+def rest_of(gap):
+    """Return 1 - p, at least `tiny`: what is divided by it is multiplied by it again."""
+    rest = sigmoid(-gap)
+    return tl.where(rest < tiny(rest), tiny(rest), rest)
 
 
 @jit
-def where_known(known, one):
-    """Return ``one``, adding nothing to rows that have no such class."""
+def softmax_of(gap, rest):
+    sum_exp = tl.maximum(rest.sum_exp, 1.0)  # no rest, no matter
+    return Softmax(rest.max, rest_of(gap) / sum_exp, log_sigmoid(-gap) - tl.log(sum_exp))
+
+
+@jit
+def of_runner_up(known, one, label, softmax):
+    """Return ``one``, adding nothing to rows that have no such class, its p as that of all others."""
     value, pull = tl.where(known, one.value, 0.0), tl.where(known, one.pull, 0.0)
-    return Apart(one.p, one.rest, one.log_p, one.share, value, pull)
+    p = tl.where(label.rest <= tiny(label.rest), softmax.scale, one.p)
+    return Apart(p, one.rest, one.log_p, one.share, value, pull)
 
 
 @jit

@@ -9,7 +9,7 @@ from .rest import chunk_sum, rounded
 
 @triton.jit
 def sums_of_terms(TERMS: tl.constexpr, mask, p, log_p, share, params, SPREAD: tl.constexpr):
-    value, pull = TERMS(p, 1.0 - p, log_p, share, params)
+    value, pull = TERMS(p, 1.0 - p, log_p, log_p, share, params)  # 1 - p is at least 1/2: its log is not looked at
     if mask is not None:
         value, pull = tl.where(mask, value, 0.0), tl.where(mask, pull, 0.0)
     return tl.sum(value, 2), tl.sum(pull, 2)

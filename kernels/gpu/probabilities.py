@@ -5,13 +5,11 @@
 where log_scale is max - lse.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from ..formulas.rest import origin
-from ..formulas.scalar import exp, log_sigmoid, sigmoid
+from ..formulas.scalar import exp
 
 
 @triton.jit

@@ -13,7 +13,6 @@ gradient; writes V b. Class weights are read as probabilities are.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formulas import class_terms
-from ..formulas.class_terms import TINY
+from ..formulas.scalar import tiny
 from ..formulas.scores import gap_of
 from ..formulas.soft_targets import (
     Softmax,
@@ -30,8 +29,8 @@ from ..formulas.soft_targets import (
     cross_entropy_of,
     gap_of_runner_up,
     gradient_apart,
+    of_runner_up,
     softmax_of,
-    where_known,
 )
 from ..results import SoftResult, empty_soft
 from . import class_sums, launch
@@ -101,22 +100,23 @@ def soft_forward_kernel(
         )
     of_label = apart(rows.target, rows.active, gap, target, params, TERMS)
     gap = gap_of_runner_up(z_target, rest, sums.exp)
-    of_runner_up = where_known(known, apart(runner_up, known, gap, target, params, TERMS))
+    of_other = apart(runner_up, known, gap, target, params, TERMS)
+    of_other = of_runner_up(known, of_other, of_label, softmax)
     loss = cross_entropy_of(paid, softmax.log_scale) + cross_entropy_apart(of_label)
     loss += sums.value + of_label.value
-    mass = paid.total - of_runner_up.share + sums.pull
+    mass = paid.total - of_other.share + sums.pull
     if POWER:  # its sums hold the runner-up
-        mass -= of_runner_up.pull
+        mass -= of_other.pull
     else:
-        loss += of_runner_up.value
+        loss += of_other.value
 
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
-    mass_of_row = mass + (of_label.pull + of_label.share) + (of_runner_up.pull + of_runner_up.share)
+    mass_of_row = mass + (of_label.pull + of_label.share) + (of_other.pull + of_other.share)
     column += n_rows
     tl.store(column, mass_of_row + missing, inside)
     column += n_rows
-    tl.store(column, gradient_apart(of_label, of_runner_up, mass), inside)
-    tl.store(column + n_rows, gradient_apart(of_runner_up, of_label, mass), inside)
+    tl.store(column, gradient_apart(of_label, of_other, mass), inside)
+    tl.store(column + n_rows, gradient_apart(of_other, of_label, mass), inside)
 
 
 class Saved(NamedTuple):
@@ -144,7 +144,7 @@ def load_saved(saved, row, n_rows):
     column += n_rows
     at_target = tl.load(column, inside, 0.0) * grad_loss
     at_runner_up = tl.load(column + n_rows, inside, 0.0) * grad_loss
-    softmax = Softmax(maximum, scale, tl.log(tl.maximum(scale, TINY)))
+    softmax = Softmax(maximum, scale, tl.log(tl.maximum(scale, tiny(scale))))
     return Saved(softmax, grad_loss, mass, at_target, tl.load(saved[1] + row, inside, -1), at_runner_up)
 
 
@@ -208,7 +208,7 @@ def write_tile(
 def gradient_of_others(z, t, v, saved, params, TERMS: tl.constexpr):
     """Return the gradient of classes [ROWS, ...] that are neither label nor runner-up."""
     _, p, log_p = probabilities(saved.softmax, z, None)
-    _, pull = TERMS(p, 1.0 - p, log_p, v, params)
+    _, pull = TERMS(p, 1.0 - p, log_p, log_p, v, params)
     return p * along(saved.mass, z) - along(saved.grad_loss, z) * (t + pull)
 
 
@@ -233,29 +233,16 @@ class ClassKernel(NamedTuple):
     is_power: bool  # of p and without a window: one sweep does
 
 
-def has_kernel(loss: Any) -> bool:
-    """Return whether kernels know what a class adds under this loss."""
-    return loss.is_cross_entropy() or isinstance(loss.kernel, str) and hasattr(class_terms, f"{loss.kernel}_terms")
-
-
 @once_a_loss
 def class_kernel(loss: Any) -> ClassKernel:
     """Return the jit functions and numbers of a loss."""
-    kernel, params = loss.kernel, loss.parameters()
-    if loss.is_cross_entropy():
-        kernel, params = "power_bonus", (0.0, -math.inf, 0.0, math.inf, 1.0)
-    elif kernel == "log_bonus" and params[4] == -math.inf:  # of log_end = 0 the tangent is left, -p
-        kernel, params = "power_bonus", (*params[:4], 1.0)
-    below_half = kernel
-    has_window = kernel.endswith("_bonus") and params[1:4:2] != (-math.inf, math.inf)
-    if kernel == "log_bonus" and params[4] >= 0 and params[7] <= math.log(0.5) and not has_window:
-        below_half = "log_bonus_below_half"
+    kernel, below_half, params = class_terms.terms_of(loss)
     return ClassKernel(
         getattr(class_terms, f"{kernel}_terms"),
         getattr(class_terms, f"{below_half}_terms"),
         getattr(class_sums, f"{below_half}_sums", class_sums.sums_of_terms),
         halved(params),
-        kernel == "power_bonus" and not has_window,
+        kernel == "power_bonus" and not class_terms.has_window(params),
     )
 
 

@@ -122,7 +122,7 @@ def second_sweep(
     _, v = shares_at(target, classes, mask, z)
     others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])
     e, p, log_p = probabilities(softmax, z, others)
-    value, pull = TERMS(p, 1.0 - p, log_p, v, params)
+    value, pull = TERMS(p, 1.0 - p, log_p, log_p, v, params)
     return Sums(
         tl.sum(body.exp, 1) + tl.sum(e, 1),
         tl.sum(body.value, 1) + tl.sum(tl.where(others, value, 0.0), 1),
