@@ -352,3 +352,11 @@ def test_a_forked_process_computes_the_same():
             finally:
                 os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("label", [-1, -(2**40), 7, 2**40])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["labels", "smoothing"])
+def test_a_label_out_of_range_raises_before_a_loop_reads_by_it(label, options):
+    logits, target = torch.zeros(5, 7, requires_grad=True), torch.tensor([0, 1, label, -100, 6])
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
+        bonus_cross_entropy(logits, target, implementation="numba", **options)
