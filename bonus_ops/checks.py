@@ -19,6 +19,7 @@ from .schedules import Scheduled
 __all__ = [
     "check_bonus",
     "check_call",
+    "check_reduction",
     "check_soft",
     "check_validate",
     "checked_bonus_smoothing",
@@ -108,6 +109,14 @@ def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bon
         raise RuntimeError("bonus_weight must not require a gradient")
 
 
+def check_reduction(reduction: Any) -> None:
+    """Raise torch's ValueError unless ``reduction`` is one."""
+    try:
+        _reduction.get_enum(reduction)
+    except ValueError as error:
+        raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
+
+
 def check_validate(validate: Any) -> None:
     """Raise TypeError unless ``validate`` is a bool."""
     if not isinstance(validate, bool):
@@ -142,10 +151,7 @@ def check_call(
     input: Any, target: Any, weight: Any, ignore_index: int, reduction: Any, label_smoothing: float, autocast: bool
 ) -> None:
     """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
-    try:
-        _reduction.get_enum(reduction)
-    except ValueError as error:
-        raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
+    check_reduction(reduction)
     fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
     fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
     if fault is None:
@@ -168,7 +174,8 @@ def _types(input: Any, target: Any, weight: Any) -> str | None:
         if isinstance(x, Tensor) and x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:
-        return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}."
+        swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
+        return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
-from .checks import check_bonus
+from .checks import check_bonus, check_reduction, checked_label_smoothing
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .losses import ClassLoss, GapLoss
 from .schedules import KeepsEpoch
@@ -51,9 +51,15 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         implementation: str | None = None,
         validate: bool = False,
     ) -> None:
-        super().__init__(weight, size_average, reduce, reduction)
+        try:
+            super().__init__(weight, size_average, reduce, reduction)
+        except TypeError as error:
+            by_keyword = " A loss goes by keyword: bonus=." if isinstance(weight, (GapLoss, ClassLoss)) else ""
+            came = f"Expected weight to be a Tensor or None, got {type(weight).__name__}."
+            raise TypeError(f"{error}\n{came}{by_keyword}") from None
+        check_reduction(self.reduction)
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checked_label_smoothing(label_smoothing)
         check_bonus(bonus)
         self.bonus = bonus
         self.bonus_smoothing = bonus_smoothing

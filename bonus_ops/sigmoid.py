@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import reference
 from .call import decide
-from .checks import FLOATS, check_bonus
+from .checks import FLOATS, check_bonus, check_reduction
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
@@ -141,6 +141,7 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
         super().__init__()
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
+        check_reduction(reduction)
         self.reduction = reduction
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
@@ -239,13 +240,16 @@ def _check_bonus(bonus: Any) -> None:
 
 def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight: Any) -> None:
     """Raise what torch raises for a wrong type, device, dtype or shape, nothing having been computed."""
-    try:
-        _reduction.get_enum(reduction)
-    except ValueError as error:
-        raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
+    check_reduction(reduction)
     fault = _fault(input, target, weight, pos_weight)
     if fault is None:
         return
+    for position, (name, x) in enumerate((("input", input), ("target", target)), 1):
+        if hasattr(x, "__array__") and not isinstance(x, Tensor):  # torch stumbles over an attribute of NumPy's
+            raise TypeError(
+                f"binary_cross_entropy_with_logits(): argument '{name}' (position {position}) must be Tensor, not "
+                f"{type(x).__name__}\n{fault}"
+            )
     try:
         binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
     except Exception as error:

@@ -48,9 +48,9 @@ class SoftTargets(NamedTuple):
 
     def of_cross_entropy(self, n_classes: int) -> Share:
         """Return t."""
-        return Share(1 - self.smoothing, self.smoothing / n_classes, self.weight)
+        return Share(1 - self.smoothing, self.smoothing / max(n_classes, 1), self.weight)
 
     def of_bonus(self, n_classes: int) -> Share:
         """Return v."""
         weight = self.weight if self.bonus_weight is None else self.bonus_weight
-        return Share(1 - self.bonus_smoothing, self.bonus_smoothing / n_classes, weight)
+        return Share(1 - self.bonus_smoothing, self.bonus_smoothing / max(n_classes, 1), weight)

@@ -43,7 +43,8 @@ def _rows(call: Call, largest: bool = True) -> _Rows:
         known = largest and call.n_classes > 0
         label = targets.probabilities.argmax(-1) if known else call.target.new_zeros((), dtype=torch.int64)
         label = label.expand(logits.shape[:2])
-        divisor = torch.full((), logits.shape[0] * logits.shape[1], device=logits.device)
+        # as torch, which divides the number of elements by that of classes: without any the mean is NaN
+        divisor = torch.full((), logits.shape[0] * logits.shape[1] if call.n_classes else 0, device=logits.device)
     else:
         label = call.target.reshape(logits.shape[:2])
         divisor = call.divisor(call.row_weight())

@@ -32,7 +32,7 @@ from ..formulas.soft_targets import (
     of_runner_up,
     softmax_of,
 )
-from ..results import SoftResult, empty_soft
+from ..results import SoftResult, empty_soft, fill_ignored
 from . import class_sums, launch
 from .apart import apart
 from .launching import FEW_VARIANTS, WARP_SIZE, Halves, device_guard, once_a_loss, vector
@@ -250,7 +250,8 @@ def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss
     """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares."""
     out = empty_soft(logits, scores)
     n_rows, n_classes = out.loss.numel(), logits.shape[2]
-    if n_rows == 0:
+    if n_rows == 0 or n_classes == 0:
+        fill_ignored(out)
         return out
     kernel, how = class_kernel(loss), launch.soft_forward(n_classes, WARP_SIZE)
     with device_guard(logits):
@@ -270,7 +271,7 @@ def backward(
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
     grad = torch.empty_like(logits)
     n_rows, n_classes = runner_up.numel(), logits.shape[2]
-    if n_rows == 0:
+    if grad.numel() == 0:
         return grad
     kernel, how = class_kernel(loss), launch.soft_backward(n_classes, WARP_SIZE)
     with device_guard(logits):
