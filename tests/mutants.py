@@ -334,7 +334,7 @@ MUTANTS = (
     ),
     Mutant(
         "the loss is always float32", "bonus_ops/ops/labels.py",
-        "return Result(loss.to(call.dtype), scores, softmax)", "return Result(loss.to(torch.float32), scores, softmax)",
+        "loss if loss.dtype == call.dtype else loss.to(call.dtype)", "loss.to(torch.float32)",
         "tests/test_functional.py::test_every_dtype_is_float64_truth_rounded_once",
         seen_in="flash-attention: float32 from float64",
     ),
@@ -364,7 +364,7 @@ MUTANTS = (
     ),
     Mutant(
         "the mean of nothing is 0", "bonus_ops/ops/labels.py",
-        "total = total / divisor if self.mean else total", "total = total / (divisor or 1) if self.mean else total",
+        "if n == out.loss.numel() else out.loss.sum() / n", "if n == out.loss.numel() else out.loss.sum() / (n or 1)",
         "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
         seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
     ),
@@ -425,7 +425,7 @@ MUTANTS = (
     ),
     Mutant(
         "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/gpu/soft.py",
-        "mass -= of_runner_up.pull", "pass", "tests/test_soft.py::test_kernels[power_bonus-any sum-torch.float32-9]",
+        "mass -= of_other.pull", "pass", "tests/test_soft.py::test_kernels[power_bonus-any sum-torch.float32-9]",
     ),
     Mutant(
         "the tile of the runner-up is summed whole", "kernels/gpu/tiles.py",
@@ -468,11 +468,6 @@ MUTANTS = (
         "rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
         "rest = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
         "tests/test_soft.py::test_every_layout_in_kernels[transposed]",
-    ),
-    Mutant(
-        "the smallest number is below float32's", "kernels/formulas/class_terms.py",
-        "TINY = tl.constexpr(2.0**-126)", "TINY = tl.constexpr(1e-38)",
-        "tests/test_soft_kernels.py::test_every_launch_binds_and_compiles",
     ),
     # bits that tell the batch
     Mutant(
@@ -573,7 +568,7 @@ MUTANTS = (
     ),
     Mutant(
         "loops take the address of a target that has none", "bonus_ops/watchers.py",
-        "return all(x is None or _is_plain(x) for x in tensors)", "return tensors[0] is None or _is_plain(tensors[0])",
+        "    for x in tensors:\n        if x is None:", "    for x in tensors[:1]:\n        if x is None:",
         "tests/test_distributed.py::test_errors_are_clear",
     ),
     # what the matrix, the properties and the fuzzer are for
