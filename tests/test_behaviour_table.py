@@ -171,6 +171,14 @@ def identical(actual: Outcome, expected: Outcome) -> bool:
     return True
 
 
+# what only the formula does: a named implementation raises
+WITHOUT_KERNEL = {
+    "probabilities torch.float64",
+    "probabilities that require grad",
+    "probabilities float64, input bfloat16",
+}
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +196,9 @@ def test_the_row_is_as_in_torch_or_deviates_as_listed(number, implementation, re
     expected, truth = of_torch(number)
     actual = run(row, ours(implementation))
     assert actual.untouched and expected.untouched, "an argument was written"
+    if implementation == "triton" and row.name in WITHOUT_KERNEL:
+        assert actual.error is not None and actual.error[0] is NotImplementedError
+        return
     deviation = DEVIATIONS.get(number)
     if deviation is None or (implementation == "reference" and deviation.item == 4):  # it saves no logits to guard
         assert_same(actual, expected, truth)

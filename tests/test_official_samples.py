@@ -119,11 +119,15 @@ def test_module_samples_in_other_implementations(implementation, dtype, request)
     theirs = by_module(nn.CrossEntropyLoss)
     ran = 0
     for sample in module_samples(dtype, device):
-        actual = results(ours, sample)
+        ran += 1
+        try:
+            actual = results(ours, sample)
+        except NotImplementedError as error:  # a named implementation does not fall back
+            assert implementation == "triton" and "the gradient of target" in str(error)
+            continue
         assert_no_further(
             actual, results(theirs, sample), results(theirs, sample, wide=True), dtype, f"{sample.name} on {device}"
         )
-        ran += 1
     assert ran >= 100
 
 

@@ -153,7 +153,9 @@ def test_equal_columns_whatever_else_is_asked(implementation):
             _, scores = bonus_cross_entropy_with_scores(z, target, **options, implementation=implementation)
             for column, expected in zip(scores, alone, strict=True):
                 assert not column.requires_grad
-                torch.testing.assert_close(column, expected, rtol=0, atol=0, equal_nan=True)
+                # loops over soft targets add up in another order
+                slack = 1e-6 if implementation == "numba" and "label_smoothing" in options else 0.0
+                torch.testing.assert_close(column, expected, rtol=slack, atol=slack, equal_nan=True)
 
 
 @EVERY_IMPLEMENTATION

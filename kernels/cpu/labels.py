@@ -102,7 +102,7 @@ def again_loop(plan, first, last, work):
 
 
 def count_loop(target, n, n_classes, ignore_index, out):
-    """Write how many labels count, how many are out of range, and one of these."""
+    """Write how many labels count, how many are out of range, and the first of these."""
     labels, found = vector(target, n, int64), vector(out, 3, int64)
     counted = bad = one = 0
     for i in range(n):
@@ -110,8 +110,8 @@ def count_loop(target, n, n_classes, ignore_index, out):
         counts = y != ignore_index
         outside = counts & ((y < 0) | (y >= n_classes))
         counted += counts
+        one = y if outside & (bad == 0) else one
         bad += outside
-        one = y if outside else one
     found[0], found[1], found[2] = counted, bad, one
 
 
