@@ -382,7 +382,7 @@ MUTANTS = (
     ),
     Mutant(
         "smoothing leaves out the label", "bonus_ops/soft_targets.py",
-        "Share(1 - self.smoothing, self.smoothing / n_classes,",
+        "Share(1 - self.smoothing, self.smoothing / max(n_classes, 1),",
         "Share(1 - self.smoothing - self.smoothing / (n_classes - 1), self.smoothing / (n_classes - 1),",
         "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
     ),
@@ -402,8 +402,8 @@ MUTANTS = (
     ),
     Mutant(
         "the bonus is smoothed as cross-entropy is", "bonus_ops/soft_targets.py",
-        "Share(1 - self.bonus_smoothing, self.bonus_smoothing / n_classes,",
-        "Share(1 - self.smoothing, self.smoothing / n_classes,",
+        "Share(1 - self.bonus_smoothing, self.bonus_smoothing / max(n_classes, 1),",
+        "Share(1 - self.smoothing, self.smoothing / max(n_classes, 1),",
         "tests/test_soft.py::test_the_form_of_translation_smooths_each_by_its_own",
         seen_in="lancopku/well-classified-examples-are-underestimated: smoothing applied alike or twice in its copies",
     ),

@@ -81,16 +81,6 @@ def test_every_step_of_the_gap_is_rewarded(loss):
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shared_terms_give_the_value_and_slope_of_finite_gaps(loss, dtype):
-    gap = torch.cat([GAPS, torch.tensor([0.0, 100, -100, 1e4, -1e4])]).to(dtype)
-    (value, slope), eps = loss.value_and_slope(gap), 4 * torch.finfo(dtype).eps
-    # a bonus and 1 - p are exact beside cross-entropy and 1; exp rounds relative to the gap
-    torch.testing.assert_close(value, loss.value(gap), rtol=eps * 20, atol=eps)
-    torch.testing.assert_close(slope, loss.slope(gap), rtol=eps * 20, atol=eps)
-
-
-@EVERY_LOSS
 @pytest.mark.parametrize("gap", [200.0, -200.0, 0.0])
 def test_value_and_slope_are_finite_in_float32(loss, gap):
     gap = torch.tensor(gap)

@@ -712,7 +712,7 @@ def test_the_benchmark_measures_a_case():
     case = {"case": "tiny", "shape": [4, 5], "dtype": "float32", "loss": "None"}
     case |= bench._measure(x, t, bench.PAIRS["None"], True, False)
     assert case["eager / ours"]["median"] > 0
-    assert "| tiny 4x5 float32 | None |" in report._elementwise({"cases": [case], "bounds": []})
+    assert "| tiny 4x5 float32 | None |" in report._sigmoid({"cases": [case], "bounds": []})
     assert not bench._verdict(case | {"eager / ours": {"median": 1.9}})["passed"]
 
 

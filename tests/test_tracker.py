@@ -264,7 +264,7 @@ def test_ties_are_wrong_without_the_target():
     scores = difficulty_scores(torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([0, 0]))
     with_target, without = (ExampleTracker(2, "correctness") for _ in range(2))
     with_target.update(scores, torch.tensor([0, 1]), torch.tensor([0, 0]))
-    without.update(scores, torch.tensor([0, 1]))
+    without.update(Scores(*scores), torch.tensor([0, 1]))
     assert with_target.statistic("correctness").tolist() == [1, 1]
     assert without.statistic("correctness").tolist() == [0, 1]
 
@@ -377,7 +377,7 @@ def test_difficulty_is_higher_for_the_harder_example():
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.2, 0.0, 0.3]])
     for epoch in range(8):
         # example 0 is right at once and for good; 1 is wrong, wavers, and is right only in epochs 4 and 5
-        now = logits + torch.tensor([[0.0, 0, 0], [1.0 if epoch in (3, 4) else 0.1 * (epoch % 2), 0, 0]])
+        now = logits + torch.tensor([[0.0, 0, 0], [1.0 if epoch in (3, 4) else 0.05 * (epoch % 2), 0, 0]])
         tracker.update(difficulty_scores(now, torch.tensor([0, 0])), torch.tensor([0, 1]))
         tracker.end_epoch()
     for name in tracker.statistics:
