@@ -751,7 +751,7 @@ def test_transforms_take_the_formula(options):
     torch.testing.assert_close(hessian(ours)(logits), torch.autograd.functional.hessian(plain, logits))
 
 
-@pytest.mark.parametrize("implementation", [None, "reference", "triton"])
+@pytest.mark.parametrize("implementation", [None, "reference"])  # no kernel makes it: `test_contract`
 @pytest.mark.parametrize("bonus", [None, LogBonus()], ids=repr)
 def test_probabilities_have_a_gradient(implementation, bonus, place):
     logits, given, _ = problem(OPTIONS["probabilities"], place=place)

@@ -35,9 +35,9 @@ class Softmax(NamedTuple):
 
 @jit
 def rest_of(gap):
-    """Return 1 - p, at least `tiny`: what is divided by it is multiplied by it again."""
+    """Return 1 - p, 0 without a rest, else at least `tiny`: what is divided by it is multiplied by it again."""
     rest = sigmoid(-gap)
-    return tl.where(rest < tiny(rest), tiny(rest), rest)
+    return tl.where((rest < tiny(rest)) & (gap < float("inf")), tiny(rest), rest)
 
 
 @jit
