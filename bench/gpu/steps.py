@@ -85,7 +85,7 @@ def matrix(device: Gpu, save: Save) -> None:
 
 def parity(device: Gpu, save: Save) -> None:
     """Run the tests of the kernels for soft targets, two labels and the sigmoid family."""
-    files = ("tests/test_dense.py", "tests/test_mixup.py", "tests/test_sigmoid.py")
+    files = ("tests/test_soft.py", "tests/test_mixup.py", "tests/test_sigmoid.py")
     _pytest(device, save, *files, "-k", "kernel or triton")
 
 
