@@ -49,7 +49,7 @@ def test_nothing_is_missing(found):
         f"{target}, {what}"
         for target, calls in {
             "smoothing": ("forward", "one sweep", "backward"), "probabilities": ("forward", "one sweep", "backward"),
-            "two labels": ("forward", "backward"), "sigmoid": ("sum", "losses", "backward"),
+            "sigmoid": ("sum", "losses", "backward"),
         }.items() for what in calls
     }  # fmt: skip
     sweeps = {x["call"]: len(x["loops"]) for x in found["builds"] if x["kernel"] == "soft_forward_kernel"}
@@ -113,7 +113,6 @@ def test_a_gate_sees_the_faults_of_what_came_later(found):
         ("probabilities, backward", gates.stores_of_128_bits, {"stores": {"64": 2}}),
         ("smoothing, forward", gates.no_barrier_in_a_loop, {"shuffles": 1}),
         ("smoothing, one sweep", gates.one_exponential_a_logit, {"exp": 19}),
-        ("two labels, forward", gates.one_exponential_a_logit, {"exp": 10}),
     ):
         build = copy.deepcopy(builds[call])
         build["loops"][-1].update(fault)
