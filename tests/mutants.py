@@ -478,12 +478,12 @@ MUTANTS = (
     # the loops of a CPU, and the gradient made in the forward visit
     Mutant(
         "a loop counts the label among the rest", "kernels/cpu/rows.py",
-        "if (d < -1000.0) | (k == label) else d", "if d < -1000.0 else d",
+        "bounded(where((k == skip) | (k == skip_other), -1000.0, d))", "bounded(d)",
         f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
     ),
     Mutant(
         "a loop takes the label for its own runner-up", "kernels/cpu/rows.py",
-        "if widen(z[k]) == m and k != label:", "if widen(z[k]) == m:",
+        "where((widen(part[i]) == m) & (k != skip), k,", "where(widen(part[i]) == m, k,",
         f"{LOOPS}::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-131]",
     ),
     Mutant(

@@ -54,7 +54,7 @@ from .names import (
     widen,
     widen_given,
 )
-from .rows import largest, place_of, row_at
+from .rows import largest, row_at
 
 __all__ = ["forward", "backward", "visit"]
 
@@ -184,9 +184,9 @@ def fill_shares(p, row, first, n, chunk, at, number):
 def one_row(p, row, label, chunk, work, pulls, e):
     at = p.logits + row_at(row, p.n_inner, p.outer_stride, p.inner_stride) * size
     z = vector(at, p.n_classes, element)
-    m = largest(z, label)
+    m, runner_up = largest(z, label)
     known = (m > -INFINITY) & (p.n_classes > 1)
-    runner_up = place_of(z, m, label) if known else -1
+    runner_up = runner_up if known else -1
     paid, others, s2, sz = sums_of(p, row, at, e, label, runner_up, m, chunk)
     z_target = widen(z[label])
     one = 1.0 if known else 0.0  # exp(z - max) of the runner-up
