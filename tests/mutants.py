@@ -507,13 +507,13 @@ MUTANTS = (
         f"{LOOPS}::test_a_label_out_of_range_raises_before_a_loop_reads_by_it[labels--1]",
     ),
     Mutant(
-        "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft.py",
-        "cost_here -= where(t == 0.0, 0.0, t * d)", "cost_here -= t * d",
+        "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft_rows.py",
+        "cost_here -= where(t == 0.0, 0.0, t * (widen(part[i]) - at))", "cost_here -= t * (widen(part[i]) - at)",
         "tests/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-None]",
     ),
     Mutant(
-        "the runner-up is pulled as the label is", "kernels/cpu/soft.py",
-        "g[runner_up] = narrow(at_other * up + missing)", "g[runner_up] = narrow(at_label * up + missing)",
+        "the runner-up is pulled as the label is", "kernels/cpu/soft_rows.py",
+        "out[other] = narrow(column[OF_OTHER + GRADIENT + i])", "out[other] = narrow(column[OF_LABEL + GRADIENT + i])",
         "tests/test_soft.py::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
     ),
     Mutant(

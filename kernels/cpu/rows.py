@@ -98,12 +98,8 @@ def sums_of(z, e, label, other, m):
     at = 0.0 if m == -INFINITY else m
     s = s2 = sz = sd = 0.0
     for first in range(0, len(z), BLOCK):
-        part, out, skip, skip_other = (
-            z[first : first + BLOCK],
-            e[first : first + BLOCK],
-            int32(label - first),
-            int32(other - first),
-        )
+        part, out = z[first : first + BLOCK], e[first : first + BLOCK]
+        skip, skip_other = int32(label - first), int32(other - first)
         a = a2 = az = ad = 0.0
         for i in range(len(part)):
             k, d = int32(i), widen(part[i]) - at
