@@ -483,7 +483,7 @@ MUTANTS = (
     ),
     Mutant(
         "a loop takes the label for its own runner-up", "kernels/cpu/rows.py",
-        "where((widen(part[i]) == m) & (k != skip), k,", "where(widen(part[i]) == m, k,",
+        "where((read(part[i]) == m) & (k != skip), k,", "where(read(part[i]) == m, k,",
         f"{LOOPS}::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-131]",
     ),
     Mutant(

@@ -10,15 +10,17 @@ from .names import (
     int32,
     largest_of,
     narrow,
+    read,
     real,
     real_size,
     size,
     vector,
     where,
     widen,
-)  # fmt: skip
-from .tile import ARGMAX, AT_TARGET, LABEL, MAX, SCALE, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, padded
+)
+from .tile import ARGMAX, AT_TARGET, LABEL, MAX, SCALE, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, options_of, padded
 
+OF_LOGIT = SLOPE_OF_LOGIT = source = None  # of the options of logits, bound by what compiles the loop
 BLOCK = 1024  # classes added up on their own, so that sums of many lose no digits
 SEARCHED = 128  # classes of which the largest is found at once
 
@@ -45,6 +47,21 @@ def exps_at(p, row, i, exps):
     return out_at(p, row + i) if p.in_place else exps + i * p.n_classes * real_size
 
 
+def as_they_lie(raw, e, options):
+    return raw
+
+
+def as_it_is(z):
+    return z
+
+
+def changed(raw, e, options):
+    """Write z where a row's exponentials will be."""
+    for k in range(len(raw)):
+        e[k] = OF_LOGIT(widen(raw[k]), options)
+    return e
+
+
 def sum_up(p, row, n, index, column, exps):
     """Fill the columns of a tile, and its exponentials."""
     for i in range(padded(n)):
@@ -54,16 +71,16 @@ def sum_up(p, row, n, index, column, exps):
     for i in range(n):
         label = index[LABEL + i]
         if label >= 0:
-            z = vector(logits_at(p, row + i), p.n_classes, element)
+            raw = vector(logits_at(p, row + i), p.n_classes, element)
             e = vector(exps_at(p, row, i, exps), p.n_classes, real)
-            m, place = largest(z, label)
+            z = source(raw, e, options_of(p))
+            m, index[ARGMAX + i] = largest(z, label)
+            column[Z_TARGET + i] = read(z[label])
             s, s2, sz, _ = sums_of(z, e, label, label, m)
-            column[Z_TARGET + i] = widen(z[label])
             column[MAX + i] = m
             column[SUM_EXP + i] = s
             column[SUM_EXP2 + i] = s2
             column[SUM_EXP_Z + i] = sz
-            index[ARGMAX + i] = place
 
 
 def largest(z, label):
@@ -78,7 +95,7 @@ def largest(z, label):
     found = nobody = int32(SEARCHED)
     for i in range(len(part)):
         k = int32(i)
-        k = where((widen(part[i]) == m) & (k != skip), k, nobody)
+        k = where((read(part[i]) == m) & (k != skip), k, nobody)
         found = where(k < found, k, found)
     return m, block + found if found < nobody else -1
 
@@ -86,7 +103,7 @@ def largest(z, label):
 def largest_in(z):
     m = -INFINITY
     for i in range(len(z)):
-        m = largest_of(m, widen(z[i]))
+        m = largest_of(m, read(z[i]))
     return m
 
 
@@ -102,7 +119,7 @@ def sums_of(z, e, label, other, m):
         skip, skip_other = int32(label - first), int32(other - first)
         a = a2 = az = ad = 0.0
         for i in range(len(part)):
-            k, d = int32(i), widen(part[i]) - at
+            k, d = int32(i), read(part[i]) - at
             ad += where(k == skip, 0.0, d)
             d = bounded(where((k == skip) | (k == skip_other), -1000.0, d))  # 0 * -inf would be NaN
             x = exp_of_bounded(d)
@@ -121,12 +138,13 @@ def exps_again(p, row, n, index, column, exps):
     """Fill the exponentials of a tile from the maxima of its rows."""
     for i in range(n):
         if index[LABEL + i] >= 0:
-            z = vector(logits_at(p, row + i), p.n_classes, element)
+            raw = vector(logits_at(p, row + i), p.n_classes, element)
             e = vector(exps_at(p, row, i, exps), p.n_classes, real)
+            z = source(raw, e, options_of(p))
             m = column[MAX + i]
             at = 0.0 if m == -INFINITY else m
             for k in range(p.n_classes):
-                e[k] = exp_below(widen(z[k]) - at)
+                e[k] = exp_below(read(z[k]) - at)
 
 
 def write(p, row, n, index, column, exps):
@@ -146,6 +164,25 @@ def write(p, row, n, index, column, exps):
                 for k in range(p.n_classes):
                     out[k] = narrow(e[k] * scale)
             out[label] = narrow(column[AT_TARGET + i])
+
+
+def write_capped(p, row, n, index, column, exps):
+    """As `write`, every entry times the slope of its logit; probabilities have none."""
+    if p.softmax:
+        write(p, row, n, index, column, exps)
+        return
+    options = options_of(p)
+    for i in range(n):
+        out, label = vector(out_at(p, row + i), p.n_classes, element), index[LABEL + i]
+        if label < 0:
+            for k in range(p.n_classes):
+                out[k] = narrow(0.0)
+        else:
+            raw = vector(logits_at(p, row + i), p.n_classes, element)
+            e, scale = vector(exps_at(p, row, i, exps), p.n_classes, real), column[SCALE + i]
+            for k in range(p.n_classes):
+                out[k] = narrow(e[k] * scale * SLOPE_OF_LOGIT(widen(raw[k]), options))
+            out[label] = narrow(column[AT_TARGET + i] * SLOPE_OF_LOGIT(widen(raw[label]), options))
 
 
 INFINITY = float("inf")

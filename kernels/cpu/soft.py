@@ -87,7 +87,7 @@ def visit(
         _at(label), ignore_index, _at(given), *((0, 0) if given is None else given.stride()[:2]),
         *map(_at, weights), given is None and weights == [None, None], shares.data_ptr(),
         *((0, 0, 0, 0) if terms is None else terms[:4]),
-        _at(up), 0 if up is None or up.numel() == 1 else up.stride(0),
+        _at(up), 0 if up is None or up.numel() == 1 else up.stride(0), 0, 0,
         result.loss.data_ptr(), result.scores.data_ptr(), result.runner_up.data_ptr() if scores else 0,
         _at(out), *((0, 0) if out is None else out.stride()[:2]), int(in_place),
     ))  # fmt: skip

@@ -41,7 +41,7 @@ from .names import (
     where,
     widen,
     widen_given,
-)  # fmt: skip
+)
 from .rows import SEARCHED, exps_at, largest, logits_at, out_at, row_at, sums_of
 from .tile import (
     ARGMAX,
@@ -60,7 +60,7 @@ from .tile import (
     load_upstream,
     padded,
     score,
-)  # fmt: skip
+)
 from .tile import END as END_OF_TILE
 
 CHUNK = 512  # classes
@@ -98,6 +98,8 @@ class Plan(NamedTuple):
     params: int
     upstream: int
     upstream_stride: int
+    grad_lse: int
+    grad_lse_stride: int
     loss: int
     scores: int
     runner_up: int
