@@ -385,7 +385,8 @@ def readme_block(results: dict[str, Any]) -> str:
         rows.append([says, _span(same) if same else NOT_MEASURED, wanted, _verdict(same) if same else NOT_MEASURED])
     verdicts = [_verdict(same) for _, same, _ in _by_bound(bounds)]
     return (
-        f"`python -m bench`, one thread of an {_cpu(where)}, float32 and bfloat16. Times of forward and backward:\n\n"
+        f"`python -m bench`, one thread of an {_cpu(where)}, float32 and bfloat16. Times of forward and backward,\n"
+        "below 1 the first is faster:\n\n"
         + _table(["time of", "measured", "wanted", ""], rows)
         + f"\nOf {len(verdicts)} bounds {verdicts.count(MET)} are met; [cpu.md](bench/results/cpu.md) opens with both "
         "lists.\n"
