@@ -26,6 +26,9 @@ def mixup_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     bonus: GapLoss | None = _DEFAULT_BONUS,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute the loss of examples mixed from two.
@@ -42,6 +45,9 @@ def mixup_cross_entropy(
         ignore_index: a label that costs 0; the other label of the row still counts.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        logit_scale: as in `bonus_cross_entropy`.
+        softcap: as in `bonus_cross_entropy`.
+        z_loss: as in `bonus_cross_entropy`, of either loss by its share.
         implementation: as in `bonus_cross_entropy`.
 
     Returns:
@@ -73,7 +79,10 @@ def mixup_cross_entropy(
         ):
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
     lam = _checked_lam(lam, target_a)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "bonus": bonus, "implementation": implementation}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+        "implementation": implementation,
+    }  # fmt: skip
     if not isinstance(lam, Tensor) or lam.dim() == 0 or reduction == "none":
         a, b = (bonus_cross_entropy(input, t, weight, reduction=reduction, **options) for t in (target_a, target_b))
         # of one axis more: the tangent of a 0-d tensor times a number has the dtype of the number
