@@ -106,7 +106,7 @@ def _report() -> Any:
 def run(
     options: argparse.Namespace, folder: Path, command: str, commit: str, readme: Path | None = None
 ) -> dict[str, Any]:
-    """Run the steps, each in its process; write the results, and the README that quotes them, after every one."""
+    """Run the steps, each in its process; write the results, and the page that quotes them, after every one."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.budget
     results: dict[str, Any] = {

@@ -17,7 +17,7 @@ NO_RUN = "**GPU: not measured.**\n"
 DRY = "**Dry run: the times are those of a stand-in clock and mean nothing.**\n"
 LEGEND = (  # of the picture
     "loss and scores, forward: 1 read", "loss, forward: 1 read", "loss, scores and gradient: 2 reads, 1 write",
-    "the same loss in torch, with gradient",
+    "F.cross_entropy and gradient: 2 reads, 1 write",
 )  # fmt: skip
 README_SHAPES = ((65536, 1000), (8192, 32000), (8192, 50257), (8192, 128256), (8192, 262144))
 
@@ -55,7 +55,7 @@ BEGIN, END = "<!-- from bench/results/gpu-*.json, by `python -m bench gpu` -->",
 
 
 def with_runs(readme: str, folder: Path) -> str:
-    """Return the README with a table of every measured run in ``folder`` between its markers."""
+    """Return bench/README.md with a table of every measured run in ``folder`` between its markers."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
     tables = [readme_table(run) for run in runs if not run["dry"] and _is_timed(run["steps"])]
     return between(readme, BEGIN, END, "\n".join(tables) or NO_RUN)
@@ -66,7 +66,7 @@ def _is_timed(steps: dict[str, Any]) -> bool:
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """Return the README's lines: where it was measured and a table of the main shapes."""
+    """Return its lines: where it was measured and a table of the main shapes."""
     steps = results["steps"]
     times, device = Times(steps), steps["ceilings"]["device"]
     where = f"{device['gpu']}, {results['date'][:10]}, copy bandwidth {times.copy:.0f} GB/s, bf16, ms:\n\n"
@@ -90,7 +90,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     except ImportError:
         return False
     times = Times(results["steps"])
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     names = [f"{a} x {b}" for a, b in SHAPES]
     for i, (provider, mode, n) in enumerate(
@@ -103,7 +103,7 @@ def draw(results: dict[str, Any], path: Path) -> bool:
     axes.axhline(1 / 1.1, color="black", linewidth=0.8, label="the goal")
     axes.set(ylim=(0, None), xlabel="rows x classes", ylabel="share of copy bandwidth (higher is better)")
     axes.set_title("Least bytes to move, over time" + (" (dry run: no measurement)" if results["dry"] else ""))
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100)
     return True
 
