@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["GapLoss", "Loss", "decode", "encode"]
 
 _CLASSES: dict[str, type[Loss]] = {}
+_FORMULAS = {"value", "slope", "excess", "class_value", "bonus", "bonus_slope", "class_bonus", "error"}
 
 
 class Loss:
@@ -29,6 +30,12 @@ class Loss:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.kernel is not None and "kernel" not in vars(cls) and (own := sorted(_FORMULAS & vars(cls).keys())):
+            parent = next(base for base in cls.__mro__ if "kernel" in vars(base))
+            raise TypeError(
+                f"{cls.__name__} defines {' and '.join(own)}, but would run the kernel of {parent.__name__}, which knows "
+                "nothing of it.\nExpected a subclass of GapLoss that defines value and slope."
+            )
         # numbered: a class defined again, in a notebook say, must not take the place of one still in use
         cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
         _CLASSES[cls._name] = cls
