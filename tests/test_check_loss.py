@@ -168,12 +168,16 @@ class WrongKernel(LogBonus):
 
 @pytest.mark.parametrize(
     ("parent", "formulas", "own"),
-    [(LogBonus, ("slope", "value"), "slope and value"), (CrossEntropy, ("value",), "value"), (Focal, ("slope",), "slope"),
-     (SoftmaxSquaredError, ("error",), "error")],
-)  # fmt: skip
+    [
+        (LogBonus, ("slope", "value"), "slope and value"),
+        (CrossEntropy, ("value",), "value"),
+        (Focal, ("slope",), "slope"),
+        (SoftmaxSquaredError, ("error",), "error"),
+    ],
+)
 def test_formulas_that_an_inherited_kernel_would_not_know_are_refused(parent, formulas, own):
     made = {name: lambda self, gap: 2 * gap for name in formulas}
-    message = f"Mine defines {own}, but would run the kernel of {parent.__name__}, which knows nothing of it.\nExpected a"
+    message = f"Mine defines {own}, but would run the kernel of {parent.__name__}, which knows nothing of it.\nExpected"
     with pytest.raises(TypeError, match=message):
         type("Mine", (parent,), made)
 

@@ -33,8 +33,8 @@ class Loss:
         if cls.kernel is not None and "kernel" not in vars(cls) and (own := sorted(_FORMULAS & vars(cls).keys())):
             parent = next(base for base in cls.__mro__ if "kernel" in vars(base))
             raise TypeError(
-                f"{cls.__name__} defines {' and '.join(own)}, but would run the kernel of {parent.__name__}, which knows "
-                "nothing of it.\nExpected a subclass of GapLoss that defines value and slope."
+                f"{cls.__name__} defines {' and '.join(own)}, but would run the kernel of {parent.__name__}, which "
+                "knows nothing of it.\nExpected a subclass of GapLoss that defines value and slope."
             )
         # numbered: a class defined again, in a notebook say, must not take the place of one still in use
         cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
