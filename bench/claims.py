@@ -1,8 +1,8 @@
 """The papers' claims, measured: each with its numbers over seeds and a verdict from them.
 
-    python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [--quick] [--out folder]
+    python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [calibration] [--quick] [--out folder]
 
-All four without a name. Writes claims.json, claims.md and a picture each into bench/results, and what the README quotes
+All five without a name. Writes claims.json, claims.md and a picture each into bench/results, and what the README quotes
 of suspects into it.
 """
 
@@ -26,7 +26,8 @@ import torch
 from .claims_verdict import ABOVE_ZERO
 from .record import ROOT, commit, environment, plain, progress
 
-NAMES = ("encouraging", "prioritisation", "separation", "suspects")
+NAMES = ("encouraging", "prioritisation", "separation", "suspects", "calibration")
+HEIGHTS = {"separation": 9, "calibration": 9}  # of the pictures that are not 5 inches high
 PROCESSES = 2
 INTRO = """# Claims
 
@@ -122,7 +123,7 @@ def report(folder: Path) -> tuple[str, list[Path]]:
     else:
         for name in NAMES:
             if name in results:
-                figure = plots._figure(15, 9 if name == "separation" else 5)
+                figure = plots._figure(15, HEIGHTS.get(name, 5))
                 _module(name).draw(results[name], figure)
                 pictures[name] = folder / f"claims-{name}.png"
                 figure.savefig(pictures[name], dpi=100)
