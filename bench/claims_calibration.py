@@ -309,6 +309,6 @@ def draw(section: dict[str, Any], figure: Any) -> None:
             if column == 0:
                 axes.set_ylabel(unit)
         panels[2, column].set_xticks(range(len(losses)), list(losses), rotation=40, ha="right")
-    panels[1, 0].legend(fontsize=8, loc="upper left")
+    figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     seeds = next(iter(tasks.values()))[PLAIN]["nll"]["seeds"]
     figure.suptitle(f"Test rows: mean and 95 % confidence interval over {seeds} seeds")

@@ -45,6 +45,9 @@ def bonus_cross_entropy(
 
         L = -log p + strength * b(p),        b(p) = log(1 - min(p, LE)) - max(p - LE, 0) / (1 - LE),  LE = log_end
 
+    Models trained with a bonus are surer of what they say, right or wrong: not for probabilities that are used as they
+    are. `LogBonus` says which ``log_end`` to take, at what price, and when to take cross-entropy.
+
     Args:
         input: logits [C], [N, C] or [N, C, d1, ...], float16, bfloat16, float32 or float64, any strides. Not written.
         target: class indices (int64, uint8) shaped like ``input`` without C, or probabilities shaped like ``input``.
