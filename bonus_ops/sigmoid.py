@@ -12,6 +12,7 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import reference
+from .binary_scores import BinaryScores
 from .call import decide
 from .checks import FLOATS, check_bonus, check_reduction
 from .functional import _DEFAULT_BONUS
@@ -21,7 +22,13 @@ from .ops import sigmoid
 from .schedules import KeepsEpoch
 from .watchers import is_plain_eager, is_transformed
 
-__all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
+__all__ = [
+    "BonusBCEWithLogitsLoss",
+    "PositiveCount",
+    "binary_difficulty_scores",
+    "bonus_binary_cross_entropy_with_logits",
+    "bonus_binary_cross_entropy_with_logits_and_scores",
+]
 
 
 def bonus_binary_cross_entropy_with_logits(
@@ -100,6 +107,71 @@ def bonus_binary_cross_entropy_with_logits(
     if reduction == "none":
         return sigmoid.losses(of, dtype, implementation)
     return sigmoid.total(of, divisor, implementation).to(dtype)
+
+
+def bonus_binary_cross_entropy_with_logits_and_scores(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    alpha: float | None = None,
+    normalizer: float | Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, BinaryScores]:
+    """Compute `bonus_binary_cross_entropy_with_logits` and the difficulty scores of every element.
+
+    Args: as in `bonus_binary_cross_entropy_with_logits`.
+
+    Returns:
+        The loss, and the `BinaryScores` shaped like ``target``, by one more read of logits and target.
+
+    Raises:
+        As `bonus_binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import bonus_binary_cross_entropy_with_logits_and_scores
+        >>> logits, target = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])
+        >>> loss, scores = bonus_binary_cross_entropy_with_logits_and_scores(logits, target)
+        >>> scores.target_prob
+        tensor([0.8808, 0.2689])
+    """
+    loss = bonus_binary_cross_entropy_with_logits(
+        input, target, weight, size_average, reduce, reduction, pos_weight, bonus=bonus, alpha=alpha,
+        normalizer=normalizer, implementation=implementation,
+    )  # fmt: skip
+    return loss, _scores(input, target)
+
+
+def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
+    """Compute the difficulty scores of every element of a sigmoid, without a gradient.
+
+    Args: as in `bonus_binary_cross_entropy_with_logits`.
+
+    Returns:
+        `BinaryScores` shaped like ``target``, detached.
+
+    Raises:
+        As `bonus_binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import binary_difficulty_scores
+        >>> binary_difficulty_scores(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])).gap
+        tensor([ 2., -1.])
+    """
+    _check_call(input, target, None, "none", None)
+    return _scores(input, target)
+
+
+def _scores(input: Tensor, target: Tensor) -> BinaryScores:
+    x, t = input.detach().to(torch.float32), target.detach()
+    return BinaryScores(torch.where(t.isnan(), t, torch.where(t > 0.5, x, -x)).to(torch.float32))
 
 
 class BonusBCEWithLogitsLoss(KeepsEpoch):
