@@ -14,6 +14,7 @@ from torch.nn import _reduction
 from torch.nn.functional import cross_entropy
 
 from .losses import Bonus, ClassLoss, GapLoss
+from .number_checks import check_number
 from .schedules import Scheduled
 
 __all__ = [
@@ -70,13 +71,8 @@ _checked_once = functools.lru_cache(maxsize=256)(_check_fields)
 
 def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:
     """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
-    if bonus_smoothing is None:
-        return label_smoothing
-    if isinstance(bonus_smoothing, bool) or not isinstance(bonus_smoothing, Real):
-        raise TypeError(f"bonus_smoothing must be a number or None, got {type(bonus_smoothing).__name__}")
-    if not 0 <= float(bonus_smoothing) <= 1:
-        raise ValueError(f"bonus_smoothing must be in [0, 1], got {bonus_smoothing!r}")
-    return float(bonus_smoothing)
+    check_number("bonus_cross_entropy", "bonus_smoothing", bonus_smoothing, "[0, 1] or None")
+    return label_smoothing if bonus_smoothing is None else float(bonus_smoothing)
 
 
 def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:

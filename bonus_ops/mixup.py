@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from .checks import check_bonus, check_reduction, checked_ignore_index
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import GapLoss
+from .number_checks import check_number
 from .scores import Scores
 from .watchers import is_plain_eager
 
@@ -180,8 +180,5 @@ def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
         if lam.device.type == "cpu" and is_plain_eager(lam) and not ((lam >= 0) & (lam <= 1)).all():
             raise ValueError(f"lam must be in [0, 1], got {lam.min().item()} to {lam.max().item()}")
         return lam
-    if isinstance(lam, bool) or not isinstance(lam, Real):
-        raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
-    if not 0 <= float(lam) <= 1:
-        raise ValueError(f"lam must be in [0, 1], got {lam!r}")
+    check_number("mixup_cross_entropy", "lam", lam, "[0, 1] or a Tensor")
     return float(lam)

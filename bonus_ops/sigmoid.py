@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from .checks import FLOATS, check_bonus, check_reduction
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
+from .number_checks import check_number
 from .ops import sigmoid
 from .schedules import KeepsEpoch
 from .watchers import is_plain_eager, is_transformed
@@ -29,6 +28,8 @@ __all__ = [
     "bonus_binary_cross_entropy_with_logits",
     "bonus_binary_cross_entropy_with_logits_and_scores",
 ]
+
+_NAME = "bonus_binary_cross_entropy_with_logits"
 
 
 def bonus_binary_cross_entropy_with_logits(
@@ -274,13 +275,8 @@ class PositiveCount(nn.Module):
 
     def __init__(self, momentum: float = 0.9, initial: float = 100.0) -> None:
         super().__init__()
-        for name, value in (("momentum", momentum), ("initial", initial)):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"PositiveCount: {name} must be a number, got {type(value).__name__}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"PositiveCount: momentum must be in [0, 1), got {momentum!r}")
-        if not 0 < initial < math.inf:
-            raise ValueError(f"PositiveCount: initial must be a positive finite number, got {initial!r}")
+        check_number("PositiveCount", "momentum", momentum, "[0, 1)")
+        check_number("PositiveCount", "initial", initial, "(0, inf)")
         self.momentum = float(momentum)
         self.register_buffer("average", torch.tensor(float(initial), dtype=torch.float32))
 
@@ -367,13 +363,8 @@ def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _scales(alpha: float | None) -> tuple[float, float]:
-    if alpha is None:
-        return 1.0, 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not 0 <= float(alpha) <= 1:
-        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha!r}")
-    return float(alpha), 1 - float(alpha)
+    check_number(_NAME, "alpha", alpha, "[0, 1] or None")
+    return (1.0, 1.0) if alpha is None else (float(alpha), 1 - float(alpha))
 
 
 def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
@@ -386,13 +377,10 @@ def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
         if normalizer.dim() > 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
         known = normalizer.device.type == "cpu" and is_plain_eager(normalizer)  # elsewhere a look would wait
-        if known and not 0 < normalizer.item() < math.inf:
-            raise ValueError(f"normalizer must be a positive finite number, got {normalizer.item()!r}")
+        if known:
+            check_number(_NAME, "normalizer", normalizer.item(), "(0, inf)")
         return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
-        raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")
-    if not 0 < float(normalizer) < math.inf:
-        raise ValueError(f"normalizer must be a positive finite number, got {normalizer!r}")
+    check_number(_NAME, "normalizer", normalizer, "(0, inf) or a 0-d tensor")
     return float(normalizer)
 
 

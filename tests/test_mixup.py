@@ -149,7 +149,7 @@ def test_one_graph():
 
 def test_bad_calls_say_what_was_expected():
     x, t = torch.randn(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\] or a Tensor, got 1.5"):
         mixup_cross_entropy(x, t, t, 1.5)
     with pytest.raises(TypeError, match="lam must be a number or a Tensor, got str"):
         mixup_cross_entropy(x, t, t, "half")

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..number_checks import check_number
+
 __all__ = ["GapLoss", "Loss", "decode", "encode"]
 
 _CLASSES: dict[str, type[Loss]] = {}
@@ -39,6 +41,11 @@ class Loss:
         # numbered: a class defined again, in a notebook say, must not take the place of one still in use
         cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
         _CLASSES[cls._name] = cls
+
+    def check_fields(self, **expected: str) -> None:
+        """Raise unless each field named is a number as expected, see `number_checks.check_number`."""
+        for name, interval in expected.items():
+            check_number(type(self).__name__, name, getattr(self, name), interval)
 
     def is_cross_entropy(self) -> bool:
         """Return whether nothing is added to plain cross-entropy."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .bonus import Bonus
-from .checks import check
 from .gap import logit
 
 __all__ = ["LogBonus"]
@@ -69,9 +68,7 @@ class LogBonus(Bonus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "log_end", 0 <= self.log_end <= 1, "in [0, 1]")
-        if self.clamp is not None:
-            check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+        self.check_fields(log_end="[0, 1]", clamp="(0, 1) or None")
 
     def _floor(self) -> float:
         """Return the lowest log(1 - p) that is rewarded: only log_end=1 needs one."""
