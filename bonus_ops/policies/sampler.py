@@ -305,7 +305,7 @@ def _refuse_batches(sampler: DifficultySampler) -> None:
     pandas, and whoever else asks for ``__iter__`` first, takes them for lists.
     """
     loader: Any = sys._getframe(2).f_locals.get("loader")  # of the caller of __iter__
-    if isinstance(loader, DataLoader) and loader.batch_sampler is sampler:
+    if isinstance(loader, DataLoader) and id(loader.batch_sampler) == id(sampler):
         raise TypeError(
             "DifficultySampler gives examples, not batches: expected DataLoader(..., sampler=), got batch_sampler="
         )
