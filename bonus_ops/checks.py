@@ -18,8 +18,10 @@ from .number_checks import check_number
 from .schedules import Scheduled
 
 __all__ = [
+    "by_keyword",
     "check_bonus",
     "check_call",
+    "check_implementation",
     "check_reduction",
     "check_soft",
     "check_validate",
@@ -28,6 +30,7 @@ __all__ = [
     "checked_label_smoothing",
 ]
 
+IMPLEMENTATIONS = ("triton", "numba", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -113,6 +116,17 @@ def check_reduction(reduction: Any) -> None:
         raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
 
 
+def check_implementation(implementation: Any) -> None:
+    """Raise ValueError unless ``implementation`` is None or the name of one."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None, 'triton', 'numba' or 'reference', got {implementation!r}")
+
+
+def by_keyword(x: Any) -> str:
+    """Return what to say of a loss where a tensor goes."""
+    return " A loss goes by keyword: bonus=." if isinstance(x, (GapLoss, ClassLoss)) else ""
+
+
 def check_validate(validate: Any) -> None:
     """Raise TypeError unless ``validate`` is a bool."""
     if not isinstance(validate, bool):
@@ -165,8 +179,7 @@ def check_call(
 def _types(input: Any, target: Any, weight: Any) -> str | None:
     for name, x in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(x, Tensor) and not (name == "weight" and x is None):
-            by_keyword = " A loss goes by keyword: bonus=." if isinstance(x, (GapLoss, ClassLoss)) else ""
-            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword}"
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
         if isinstance(x, Tensor) and x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from . import reference
 from .binary_scores import BinaryScores
 from .call import decide
-from .checks import FLOATS, check_bonus, check_reduction
+from .checks import FLOATS, by_keyword, check_bonus, check_implementation, check_reduction
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
@@ -183,7 +183,7 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
     Raises:
-        TypeError, ValueError: ``bonus`` is no `GapLoss`, or ``alpha`` out of range, at once; the rest when called.
+        TypeError, ValueError: an option of a wrong type or out of range, at once; the rest when called.
 
     Shape:
         input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.
@@ -216,10 +216,15 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
             reduction = _reduction.legacy_get_string(size_average, reduce)
         check_reduction(reduction)
         self.reduction = reduction
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
+        for name, x in (("weight", weight), ("pos_weight", pos_weight)):
+            if x is not None and not isinstance(x, Tensor):
+                came = f"{type(x).__name__}.{by_keyword(x)}"
+                raise TypeError(f"BonusBCEWithLogitsLoss: {name} must be a Tensor or None, got {came}")
+            self.register_buffer(name, x)
         _check_bonus(bonus)
         _scales(alpha)
+        _check_normalizer(normalizer, reduction)
+        check_implementation(implementation)
         self.bonus = bonus
         self.alpha = alpha
         self.normalizer = normalizer
@@ -332,7 +337,7 @@ def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
         if x is None and not given:
             continue
         if not isinstance(x, Tensor):
-            return f"Expected {name} to be a Tensor, got {type(x).__name__}."
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
         if x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
         if x.dtype not in FLOATS if given else x.is_complex():
@@ -367,21 +372,25 @@ def _scales(alpha: float | None) -> tuple[float, float]:
     return (1.0, 1.0) if alpha is None else (float(alpha), 1 - float(alpha))
 
 
+def _check_normalizer(normalizer: Any, reduction: str) -> None:
+    if normalizer is None:
+        return
+    if reduction not in ("mean", "elementwise_mean"):
+        raise ValueError(f"normalizer is what reduction='mean' divides by, got it with reduction={reduction!r}")
+    if not isinstance(normalizer, Tensor):
+        check_number(_NAME, "normalizer", normalizer, "(0, inf) or a 0-d tensor")
+    elif normalizer.dim() > 0:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+    elif normalizer.device.type == "cpu" and is_plain_eager(normalizer):  # elsewhere a look would wait
+        check_number(_NAME, "normalizer", normalizer.item(), "(0, inf)")
+
+
 def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
     """Return what the sum of the losses is divided by."""
+    _check_normalizer(normalizer, reduction)
     if normalizer is None:
         return float(input.numel()) if reduction == "mean" else 1.0
-    if reduction != "mean":
-        raise ValueError(f"normalizer is what reduction='mean' divides by, got it with reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() > 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
-        known = normalizer.device.type == "cpu" and is_plain_eager(normalizer)  # elsewhere a look would wait
-        if known:
-            check_number(_NAME, "normalizer", normalizer.item(), "(0, inf)")
-        return normalizer
-    check_number(_NAME, "normalizer", normalizer, "(0, inf) or a 0-d tensor")
-    return float(normalizer)
+    return normalizer if isinstance(normalizer, Tensor) else float(normalizer)
 
 
 def _only_by_formula(target: Tensor) -> str | None:

@@ -386,6 +386,10 @@ def test_a_module_refuses_its_options_at_once():
         ({"bonus": 0.75}, TypeError, "bonus must be a GapLoss instance"),
         ({"bonus": SoftmaxSquaredError()}, TypeError, "not SoftmaxSquaredError"),
         ({"alpha": 2.0}, ValueError, r"alpha must be in \[0, 1\]"),
+        ({"normalizer": -1.0}, ValueError, r"normalizer must be in \(0, inf\) or a 0-d tensor, got -1.0"),
+        ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "got it with reduction='sum'"),
+        ({"implementation": "fast"}, ValueError, "implementation must be None, 'triton', 'numba' or 'reference'"),
+        ({"weight": Focal()}, TypeError, "weight must be a Tensor or None, got Focal. A loss goes by keyword: bonus="),
     ):
         with pytest.raises(error, match=message):
             BonusBCEWithLogitsLoss(**options)
