@@ -25,6 +25,7 @@ from .checks import (
     checked_ignore_index,
     checked_label_smoothing,
 )
+from .logit_options import PLAIN, LogitOptions
 from .losses import CrossEntropy, GapLoss, Loss
 from .scores import Scores
 from .soft_targets import SoftTargets
@@ -39,7 +40,8 @@ class Call:
     def __init__(
         self, input: Tensor, target: Tensor, weight: Tensor | None, size_average: bool | None, ignore_index: int,
         reduce: bool | None, reduction: str, label_smoothing: float, bonus: Any, bonus_smoothing: float | None,
-        bonus_weight: Tensor | None, implementation: str | None, validate: bool, scores: bool, softmax: bool,
+        bonus_weight: Tensor | None, options: LogitOptions, implementation: str | None, validate: bool, scores: bool,
+        softmax: bool,
     ) -> None:  # fmt: skip
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -55,7 +57,7 @@ class Call:
             weight = weight.to(torch.float32)
         check_call(input, target, weight, self.ignore_index, reduction, self.smoothing, autocast)
         check_soft(input, self.loss, weight, bonus_smoothing, bonus_weight)
-        self.input, self.weight, self.bonus_weight = input, weight, bonus_weight
+        self.input, self.weight, self.bonus_weight, self.options = input, weight, bonus_weight, options
         self.reduction = "mean" if reduction == "elementwise_mean" else reduction
         self.scores, self.softmax = scores, softmax
         shape = input.shape
@@ -69,7 +71,7 @@ class Call:
         smooth = self.smoothing > 0 or self.bonus_smoothing > 0
         by_label = isinstance(self.loss, GapLoss) and not (self.by_probabilities or smooth or bonus_weight is not None)
         self.kind = "labels" if by_label else "soft"
-        self.implementation = decide(implementation, input, self.kind, self.loss, self._only_by_formula())
+        self.implementation = decide(implementation, input, self.kind, self.loss, self._only_by_formula(implementation))
         if validate and not self.by_probabilities:
             reference.check_target(self.target, self.n_classes, self.ignore_index)
 
@@ -101,6 +103,25 @@ class Call:
             return row_weight.sum()
         return (self.target != self.ignore_index).sum().to(reference.accumulation_dtype(self.input.dtype))
 
+    def reduced(self, loss: Tensor, divisor: Tensor | None, lse: Tensor | None) -> Tensor:
+        """Return the losses of rows [N] reduced, with what their logsumexps cost.
+
+        ``divisor`` is what a mean of the losses divides by; that of the z-loss divides by the rows that count.
+        """
+        z = None if lse is None else self.options.z_loss * lse.square()
+        if self.reduction == "none":
+            return loss if z is None else loss + z
+        total = loss.sum() if divisor is None else loss.sum() / divisor
+        if z is None:
+            return total
+        return total + (z.sum() if divisor is None else z.sum() / self.n_counted())
+
+    def n_counted(self) -> Tensor | int:
+        """Return how many rows are not ignored."""
+        if self.by_probabilities:
+            return self.input.numel() // max(self.n_classes, 1)
+        return (self.target != self.ignore_index).sum()
+
     def shaped(self, rows: Tensor) -> Tensor:
         """Return numbers of rows [N] in the shape of the target."""
         return rows if rows.shape == self.row_shape else rows.reshape(self.row_shape)
@@ -109,8 +130,11 @@ class Call:
         """Return scores and runner-up, each [N], as an object that knows its target."""
         return Scores(*map(self.shaped, columns), target=self.target)
 
-    def _only_by_formula(self) -> str | None:
+    def _only_by_formula(self, implementation: str | None) -> str | None:
         """Return what no kernel does of this call, if anything."""
+        by_loops = implementation != "triton" and self.input.device.type == "cpu" and self.kind == "labels"
+        if self.options != PLAIN and not by_loops:
+            return "logit options here"
         if self.kind == "labels":
             deep = torch.compiler.is_compiling() and is_deeply_transformed()
             return "nested transforms under torch.compile" if deep else None

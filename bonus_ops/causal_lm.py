@@ -48,6 +48,9 @@ def causal_lm_loss(
     bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
     **kwargs: Any,
@@ -70,6 +73,9 @@ def causal_lm_loss(
         bonus: as in `bonus_cross_entropy`; None is what transformers computes.
         bonus_smoothing: as in `bonus_cross_entropy`.
         bonus_weight: as in `bonus_cross_entropy`.
+        logit_scale: as in `bonus_cross_entropy`.
+        softcap: as in `bonus_cross_entropy`; for a model whose head does not cap its logits itself.
+        z_loss: as in `bonus_cross_entropy`; its sum too is divided by ``num_items_in_batch``, if given.
         implementation: as in `bonus_cross_entropy`.
         validate: as in `bonus_cross_entropy`.
         kwargs: whatever else a model hands its loss; ignored, as by transformers. Names of `bonus_cross_entropy`
@@ -98,8 +104,8 @@ def causal_lm_loss(
     with _float32_loss(logits):
         loss = bonus_cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
-            validate=validate,
+            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, logit_scale=logit_scale,
+            softcap=softcap, z_loss=z_loss, implementation=implementation, validate=validate,
         )  # fmt: skip
     return _per_item(loss, num_items_in_batch)
 
@@ -117,6 +123,9 @@ def causal_lm_loss_with_scores(
     bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
     **kwargs: Any,
@@ -139,8 +148,8 @@ def causal_lm_loss_with_scores(
     with _float32_loss(logits):
         loss, scores = bonus_cross_entropy_with_scores(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, implementation=implementation,
-            validate=validate,
+            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, logit_scale=logit_scale,
+            softcap=softcap, z_loss=z_loss, implementation=implementation, validate=validate,
         )  # fmt: skip
     tokens = logits.shape[:-1]
     scores = Scores(*(column.view(tokens) for column in scores), target=target.view(tokens))

@@ -19,7 +19,8 @@ from .ops import labels, soft  # noqa: F401  the operators must exist
 __all__ = ["register_row_sharding"]
 
 # the axis of rows: of the arguments that have one, and of the results
-_ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0}
+_ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0,
+            "grad_lse": 0}  # fmt: skip
 _ROWS_OUT = {
     "labels_forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, softmax
     "labels_backward": (0,),

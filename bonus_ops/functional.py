@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from .call import Call
+from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss, LogBonus
 from .ops import labels, soft
 from .scores import Scores
@@ -36,6 +37,9 @@ def bonus_cross_entropy(
     bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
 ) -> Tensor:
@@ -63,6 +67,11 @@ def bonus_cross_entropy(
         bonus_smoothing: in [0, 1], a smoothing of the bonus of its own; None is ``label_smoothing``.
         bonus_weight: factor of each class for the bonus alone, [C]; ``mean`` divides the bonus by the number of rows.
             None is ``weight``.
+        logit_scale: in (0, inf); the logits are ``logit_scale * input``.
+        softcap: in (0, inf), a bound of the logits' size; they are ``softcap * tanh(logit_scale * input / softcap)``.
+            None is none. A masked logit of -inf becomes ``-softcap``.
+        z_loss: in [0, inf); ``z_loss * logsumexp(logits)^2`` is added to the loss of every row that counts, whatever
+            its class weight; of a mean, divided by the number of these rows. `Scores.z_loss` reports it.
         implementation: None chooses; ``"triton"``, ``"numba"`` and ``"reference"`` run or raise.
         validate: on a GPU, wait and raise for labels out of range; otherwise they make their row NaN. A CPU always
             raises.
@@ -89,8 +98,9 @@ def bonus_cross_entropy(
         Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
         AAAI 2022, https://arxiv.org/abs/2110.06537.
     """
+    options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 bonus_smoothing, bonus_weight, implementation, validate, False, False)  # fmt: skip
+                 bonus_smoothing, bonus_weight, options, implementation, validate, False, False)  # fmt: skip
     return _WAYS[call.kind](call).loss
 
 
@@ -107,6 +117,9 @@ def bonus_cross_entropy_with_scores(
     bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
 ) -> tuple[Tensor, Scores]:
@@ -129,8 +142,9 @@ def bonus_cross_entropy_with_scores(
         >>> scores.difficulty("el2n").argmax()  # the hardest example
         tensor(1)
     """
+    options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 bonus_smoothing, bonus_weight, implementation, validate, True, False)  # fmt: skip
+                 bonus_smoothing, bonus_weight, options, implementation, validate, True, False)  # fmt: skip
     out = _WAYS[call.kind](call)
     return out.loss, cast(Scores, out.scores)
 
@@ -162,6 +176,9 @@ def bonus_cross_entropy_with_softmax(
     bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
 ) -> CrossEntropyWithSoftmax:
@@ -181,8 +198,9 @@ def bonus_cross_entropy_with_softmax(
         >>> bonus_cross_entropy_with_softmax(torch.tensor([[2.0, 0.0]]), torch.tensor([0])).softmax
         tensor([[0.8808, 0.1192]])
     """
+    options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
-                 bonus_smoothing, bonus_weight, implementation, validate, True, True)  # fmt: skip
+                 bonus_smoothing, bonus_weight, options, implementation, validate, True, True)  # fmt: skip
     out = _WAYS[call.kind](call)
     return CrossEntropyWithSoftmax(out.loss, cast(Scores, out.scores), cast(Tensor, out.softmax))
 
@@ -192,6 +210,8 @@ def difficulty_scores(
     target: Tensor,
     *,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     implementation: str | None = None,
     validate: bool = False,
 ) -> Scores:
@@ -212,6 +232,7 @@ def difficulty_scores(
         >>> scores.el2n
         tensor([0.1686,    nan])
     """
+    options = checked_options(logit_scale, softcap, 0.0)
     call = Call(input.detach() if isinstance(input, Tensor) else input, target, None, None, ignore_index, None,
-                "none", 0.0, None, None, None, implementation, validate, True, False)  # fmt: skip
+                "none", 0.0, None, None, None, options, implementation, validate, True, False)  # fmt: skip
     return cast(Scores, _WAYS[call.kind](call).scores)

@@ -43,6 +43,9 @@ def mixup_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     bonus: GapLoss | None = _DEFAULT_BONUS,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute the loss of examples mixed from two.
@@ -59,6 +62,9 @@ def mixup_cross_entropy(
         ignore_index: a label that costs 0; the other label of the row still counts.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        logit_scale: as in `bonus_cross_entropy`.
+        softcap: as in `bonus_cross_entropy`.
+        z_loss: as in `bonus_cross_entropy`, of either loss by its share.
         implementation: as in `bonus_cross_entropy`.
 
     Returns:
@@ -77,7 +83,10 @@ def mixup_cross_entropy(
     References:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
     """
-    options = {"ignore_index": ignore_index, "bonus": bonus, "implementation": implementation}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+        "implementation": implementation,
+    }  # fmt: skip
     return _mixed(bonus_cross_entropy, input, target_a, target_b, lam, weight, reduction, options)[0]
 
 
@@ -91,6 +100,9 @@ def mixup_cross_entropy_with_scores(
     ignore_index: int = -100,
     reduction: str = "mean",
     bonus: GapLoss | None = _DEFAULT_BONUS,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     implementation: str | None = None,
 ) -> MixupWithScores:
     """Compute `mixup_cross_entropy` and the difficulty scores of either label from the same two reads.
@@ -112,7 +124,10 @@ def mixup_cross_entropy_with_scores(
         >>> out.scores_a.margin, out.scores_b.margin
         (tensor([2.]), tensor([-2.]))
     """
-    options = {"ignore_index": ignore_index, "bonus": bonus, "implementation": implementation}
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+        "implementation": implementation,
+    }  # fmt: skip
     loss, scores = _mixed(bonus_cross_entropy_with_scores, input, target_a, target_b, lam, weight, reduction, options)
     return MixupWithScores(loss, *scores)
 

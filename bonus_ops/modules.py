@@ -16,6 +16,7 @@ from .checks import (
     checked_label_smoothing,
 )
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
+from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
 from .schedules import KeepsEpoch
 
@@ -58,6 +59,9 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
         bonus_smoothing: float | None = None,
         bonus_weight: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
         implementation: str | None = None,
         validate: bool = False,
     ) -> None:
@@ -77,6 +81,10 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         self.bonus_smoothing = bonus_smoothing
         self.register_buffer("bonus_weight", bonus_weight)
         self.bonus_weight: Tensor | None
+        checked_options(logit_scale, softcap, z_loss)
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.z_loss = z_loss
         self.implementation = implementation
         self.validate = validate
 
@@ -92,6 +100,9 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
             bonus=self.bonus,
             bonus_smoothing=self.bonus_smoothing,
             bonus_weight=self.bonus_weight,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
             implementation=self.implementation,
             validate=self.validate,
         )
@@ -99,6 +110,6 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
         options = f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
-        own = {"bonus_smoothing": self.bonus_smoothing, "implementation": self.implementation}
-        given = "".join(f", {name}={x!r}" for name, x in own.items() if x is not None)
+        own = {"bonus_smoothing": None, "logit_scale": 1.0, "softcap": None, "z_loss": 0.0, "implementation": None}
+        given = "".join(f", {name}={x!r}" for name, usual in own.items() if (x := getattr(self, name)) != usual)
         return f"{options}, label_smoothing={self.label_smoothing}{given}{', validate=True' * self.validate}"

@@ -23,6 +23,8 @@ __all__ = [
     "elements",
     "elements_gradient",
     "gradient",
+    "logsumexp",
+    "logsumexp_gradient",
     "out_of_bounds",
     "rows",
     "scores",
@@ -110,6 +112,19 @@ def gradient(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, g
     is_label = torch.arange(logits.shape[-1], device=logits.device) == target[..., None]
     pull = slope * 0.0 - slope  # an infinite slope is NaN at the label, as torch's
     return torch.where(is_label & counts[..., None], pull[..., None], others).to(logits.dtype)
+
+
+def logsumexp(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return the logsumexp of each row, 0 where ignored, in the accumulation dtype."""
+    cleaned = logits.to(accumulation_dtype(logits.dtype)).masked_fill((target == ignore_index)[..., None], 0.0)
+    return torch.logsumexp(cleaned, -1).masked_fill(target == ignore_index, 0.0)
+
+
+def logsumexp_gradient(logits: Tensor, target: Tensor, ignore_index: int, grad_lse: Tensor) -> Tensor:
+    """Return ``sum_i grad_lse_i dlogsumexp_i / dlogits``, itself differentiable."""
+    ignored = target == ignore_index
+    cleaned = logits.to(accumulation_dtype(logits.dtype)).masked_fill(ignored[..., None], 0.0)
+    return torch.softmax(cleaned, -1) * grad_lse.masked_fill(ignored, 0.0)[..., None]
 
 
 def softmax(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checks import check_bonus
 from .losses import ClassLoss, CrossEntropy, GapLoss
-from .number_checks import check_integer
+from .number_checks import check_integer, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -397,6 +397,21 @@ class Scores(_Columns):
     def _gap(self) -> Tensor:
         """Return the log-odds of the label, ``log p - log(1 - p)``."""
         return -self.loss - torch.log(-torch.expm1(-self.loss))
+
+    def z_loss(self, z_loss: float) -> Tensor:
+        """Return what the option ``z_loss`` of the losses adds to each row, ``z_loss * energy^2``.
+
+        Args:
+            z_loss: its factor, in [0, inf).
+
+        Returns:
+            float32, [0, inf), NaN where ignored.
+
+        Raises:
+            TypeError, ValueError: ``z_loss`` is no such number.
+        """
+        check_number("Scores.z_loss", "z_loss", z_loss, "[0, inf)")
+        return z_loss * self.energy.square()
 
     def grad_norm(self, bonus: GapLoss | None = None, weight: Tensor | None = None) -> Tensor:
         """Return the norm of the row's gradient, ``||dL/dz||_2 = A sqrt(1 + Q2)``, exact for the loss given.

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from bench.gpu.in_forward import InForward
 from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus
 from bonus_ops.kernels.gpu import labels
+from bonus_ops.logit_options import PLAIN
 
 
 class Driver:
@@ -36,11 +37,11 @@ def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, trans
     )
     logits, target = logits[:, None], torch.zeros(n_rows, 1, dtype=torch.int64)
     for scores, softmax in ((False, False), (True, False), (True, True)):
-        out = labels.forward(logits, target, -100, loss, scores, softmax)
+        out = labels.forward(logits, target, -100, loss, scores, softmax, PLAIN)
     upstream = torch.ones(1, dtype=out.loss.dtype).expand(n_rows)
-    labels.backward(logits, target, out.saved, upstream, -100, loss)
-    mean, *_, saved = labels.forward_mean(logits, target, -100, loss, False)
-    labels.backward_mean(logits, target, saved, mean, -100, loss)
+    labels.backward(logits, target, out.saved, upstream, None, -100, loss, PLAIN)
+    mean, *_, saved = labels.forward_mean(logits, target, -100, loss, False, PLAIN)
+    labels.backward_mean(logits, target, saved, mean, -100, loss, PLAIN)
 
 
 def main() -> None:

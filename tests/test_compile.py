@@ -62,12 +62,12 @@ def test_the_operators_keep_their_contract(implementation, scores, softmax, layo
     target = (torch.arange(n_rows, device=place) % 5).view(layout[:2])
     name, fields = encode(LogBonus())
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    args = (logits, target, fields, -100, name, scores, softmax, implementation)
+    args = (logits, target, fields, -100, name, 1.0, None, scores, softmax, implementation)
     torch.library.opcheck(operators.forward, args, test_utils=checks)
     if not scores and not softmax:
         saved = operators.forward(*args)[3]
         grad_loss = torch.rand(n_rows, dtype=saved.dtype, device=place)
-        args = (logits, target, fields, saved, grad_loss, -100, name, implementation)
+        args = (logits, target, fields, saved, grad_loss, None, -100, name, 1.0, None, implementation)
         torch.library.opcheck(operators.backward, args, test_utils=checks)
 
 
@@ -221,8 +221,9 @@ def test_what_only_the_formula_computes_is_not_computed_by_what_was_named(transf
     logits, target = (x.detach() for x in batch(place))
     apply = TRANSFORMS[transform]
     compiled = torch.compile(
-        lambda z: apply(lambda z: bonus_cross_entropy(z, target, implementation=implementation), z), backend="eager"
-    )
+        lambda z: apply(lambda z: bonus_cross_entropy(z, target, implementation=implementation), z),
+        fullgraph=True, backend="eager",
+    )  # fmt: skip
     with pytest.raises(Exception, match=f"implementation='{implementation}' has no kernel for nested transforms"):
         compiled(logits)
 

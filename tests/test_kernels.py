@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import bonus_ops
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores, reference
 from bonus_ops.kernels.gpu import labels, launch
+from bonus_ops.logit_options import PLAIN
 from tests import cases
 from tests.budget import assert_within_budget
 from tests.conftest import INTERPRETED
@@ -249,10 +250,10 @@ def test_a_label_out_of_range_makes_its_row_nan(kernel_device, n_classes, label)
     good = target.clone()
     target[1] = label
     logits = logits[:, None]
-    out = labels.forward(logits, target, -100, LogBonus(), True, False)
-    expected = labels.forward(logits, good, -100, LogBonus(), True, False)
-    grad = labels.backward(logits, target, out.saved, torch.ones_like(out.loss), -100, LogBonus())
-    softmax = labels.forward(logits, target, -100, LogBonus(), True, True).softmax
+    out = labels.forward(logits, target, -100, LogBonus(), True, False, PLAIN)
+    expected = labels.forward(logits, good, -100, LogBonus(), True, False, PLAIN)
+    grad = labels.backward(logits, target, out.saved, torch.ones_like(out.loss), None, -100, LogBonus(), PLAIN)
+    softmax = labels.forward(logits, target, -100, LogBonus(), True, True, PLAIN).softmax
     others = torch.arange(len(target), device=kernel_device) != 1
     assert out.loss[1].isnan() and out.scores[:, 1].isnan().all() and grad[1].isnan().all()
     assert out.runner_up[1] == -1

@@ -24,6 +24,7 @@ import triton.language as tl
 
 import bonus_ops
 from bonus_ops.kernels.gpu import labels, launch, launching
+from bonus_ops.logit_options import PLAIN
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
 from tests.conftest import INTERPRETED
 
@@ -218,8 +219,8 @@ def test_a_label_out_of_range_reads_nothing(label, n_classes):
     target[1] = max(label, n_classes) if label > 0 else label
     loss = bonus_ops.LogBonus()
     with guard() as launches:  # below the check that a CPU gets
-        out = labels.forward(logits[:, None], target, -100, loss, True, False)
-        grad = labels.backward(logits[:, None], target, out.saved, torch.ones(2), -100, loss)[:, 0]
+        out = labels.forward(logits[:, None], target, -100, loss, True, False, PLAIN)
+        grad = labels.backward(logits[:, None], target, out.saved, torch.ones(2), None, -100, loss, PLAIN)[:, 0]
     assert (sum(reads(x)[0] for x in launches) >= 2).all()
     assert all((reads(x)[1] == 0).all() for x in launches)
     assert out.loss.isnan().tolist() == [False, True]

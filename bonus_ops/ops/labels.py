@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.functional import logsigmoid
 
 from .. import reference
 from ..call import Call, as_input, as_rows
 from ..kernels.results import LabelResult, empty_labels
+from ..logit_options import LogitOptions
 from ..losses import GapLoss, decode, encode
 from ..scores import Scores
 from ..watchers import is_plain_eager
@@ -40,14 +42,15 @@ def run(call: Call) -> Result:
 
 
 def _by_formula(call: Call) -> Result:
-    logits = call.logits()
+    logits = call.options.applied(call.logits())
     target = call.target.reshape(logits.shape[:2])
     if logits.device.type == "cpu":
         reference.check_target(target, call.n_classes, call.ignore_index)
     value = reference.rows(logits, target, call.ignore_index, cast(GapLoss, call.loss)).reshape(-1)
     columns = reference.scores(logits, target, call.ignore_index) if call.scores else None
     probabilities = reference.softmax(logits.detach(), target, call.ignore_index) if call.softmax else None
-    return _result(call, _reduced(call, value), columns, probabilities)
+    lse = reference.logsumexp(logits, target, call.ignore_index).reshape(-1) if call.options.z_loss else None
+    return _result(call, _reduced(call, value, lse), columns, probabilities)
 
 
 def _by_loops(call: Call) -> Result:
@@ -55,18 +58,19 @@ def _by_loops(call: Call) -> Result:
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
     weight = call.row_weight()
-    visit = _Visit(call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.reduction == "mean")
-    loss, *columns = MadeInForward.apply(call.input, visit, call.target, weight)  # type: ignore[no-untyped-call]
-    return _result(call, loss, (*columns[0].unbind(), columns[1]) if columns else None, None)
+    loss = cast(GapLoss, call.loss).current
+    visit = _Visit(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options)
+    total, *columns = MadeInForward.apply(call.input, visit, call.target, weight)  # type: ignore[no-untyped-call]
+    return _result(call, total, (*columns[0].unbind(), columns[1]) if columns else None, None)
 
 
 def _by_kernels(call: Call) -> Result:
-    mean = call.reduction == "mean" and call.weight is None and not call.softmax
+    mean = call.reduction == "mean" and call.weight is None and not call.softmax and not call.options.z_loss
     if not mean or call.input.dim() < 2 or not is_plain_eager(*call.tensors()):
         return _by_rows(call)
     if call.input.device.type == "cpu":
         reference.check_target(call.target, call.n_classes, call.ignore_index)
-    options = (call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.dtype)
+    options = (call.ignore_index, cast(GapLoss, call.loss).current, call.scores, call.dtype, call.options)
     loss, *columns = _MeanByKernels.apply(call.input, call.target, *options)  # type: ignore[no-untyped-call]
     return Result(loss, call.scores_of((*columns[0].unbind(), columns[1])) if columns else None, None)
 
@@ -79,9 +83,14 @@ def _by_rows(call: Call) -> Result:
     logits = call.logits()
     target = call.target.reshape(logits.shape[:2])
     name, fields = encode(call.loss)
-    out = _apply(logits, target, fields, call.ignore_index, name, call.scores, call.softmax, call.implementation)
-    columns = (*out.scores, out.runner_up) if call.scores else None
-    return _result(call, _reduced(call, out.loss), columns, out.softmax if call.softmax else None)
+    wanted = (bool(call.options.z_loss), call.scores, call.softmax)
+    function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
+    loss, lse, scores, runner_up, _, probabilities = function.apply(  # type: ignore[no-untyped-call]
+        logits, target, fields, call.ignore_index, name, call.options[:2], *wanted, call.implementation
+    )
+    columns = (*scores, runner_up) if call.scores else None
+    loss = _reduced(call, loss, lse if call.options.z_loss else None)
+    return _result(call, loss, columns, probabilities if call.softmax else None)
 
 
 def softmax(call: Call, logits: Tensor, label: Tensor) -> Tensor:
@@ -90,25 +99,24 @@ def softmax(call: Call, logits: Tensor, label: Tensor) -> Tensor:
 
 
 def _softmax_by_formula(call: Call, logits: Tensor, label: Tensor) -> Tensor:
-    return reference.softmax(logits, label, call.ignore_index)
+    return reference.softmax(call.options.applied(logits), label, call.ignore_index).to(logits.dtype)
 
 
 def _softmax_by_rows(call: Call, logits: Tensor, label: Tensor) -> Tensor:
     name, fields = encode(reference.CROSS_ENTROPY)
-    out: Tensor = forward(logits, label, fields, call.ignore_index, name, False, True, call.implementation)[4]
+    options = (call.ignore_index, name, *call.options[:2], False, True, call.implementation)
+    out: Tensor = forward(logits, label, fields, *options)[4]
     return out
 
 
 _SOFTMAXES = {"triton": _softmax_by_rows, "numba": _softmax_by_rows, "reference": _softmax_by_formula}
 
 
-def _reduced(call: Call, loss: Tensor) -> Tensor:
+def _reduced(call: Call, loss: Tensor, lse: Tensor | None) -> Tensor:
     """Return the losses of rows [N] reduced, each times its weight."""
     weight = call.row_weight()
-    loss = loss if weight is None else loss * weight
-    if call.reduction == "none":
-        return loss
-    return loss.sum() / call.divisor(weight) if call.reduction == "mean" else loss.sum()
+    divisor = call.divisor(weight) if call.reduction == "mean" else None
+    return call.reduced(loss if weight is None else loss * weight, divisor, lse)
 
 
 def _result(call: Call, loss: Tensor, columns: Any, probabilities: Tensor | None) -> Result:
@@ -128,6 +136,7 @@ class _Visit(NamedTuple):
     loss: GapLoss
     scores: bool
     mean: bool
+    options: LogitOptions
 
     def visit(self, input: Tensor, operands: Tensors) -> Visited:
         logits, (target, weight) = as_rows(input), operands
@@ -141,7 +150,11 @@ class _Visit(NamedTuple):
         if weight is not None:
             upstream = weight / weight.sum() if self.mean else weight
             upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
-        out = loops.visit(logits, target, self.ignore_index, self.loss, self.scores, upstream, halves)
+        z_factor = self.options.z_loss / max(n, 1) if self.mean else self.options.z_loss
+        save = halves or z_factor != 0
+        out = loops.visit(
+            logits, target, self.ignore_index, self.loss, self.scores, upstream, save, self.options, z_factor
+        )
         if weight is not None:
             total = (out.loss * weight).sum()
             total = total / weight.sum() if self.mean else total
@@ -149,34 +162,56 @@ class _Visit(NamedTuple):
             total = out.loss.mean() if n == out.loss.numel() else out.loss.sum() / n
         else:
             total = out.loss.sum()
+        if out.lse is not None:
+            total = total + out.lse.square().sum() * z_factor
         others = (out.scores, out.runner_up) if self.scores else ()
-        if weight is None:
-            return Visited(total, others, as_input(out.grad, input), (None, out.saved), upstream)
-        return Visited(total, others, as_input(out.grad, input), (upstream, out.saved), 1.0)
+        kept = (None if weight is None else upstream, out.saved, out.lse)
+        scales = (upstream if weight is None else 1.0, z_factor)
+        return Visited(total, others, as_input(out.grad, input), kept, scales)
 
-    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
-        logits, target, (upstream, saved) = as_rows(input), operands[0], kept
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scales: Any, factor: Tensor) -> Tensor:
+        logits, target, (upstream, saved, lse) = as_rows(input), operands[0], kept
         assert target is not None
-        loops = room("numba", "labels")
-        dtype = reference.accumulation_dtype(logits.dtype)
-        upstream = factor.to(dtype) * (scale if upstream is None else upstream)
+        loops, (scale, z_factor) = room("numba", "labels"), scales
+        factor = factor.to(reference.accumulation_dtype(logits.dtype))
+        upstream = factor * (scale if upstream is None else upstream)
+        row = (self.ignore_index, self.loss)
         if saved is None:
-            grad = loops.visit(logits, target, self.ignore_index, self.loss, False, upstream, False).grad
+            grad = loops.visit(logits, target, *row, False, upstream, False, self.options, 0.0).grad
         else:
-            grad = loops.backward(logits, target, saved, upstream, self.ignore_index, self.loss)
+            grad_lse = None if lse is None else lse * (2 * z_factor * factor)
+            grad = loops.backward(logits, target, saved, upstream, grad_lse, *row, self.options)
         return as_input(grad, input)
 
-    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scales: Any, factor: Tensor) -> Tensor:
         logits, target, upstream = as_rows(input), operands[0], kept[0]
         assert target is not None
+        scale, z_factor = scales
         upstream = (factor * (scale if upstream is None else upstream)).expand(target.numel())
-        grad = _gradient(logits, target, upstream, self.ignore_index, self.loss)
-        return as_input(grad, input)
+        grad_lse = None
+        if z_factor:
+            rows = target.reshape(logits.shape[:2])
+            lse = reference.logsumexp(self.options.applied(logits), rows, self.ignore_index).reshape(-1)
+            grad_lse = lse * (2 * z_factor * factor)
+        return as_input(
+            _gradient(logits, target, upstream, grad_lse, self.ignore_index, self.loss, self.options), input
+        )
 
 
-def _gradient(logits: Tensor, target: Tensor, grad_loss: Tensor, ignore_index: int, loss: GapLoss) -> Tensor:
+def _gradient(
+    logits: Tensor, target: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int, loss: GapLoss,
+    options: LogitOptions,
+) -> Tensor:  # fmt: skip
+    """Return the gradient by the closed form, from the input, differentiable again."""
     rows = logits.shape[:2]
-    return reference.gradient(logits, target.reshape(rows), ignore_index, loss, grad_loss.reshape(rows))
+    target, grad_loss = target.reshape(rows), grad_loss.reshape(rows)
+    if options.kernel == "as_given" and grad_lse is None:
+        return reference.gradient(logits, target, ignore_index, loss, grad_loss)
+    z = options.applied(logits.to(reference.accumulation_dtype(logits.dtype)))
+    grad = reference.gradient(z, target, ignore_index, loss, grad_loss)
+    if grad_lse is not None:
+        grad = grad + reference.logsumexp_gradient(z, target, ignore_index, grad_lse.reshape(rows))
+    return (grad * options.slope(logits)).to(logits.dtype)
 
 
 # --- eager on a GPU ---------------------------------------------------------------------------------------------------
@@ -190,11 +225,12 @@ class _MeanByKernels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, target, ignore_index, loss, scores, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, input, target, ignore_index, loss, scores, dtype, options):  # type: ignore[no-untyped-def]
         kernels = room("triton", "labels")
-        mean, columns, runner_up, saved = kernels.forward_mean(as_rows(input), target, ignore_index, loss, scores)
+        rows = as_rows(input)
+        mean, columns, runner_up, saved = kernels.forward_mean(rows, target, ignore_index, loss, scores, options)
         ctx.save_for_backward(input, target, *saved)
-        ctx.ignore_index, ctx.loss = ignore_index, loss
+        ctx.ignore_index, ctx.loss, ctx.options = ignore_index, loss, options
         ctx.set_materialize_grads(False)
         if mean.dtype != dtype:
             mean = mean.to(dtype)
@@ -206,15 +242,15 @@ class _MeanByKernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         if grad_loss is None:
-            return (None,) * 6
+            return (None,) * 7
         input, target, *saved = ctx.saved_tensors
-        logits = as_rows(input)
+        logits, row = as_rows(input), (ctx.ignore_index, ctx.loss, ctx.options)
         if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
             upstream = (grad_loss / saved[-1]).expand(target.numel())
-            grad = _gradient(logits, target, upstream, ctx.ignore_index, ctx.loss)
+            grad = _gradient(logits, target, upstream, None, *row)
         else:
-            grad = room("triton", "labels").backward_mean(logits, target, saved, grad_loss, ctx.ignore_index, ctx.loss)
-        return as_input(grad, input), *(None,) * 5
+            grad = room("triton", "labels").backward_mean(logits, target, saved, grad_loss, *row)
+        return as_input(grad, input), *(None,) * 6
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -222,37 +258,40 @@ class _MeanByKernels(torch.autograd.Function):
 
 @torch.library.custom_op("bonus_ops::labels_forward", mutates_args=())
 def forward(
-    logits: Tensor, target: Tensor, fields: Tensor, ignore_index: int, loss: str, scores: bool, softmax: bool,
-    implementation: str,
+    logits: Tensor, target: Tensor, fields: Tensor, ignore_index: int, loss: str, logit_scale: float,
+    softcap: float | None, scores: bool, softmax: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [outer, inner, C] to what `LabelResult` holds; ``loss`` and ``fields`` are what `losses.encode` returns."""
     if logits.device.type == "cpu":
         reference.check_target(target, logits.shape[2], ignore_index)
     out: LabelResult = room(implementation, "labels").forward(
-        logits, target, ignore_index, decode(loss, fields), scores, softmax
+        logits, target, ignore_index, decode(loss, fields), scores, softmax, LogitOptions(logit_scale, softcap)
     )
     return out.loss, out.scores, out.runner_up, out.saved, out.softmax
 
 
 @forward.register_fake
-def _(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    logits, target, fields, ignore_index, loss, logit_scale, softcap, scores, softmax, implementation
+):
     return tuple(empty_labels(logits, scores, softmax))
 
 
 @torch.library.custom_op("bonus_ops::labels_backward", mutates_args=())
 def backward(
-    logits: Tensor, target: Tensor, fields: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: str,
-    implementation: str,
+    logits: Tensor, target: Tensor, fields: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None,
+    ignore_index: int, loss: str, logit_scale: float, softcap: float | None, implementation: str,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
-    grad: Tensor = room(implementation, "labels").backward(
-        logits, target, saved, grad_loss, ignore_index, decode(loss, fields)
-    )
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
+    options = (ignore_index, decode(loss, fields), LogitOptions(logit_scale, softcap))
+    grad: Tensor = room(implementation, "labels").backward(logits, target, saved, grad_loss, grad_lse, *options)
     return grad
 
 
 @backward.register_fake
-def _(logits, target, fields, saved, grad_loss, ignore_index, loss, implementation):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    logits, target, fields, saved, grad_loss, grad_lse, ignore_index, loss, logit_scale, softcap, implementation
+):
     return torch.empty_like(logits)
 
 
@@ -268,47 +307,60 @@ def unfold(x: Tensor, at: int, size: int) -> Tensor:
 
 
 @backward.register_vmap
-def _(info, in_dims, logits, target, fields, saved, grad_loss, *options):  # type: ignore[no-untyped-def]
+def _(info, in_dims, logits, target, fields, saved, grad_loss, grad_lse, *options):  # type: ignore[no-untyped-def]
     size, dims = info.batch_size, in_dims
     logits, target = fold(logits, dims[0], size), fold(target, dims[1], size)
     saved, grad_loss = fold(saved, dims[3], size, at=1), fold(grad_loss, dims[4], size)
-    return unfold(backward(logits, target, fields, saved, grad_loss, *options), 0, size), 0
+    grad_lse = None if grad_lse is None else fold(grad_lse, dims[5], size)
+    return unfold(backward(logits, target, fields, saved, grad_loss, grad_lse, *options), 0, size), 0
 
 
 class _Rows(torch.autograd.Function):
-    """Loss of each row; the gradient is made in backward by a second read."""
+    """Loss of each row, and its logsumexp where ``lse`` asks for it; the gradient is made in backward."""
 
     @staticmethod
-    def forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        logits, target, fields, ignore_index, loss, options, lse, scores, softmax, implementation
+    ):
         # the compiler counts the names: of `*args` it would take a context for the first
-        return forward(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
+        out = forward(logits, target, fields, ignore_index, loss, *options, scores, softmax, implementation)
+        of_rows = _lse(logits, target, out[3], ignore_index, options) if lse else out[0].new_empty(0)
+        return out[0], of_rows, *out[1:]
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        logits, target, fields, ctx.ignore_index, ctx.loss, _, _, ctx.implementation = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        logits, target, fields, ctx.ignore_index, ctx.loss, ctx.options, ctx.lse, _, _, ctx.implementation = inputs
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # zeros for probabilities would be as large as the gradient
-        ctx.save_for_backward(logits, target, fields, output[3])
+        ctx.save_for_backward(logits, target, fields, output[4])
         ctx.save_for_forward(logits, target, fields)
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        if grad_loss is None:
-            return (None,) * 8
+    def backward(ctx, grad_loss, grad_lse, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None and grad_lse is None:
+            return (None,) * 10
         logits, target, fields, saved = ctx.saved_tensors
+        grad_loss = torch.zeros_like(grad_lse) if grad_loss is None else grad_loss
+        grad_lse = grad_lse if ctx.lse else None
         if torch.is_grad_enabled():  # create_graph: the closed form in torch, from the input, is differentiable again
-            grad = _gradient(logits, target, grad_loss, ctx.ignore_index, decode(ctx.loss, fields))
+            row = (ctx.ignore_index, decode(ctx.loss, fields), LogitOptions(*ctx.options))
+            grad = _gradient(logits, target, grad_loss, grad_lse, *row)
         else:
-            options = (ctx.ignore_index, ctx.loss, ctx.implementation)
-            grad = backward(logits, target, fields, saved, grad_loss, *options)
-        return grad, *(None,) * 7
+            row = (ctx.ignore_index, ctx.loss, *ctx.options, ctx.implementation)
+            grad = backward(logits, target, fields, saved, grad_loss, grad_lse, *row)
+        return grad, *(None,) * 9
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, fields, ignore_index, loss, scores, softmax, implementation):  # type: ignore[no-untyped-def]
+    def vmap(  # type: ignore[no-untyped-def]
+        info, in_dims, logits, target, fields, ignore_index, loss, options, lse, scores, softmax, implementation
+    ):
         size = info.batch_size
         logits, target = fold(logits, in_dims[0], size), fold(target, in_dims[1], size)
-        out = _apply(logits, target, fields, ignore_index, loss, scores, softmax, implementation)
-        dims = (0, 1 if scores else None, 0 if scores else None, 1, 0 if softmax else None)
+        function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
+        out = function.apply(  # type: ignore[no-untyped-call]
+            logits, target, fields, ignore_index, loss, options, lse, scores, softmax, implementation
+        )
+        dims = (0, 0 if lse else None, 1 if scores else None, 0 if scores else None, 1, 0 if softmax else None)
         return tuple(x if d is None else unfold(x, d, size) for x, d in zip(out, dims, strict=True)), dims
 
 
@@ -320,13 +372,27 @@ class _ForwardModeRows(_Rows):
         logits, target, fields = ctx.saved_tensors
         dtype = reference.accumulation_dtype(logits.dtype)
         one = torch.ones_like(target, dtype=dtype)
+        row = (ctx.ignore_index, decode(ctx.loss, fields), LogitOptions(*ctx.options))
         # torch turns it off here: an outer jvp would see zeros, and under the compiler a primal keeps its tangent
         with forward_ad._set_fwd_grad_enabled(True):
-            logits = forward_ad.unpack_dual(logits).primal  # type: ignore[no-untyped-call]
-            grad = _gradient(logits.to(dtype), target, one, ctx.ignore_index, decode(ctx.loss, fields))
-            return (grad * tangent).sum(-1).reshape(-1), *(None,) * 4
+            logits = forward_ad.unpack_dual(logits).primal.to(dtype)  # type: ignore[no-untyped-call]
+            of_loss = (_gradient(logits, target, one, None, *row) * tangent).sum(-1).reshape(-1)
+            of_lse = of_loss.new_empty(0)
+            if ctx.lse:
+                of_lse = (_gradient(logits, target, one * 0.0, one, *row) * tangent).sum(-1).reshape(-1)
+            return of_loss, of_lse, *(None,) * 4
 
 
-def _apply(*args: Any) -> LabelResult:
-    function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
-    return LabelResult._make(function.apply(*args))  # type: ignore[no-untyped-call]
+def _lse(
+    logits: Tensor, target: Tensor, saved: Tensor, ignore_index: int, options: tuple[float, float | None]
+) -> Tensor:
+    """Return the logsumexp of rows [N], 0 where ignored, from the label's logit and what kernels save."""
+    if logits.shape[2] == 0:
+        return torch.zeros_like(saved[0])
+    gap, largest, sum_exp = saved
+    counts = target != ignore_index
+    label = torch.where(counts, target, 0).clamp(0, logits.shape[2] - 1)
+    z = LogitOptions(*options).applied(logits.gather(2, label[..., None])).to(saved.dtype).reshape(-1)
+    rest = largest + torch.where(sum_exp == 0, 1.0, sum_exp).log()
+    lse = torch.where(gap > 0, z - logsigmoid(gap), rest - logsigmoid(-gap))
+    return torch.where(counts.reshape(-1), lse, 0.0)

@@ -22,7 +22,7 @@ class Visited(NamedTuple):
     others: tuple[Tensor, ...]  # outputs without a gradient
     grad: Tensor
     kept: Tensors  # what `Visit.again` needs beside the operands
-    scale: float  # of the upstream gradient: a number that no graph needs to see
+    scale: Any  # of the upstream gradient: numbers that no graph needs to see
 
 
 class Visit(Protocol):
@@ -31,10 +31,10 @@ class Visit(Protocol):
     def visit(self, input: Tensor, operands: Tensors) -> Visited:
         """Return loss and gradient."""
 
-    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
+    def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: Any, factor: Tensor) -> Tensor:
         """Return the gradient for another upstream gradient than 1."""
 
-    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
+    def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: Any, factor: Tensor) -> Tensor:
         """Return the gradient as a differentiable function of input and upstream gradient."""
 
 

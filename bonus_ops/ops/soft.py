@@ -51,8 +51,7 @@ def _rows(call: Call, largest: bool = True) -> _Rows:
         if call.bonus_weight is not None and call.reduction == "mean" and call.weight is not None:
             # a weighted cross-entropy is divided by its weights, the bonus by the number of rows
             targets = targets._replace(bonus_weight=call.bonus_weight * (divisor / call.divisor(None)))
-    if isinstance(call.loss, ClassLoss):
-        divisor = divisor * call.n_classes  # a mean over classes too
+    divisor = divisor * _classes_of_mean(call)
     return _Rows(logits, label, targets, divisor)
 
 
@@ -60,11 +59,11 @@ def _by_formula(call: Call) -> Result:
     of = _rows(call)
     if of.targets.probabilities is None and of.logits.device.type == "cpu":
         reference.check_target(of.label, call.n_classes, call.ignore_index)
-    value = reference.soft_rows(of.logits, of.label, call.ignore_index, call.loss, of.targets).reshape(-1)
-    columns = None
-    if call.scores:
-        columns = reference.scores(of.logits, of.label, call.ignore_index)
-    return _result(call, of, _reduced(call, value, of.divisor), columns)
+    row = (call.options.applied(of.logits), of.label, call.ignore_index)
+    value = reference.soft_rows(*row, call.loss, of.targets).reshape(-1)
+    columns = reference.scores(*row) if call.scores else None
+    lse = reference.logsumexp(*row).reshape(-1) if call.options.z_loss else None
+    return _result(call, of, _reduced(call, of, value, lse), columns)
 
 
 def _by_loops(call: Call) -> Result:
@@ -76,6 +75,7 @@ def _by_loops(call: Call) -> Result:
     visit = _Visit(call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:])
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)
     loss, *columns = MadeInForward.apply(of.logits, visit, *operands)  # type: ignore[no-untyped-call]
+    loss = loss if call.reduction == "mean" else loss / _classes_of_mean(call)
     return _result(call, of, loss, (*columns[0], columns[1]) if columns else None)
 
 
@@ -87,22 +87,25 @@ def _by_rows(call: Call) -> Result:
     value, columns, runner_up, _ = _OperatorRows.apply(  # type: ignore[no-untyped-call]
         *tensors, of.targets[3:], call.ignore_index, name, call.scores, call.implementation
     )
-    return _result(call, of, _reduced(call, value, of.divisor), (*columns, runner_up) if call.scores else None)
+    return _result(call, of, _reduced(call, of, value, None), (*columns, runner_up) if call.scores else None)
 
 
 _WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
 
 
-def _reduced(call: Call, loss: Tensor, divisor: Tensor) -> Tensor:
-    if call.reduction == "none":
-        return loss
-    return loss.sum() / divisor if call.reduction == "mean" else loss.sum()
+def _classes_of_mean(call: Call) -> int:
+    """Return how many classes a loss of all classes is the mean over; 1 for any other loss."""
+    return call.n_classes if isinstance(call.loss, ClassLoss) else 1
+
+
+def _reduced(call: Call, of: _Rows, loss: Tensor, lse: Tensor | None) -> Tensor:
+    if call.reduction == "mean":
+        return call.reduced(loss, of.divisor, lse)
+    return call.reduced(loss / _classes_of_mean(call), None, lse)
 
 
 def _result(call: Call, of: _Rows, loss: Tensor, columns: Any) -> Result:
     loss = call.shaped(loss) if call.reduction == "none" else loss
-    if isinstance(call.loss, ClassLoss) and call.reduction != "mean":
-        loss = loss / call.n_classes
     dtype = call.dtype
     if call.by_probabilities:
         for other in (call.target, call.weight, call.bonus_weight):

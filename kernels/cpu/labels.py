@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..formulas import logits as of_logits
 from ..results import LabelResult, accumulation_dtype, fill_ignored
 from . import lanes, rows, stored, threads
 from .elements import NAMES, real_of, record_of
@@ -25,7 +26,7 @@ __all__ = ["backward", "count", "forward", "visit"]
 
 FEW = 24  # classes up to which rows go side by side; measured on a server with AVX2, one thread
 
-rows_of_tile = sum_up = exps_again = write = None  # of the layout, bound by `_loop`
+rows_of_tile = sum_up = exps_again = write_tile = None  # of the layout, bound by `_loop`
 
 
 class Plan(NamedTuple):
@@ -43,9 +44,13 @@ class Plan(NamedTuple):
     ignore_index: int
     column: int  # `losses.column` of the loss
     params: int
+    options: int  # `tile.options_of`
     upstream: int
     upstream_stride: int
+    grad_lse: int
+    grad_lse_stride: int
     loss: int
+    lse: int
     scores: int
     runner_up: int
     saved: int
@@ -74,7 +79,7 @@ def visit_loop(plan, first, last, work):
         if p.out:
             load_upstream(p, row, n, column)
             pull(p, n, column)
-            write(p, row, n, index, column, exps)
+            write_tile(p, row, n, index, column, exps)
         row += n
 
 
@@ -97,7 +102,7 @@ def again_loop(plan, first, last, work):
         load_upstream(p, row, n, column)
         pull(p, n, column)
         exps_again(p, row, n, index, column, exps)
-        write(p, row, n, index, column, exps)
+        write_tile(p, row, n, index, column, exps)
         row += n
 
 
@@ -116,16 +121,24 @@ def count_loop(target, n, n_classes, ignore_index, out):
 
 
 @functools.cache
-def _loop(body: Any, layout: Any, element: str) -> Any:
+def _loop(body: Any, layout: Any, element: str, of_logit: str) -> Any:
     def make() -> str:
         from .compile import machine_code
 
-        names = ("rows_of_tile", "sum_up", "exps_again", "write")
-        of_layout = {name: getattr(layout, name) for name in names}
-        return machine_code(body, element, of_layout | {"Plan": record_of(Plan)})
+        bound = {name: getattr(layout, name) for name in ("rows_of_tile", "sum_up", "exps_again")}
+        bound["write_tile"] = layout.write_capped if of_logit == "capped" else layout.write
+        return machine_code(body, element, bound | bound_options(layout, of_logit) | {"Plan": record_of(Plan)})
 
-    name = f"{body.__name__}_{layout.__name__.rpartition('.')[2]}_{element}"
+    name = f"{body.__name__}_{layout.__name__.rpartition('.')[2]}_{element}_{of_logit}"
     return stored.entry(4, name, name, make)
+
+
+def bound_options(layout: Any, of_logit: str) -> dict[str, Any]:
+    """Return what loops name of the options of logits; ``of_logit`` is `LogitOptions.kernel`."""
+    pair = {"OF_LOGIT": getattr(of_logits, of_logit), "SLOPE_OF_LOGIT": getattr(of_logits, f"{of_logit}_slope")}
+    if of_logit == "as_given":
+        return pair | {"source": layout.as_they_lie, "SCALED": False}
+    return pair | {"source": layout.changed, "SCALED": of_logit == "scaled", "read": rows.as_it_is}
 
 
 @functools.cache
@@ -152,6 +165,7 @@ class Visited(NamedTuple):
     """What a visit returns; None where it was not asked for."""
 
     loss: Tensor  # [N]
+    lse: Tensor | None  # [N] logsumexp, 0 where ignored
     scores: Tensor | None  # [5, N] float32
     runner_up: Tensor | None  # [N] int32
     saved: Tensor | None  # [3, N]
@@ -160,16 +174,18 @@ class Visited(NamedTuple):
 
 def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | float | None,
-    save: bool,
+    save: bool, options: Any, z_factor: float,
 ) -> Visited:  # fmt: skip
     """Return the results of rows [outer, inner, C] and, for an upstream gradient, the gradient.
 
-    That is a number, or one for each row [N] or for all [1] in the accumulation dtype.
+    That is a number, or one for each row [N] or for all [1] in the accumulation dtype. ``z_factor`` times the squared
+    logsumexp of every row is added to what the gradient is of; 0 leaves it out, and ``lse`` of the result too.
     """
     n_rows = logits.shape[0] * logits.shape[1]
     dtype = accumulation_dtype(logits.dtype)
     out = Visited(
         torch.empty(n_rows, dtype=dtype, device="cpu"),
+        torch.empty(n_rows, dtype=dtype, device="cpu") if z_factor else None,
         torch.empty((5, n_rows), dtype=torch.float32, device="cpu") if scores else None,
         torch.empty(n_rows, dtype=torch.int32, device="cpu") if scores else None,
         torch.empty((3, n_rows), dtype=dtype, device="cpu") if save else None,
@@ -177,31 +193,45 @@ def visit(
     )
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
-        _run(visit_loop, logits, target, ignore_index, columns, out, out.grad, upstream, False)
+        numbers = (*options.numbers(), 2 * z_factor)
+        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, out, out.grad, upstream, None, False)
     else:
         fill_ignored(out)
+        if out.lse is not None:
+            out.lse.zero_()
     return out
 
 
-def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool) -> LabelResult:
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool, options: Any
+) -> LabelResult:
     """Return loss, scores, what `backward` needs and the probabilities of rows [outer, inner, C]."""
-    out = visit(logits, target, ignore_index, loss, scores, None, True)
+    out = visit(logits, target, ignore_index, loss, scores, None, True, options, 0.0)
     probabilities = _empty_like(logits) if softmax else None
     if probabilities is not None and logits.numel():
         columns = probability(real_of(NAMES[logits.dtype]))
-        _run(again_loop, logits, target, ignore_index, columns, out, probabilities, 1.0, True)
-    given = (*out[:4], probabilities)
+        numbers = (*options.numbers(), 0.0)
+        _run(again_loop, logits, target, ignore_index, columns, options, numbers, out, probabilities, 1.0, None, True)
+    given = (out.loss, out.scores, out.runner_up, out.saved, probabilities)
     kinds = (out.loss.dtype, torch.float32, torch.int32, out.loss.dtype, logits.dtype)
     return LabelResult(*(logits.new_empty(0, dtype=k) if x is None else x for x, k in zip(given, kinds, strict=True)))
 
 
-def backward(logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any) -> Tensor:
-    """Return the gradient from what `forward` saved and the upstream gradient [N] or [1]: one read, one write."""
+def backward(
+    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
+    loss: Any, options: Any,
+) -> Tensor:  # fmt: skip
+    """Return the gradient from what `forward` saved: one read, one write.
+
+    Upstream gradients are [N] or [1]: of the loss of each row and, where it matters, of its logsumexp.
+    """
     grad = _empty_like(logits)
     if logits.numel():
-        out = Visited(saved, None, None, saved, None)
+        out = Visited(saved, None, None, None, saved, None)
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
-        _run(again_loop, logits, target, ignore_index, columns, out, grad, grad_loss.to(saved.dtype), False)
+        grad_loss, numbers = grad_loss.to(saved.dtype), (*options.numbers(), 0.0)
+        of_lse = None if grad_lse is None else grad_lse.to(saved.dtype)
+        _run(again_loop, logits, target, ignore_index, columns, options, numbers, out, grad, grad_loss, of_lse, False)
     return grad
 
 
@@ -213,35 +243,40 @@ def _empty_like(logits: Tensor) -> Tensor:
 
 
 def _run(
-    body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, result: Visited,
-    out: Tensor | None, upstream: Tensor | float | None, softmax: bool,
+    body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, options: Any,
+    numbers: tuple[float, ...], result: Visited, out: Tensor | None, upstream: Tensor | float | None,
+    grad_lse: Tensor | None, softmax: bool,
 ) -> None:  # fmt: skip
     n_outer, n_inner, n_classes = logits.shape
     n_rows, strides, element = n_outer * n_inner, logits.stride(), NAMES[logits.dtype]
     real_bytes = 8 if element == "float64" else 4
     target = target if target.is_contiguous() else target.contiguous()
-    if isinstance(upstream, float):
-        number = array("d" if real_bytes == 8 else "f", (upstream,))
-        up = number.buffer_info()[0], 0
-    else:
-        up = (0, 0) if upstream is None else (upstream.data_ptr(), upstream.stride(0) if upstream.numel() > 1 else 0)
+    held = array("d" if real_bytes == 8 else "f", (*numbers, upstream if isinstance(upstream, float) else 0.0))
+    at = held.buffer_info()[0]
+    up = (at + 3 * real_bytes, 0) if isinstance(upstream, float) else _strided(upstream)
     side_by_side = n_classes <= FEW or strides[2] != 1
     in_place = 0
     if side_by_side:
         tile = min(max(4096 // n_classes // 64 * 64, 64), ROWS)
-        kept = (tile + lanes.BETWEEN) * n_classes
+        kept = (tile + lanes.BETWEEN) * n_classes * (2 if options.kernel == "capped" else 1)
     else:
         tile = min(max((1 << 16) // n_classes, 1), 64)
         in_place = int(out is not None and logits.element_size() == real_bytes)
         kept = 0 if in_place else tile * n_classes
     plan = array("q", Plan(
         n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
-        columns.function, columns.params, *up, result.loss.data_ptr(), _at(result.scores), _at(result.runner_up),
-        _at(result.saved), softmax, _at(out), *((0, 0, 0) if out is None else out.stride()), in_place,
+        columns.function, columns.params, at, *up, *_strided(grad_lse), result.loss.data_ptr(), _at(result.lse),
+        _at(result.scores), _at(result.runner_up), _at(result.saved), softmax, _at(out),
+        *((0, 0, 0) if out is None else out.stride()), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
-    loop = _loop(body, lanes if side_by_side else rows, element)
+    loop = _loop(body, lanes if side_by_side else rows, element, options.kernel)
     threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)
+
+
+def _strided(x: Any) -> tuple[int, int]:
+    """Return address and stride of what there is one of for each row, or for all."""
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.numel() > 1 else 0)
 
 
 def _at(x: Tensor | None) -> int:

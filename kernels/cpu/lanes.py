@@ -14,6 +14,7 @@ from .tile import (
     SUM_EXP2,
     SUM_EXP_Z,
     Z_TARGET,
+    options_of,
     padded,
 )
 from .tile import GAP as PART
@@ -23,6 +24,8 @@ from .tile import VALUE as PART2
 BETWEEN = 16  # numbers between classes, or those of a row would share few lines of the cache
 BLOCK = 32  # classes added up on their own, so that sums of many lose no digits
 
+OF_LOGIT = SLOPE_OF_LOGIT = SCALED = source = None  # of the options of logits, bound by what compiles the loop
+
 
 def rows_of_tile(p, row, last):
     n = min(p.tile, last - row)
@@ -31,6 +34,22 @@ def rows_of_tile(p, row, last):
 
 def class_at(p, k, exps):
     return exps + k * (p.tile + BETWEEN) * real_size
+
+
+def as_they_lie(p, n, exps):
+    return
+
+
+def changed(p, n, exps):
+    """Turn raw logits into z; keep the slope of every one behind them, unless it is one number."""
+    options = options_of(p)
+    for k in range(p.n_classes):
+        z, slope = vector(class_at(p, k, exps), p.tile, real), vector(class_at(p, p.n_classes + k, exps), p.tile, real)
+        for i in range(padded(n)):
+            raw = z[i]
+            if not SCALED:
+                slope[i] = SLOPE_OF_LOGIT(raw, options)
+            z[i] = OF_LOGIT(raw, options)
 
 
 def load(p, row, n, exps):
@@ -72,6 +91,7 @@ def load(p, row, n, exps):
         out = vector(class_at(p, k, exps), p.tile, real)
         for i in range(n, padded(n)):
             out[i] = 0.0
+    source(p, n, exps)
 
 
 def sum_up(p, row, n, index, column, exps):
@@ -157,6 +177,19 @@ def write(p, row, n, index, column, exps):
             inner += 1
             if inner == p.n_inner:
                 outer, inner = outer + 1, 0
+
+
+def write_capped(p, row, n, index, column, exps):
+    """As `write`, every entry times the slope of its logit; probabilities have none."""
+    if not p.softmax:
+        for k in range(p.n_classes):
+            e, c = vector(class_at(p, k, exps), p.tile, real), int32(k)
+            slope = vector(class_at(p, p.n_classes + k, exps), p.tile, real)
+            for i in range(padded(n)):
+                e[i] *= slope[i]
+                at_target = column[AT_TARGET + i]
+                column[AT_TARGET + i] = at_target * slope[i] if index[LABEL + i] == c else at_target
+    write(p, row, n, index, column, exps)
 
 
 INFINITY = float("inf")

@@ -4,6 +4,7 @@ Of the element type of a loop's tensors:
     element, size         a number as it lies in memory (a half as the int16 that holds its bits), its bytes
     real, real_size       the accumulation dtype, float32 or float64, its bytes
     widen, narrow         from one to the other, rounded to the nearest, ties to even
+    read                  as widen, of what a loop over logits walks: z itself where options change the logits
     exp, log, exp_below   as `tl` has them; e^x for x <= 0 and 0 below 2^-126, NaN of NaN
     given_element, given_size, widen_given   the same of probabilities, which may have another element type
     where, largest_of     a choice of evaluated arguments; the larger of two, NaN of NaN
@@ -16,5 +17,5 @@ Of any:
 """
 
 given_element = given_size = widen_given = None
-element = size = real = real_size = widen = narrow = exp = log = exp_below = where = largest_of = None
+element = size = real = real_size = widen = narrow = read = exp = log = exp_below = where = largest_of = None
 int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call9 = None

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..formulas.scalar import log_of_rest_series
+from ..formulas.scalar import log_of_rest_series, tanh_float32
 from . import memory
 
 f32, i32 = np.float32, np.int32
@@ -231,6 +231,11 @@ def log_of_rest_float64(p):
     return math.log1p(-p)
 
 
+@_jit
+def tanh_float64(t):
+    return math.tanh(t)
+
+
 # --- numbers as they lie in memory: halves as the integers that hold their bits ---------------------------------------
 
 
@@ -288,7 +293,7 @@ def twins(element: str) -> dict[str, Any]:
     real = types.float64 if double else types.float32
     both = dict(
         where=where, largest_of=largest_of, maximum=maximum, minimum=minimum, abs=absolute, sqrt=sqrt,
-        element=in_memory, widen=widen, narrow=narrow, size=in_memory.bitwidth // 8,
+        element=in_memory, widen=widen, narrow=narrow, read=widen, size=in_memory.bitwidth // 8,
         real=real, real_size=real.bitwidth // 8, int32=types.int32, int64=types.int64, float32=types.float32,
         vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
         call5=memory.call5, call9=memory.call9,
@@ -296,13 +301,14 @@ def twins(element: str) -> dict[str, Any]:
     if double:
         own = dict(
             log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, float=infinity_float64,
-            reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64, tiny=tiny_float64,
+            reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64, tiny=tiny_float64, tanh=tanh_float64,
         )  # fmt: skip
     else:
         own = dict(
             log=log, log1p=log1p, exp=exp, exp_below=exp_below, float=infinity_float32, tiny=tiny,
             reciprocal=reciprocal,
             log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series),
+            tanh=getattr(tanh_float32, "fn", tanh_float32),
         )  # fmt: skip
     return both | own
 

@@ -6,15 +6,18 @@ Rows are finished in whole vectors, `PAD` at a time, so that a row's bits do not
 from __future__ import annotations
 
 from ..formulas.rest import RestStats
-from ..formulas.scores import gap_of, pulls, scores_of
-from .names import call5, float32, int32, int64, real, real_size, vector
+from ..formulas.scores import gap_of, lse_of, pulls, pulls_of_lse, scores_of
+from .names import call5, float32, int32, int64, numbers, real, real_size, vector
+
+SCALED = None  # bound: whether the slope of a logit is one number
 
 ROWS = 512  # of a tile at most
 PAD = 64
 # where the columns of a tile begin in its memory
-Z_TARGET, MAX, SUM_EXP, SUM_EXP2, SUM_EXP_Z, GAP, VALUE, SLOPE, SCALE, AT_TARGET, UPSTREAM, S0, S1, S2, S3, S4, END = (
-    range(0, 17 * ROWS, ROWS)
+Z_TARGET, MAX, SUM_EXP, SUM_EXP2, SUM_EXP_Z, GAP, VALUE, SLOPE, SCALE, AT_TARGET, UPSTREAM, GRAD_LSE = range(
+    0, 12 * ROWS, ROWS
 )
+S0, S1, S2, S3, S4, END = range(12 * ROWS, 18 * ROWS, ROWS)
 LABEL, ARGMAX = 0, ROWS  # of its int32 columns
 
 
@@ -35,6 +38,15 @@ def load_upstream(p, row, n, column):
     up = vector(p.upstream + row * p.upstream_stride * real_size, (n - 1) * p.upstream_stride + 1, real)
     for i in range(n):
         column[UPSTREAM + i] = up[i * p.upstream_stride]
+    if p.grad_lse:
+        of_lse = vector(p.grad_lse + row * p.grad_lse_stride * real_size, (n - 1) * p.grad_lse_stride + 1, real)
+        for i in range(n):
+            column[GRAD_LSE + i] = of_lse[i * p.grad_lse_stride]
+
+
+def options_of(p):
+    """Return scale and cap of the logits, and what times the logsumexp of a row is the loss's gradient for it."""
+    return numbers(p.options, 3, real)
 
 
 def finish(p, row, n, index, column, address):
@@ -49,6 +61,14 @@ def finish(p, row, n, index, column, address):
         loss = vector(p.loss + row * real_size, n, real)
         for i in range(n):
             loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]
+    if p.lse:
+        lse, twice = vector(p.lse + row * real_size, n, real), options_of(p)[2]
+        for i in range(width):
+            rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
+            column[S0 + i] = lse_of(column[Z_TARGET + i], column[GAP + i], rest)
+            column[GRAD_LSE + i] = twice * column[S0 + i]
+        for i in range(n):
+            lse[i] = 0.0 if index[LABEL + i] < 0 else column[S0 + i]
     if p.saved:
         for i in range(n):
             store(p.saved, row + i, column[GAP + i])
@@ -93,6 +113,16 @@ def pull(p, n, column):
         scale, at_target = pulls(column[SLOPE + i] * column[UPSTREAM + i], column[SUM_EXP + i])
         column[SCALE + i] = scale
         column[AT_TARGET + i] = column[VALUE + i] if p.softmax else at_target
+    if p.lse | p.grad_lse:
+        for i in range(padded(n)):
+            scale, at_target = pulls_of_lse(column[GAP + i], column[GRAD_LSE + i], column[SUM_EXP + i])
+            column[SCALE + i] += scale
+            column[AT_TARGET + i] += at_target
+    if SCALED and not p.softmax:
+        slope = options_of(p)[0]
+        for i in range(padded(n)):
+            column[SCALE + i] *= slope
+            column[AT_TARGET + i] *= slope
 
 
 INFINITY, NAN = float("inf"), float("nan")

@@ -104,3 +104,27 @@ def sin(x):
     for i in tl.static_range(SIN_TERMS):
         y = 1.0 - x2 / SIN_DIVISORS[i] * y
     return x * y
+
+
+@jit
+def tanh(t):
+    """Return the hyperbolic tangent, which keeps the digits of a small ``t``."""
+    if t.dtype == tl.float64:
+        x = -2.0 * tl.abs(t)
+        y = -expm1(x) / (1.0 + exp(x))
+        return tl.where(t < 0.0, -y, y)
+    else:
+        return tanh_float32(t)
+
+
+@jit
+def tanh_float32(t):
+    """Return `tanh` of a float32: near 0 by a polynomial in t^2 (Cephes's)."""
+    x = exp(-2.0 * tl.abs(t))
+    far = (1.0 - x) / (1.0 + x)
+    s = t * t
+    near = -5.70498872745e-3 * s + 2.06390887954e-2
+    near = near * s - 5.37397155531e-2
+    near = near * s + 1.33314422036e-1
+    near = near * s - 3.33332819422e-1
+    return tl.where(tl.abs(t) < 0.625, near * s * t + t, tl.where(t < 0.0, -far, far))

@@ -34,8 +34,14 @@ def scores_of(z_target, gap, rest):
     # a factor of exactly 0 stands before an infinite logarithm
     entropy = tl.where(p == 0.0, 0.0, p * loss) + tl.where(u == 0.0, 0.0, u * (log_odds_loss + rest_entropy))
     margin = tl.where(gap == gap, z_target - rest.max, float("nan"))
-    energy = -tl.where(gap > 0.0, z_target + loss, rest.max + tl.log(sum_exp) + log_odds_loss)
-    return loss, u * tl.sqrt(1.0 + purity), margin, entropy, energy
+    return loss, u * tl.sqrt(1.0 + purity), margin, entropy, -lse_of(z_target, gap, rest)
+
+
+@jit
+def lse_of(z_target, gap, rest):
+    """Return the logsumexp of the row."""
+    sum_exp = tl.where(rest.sum_exp == 0.0, 1.0, rest.sum_exp)
+    return tl.where(gap > 0.0, z_target - log_sigmoid(gap), rest.max + tl.log(sum_exp) - log_sigmoid(-gap))
 
 
 @jit
@@ -44,3 +50,9 @@ def pulls(slope, sum_exp):
     # a row with no rest teaches nothing; an infinite slope is NaN at the label, as torch's
     slope = tl.where(sum_exp == 0.0, slope * 0.0, slope)
     return slope / tl.where(sum_exp == 0.0, 1.0, sum_exp), slope * 0.0 - slope
+
+
+@jit
+def pulls_of_lse(gap, grad_lse, sum_exp):
+    """Return what a gradient of the row's logsumexp adds to `pulls`: it times the probabilities."""
+    return grad_lse * sigmoid(-gap) / tl.where(sum_exp == 0.0, 1.0, sum_exp), grad_lse * sigmoid(gap)

@@ -164,7 +164,9 @@ def over(x, count):
 # --- launches, of rows [outer, inner, C] and their labels [outer, inner] ----------------------------------------------
 
 
-def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool) -> LabelResult:
+def forward(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, softmax: bool, options: Any
+) -> LabelResult:
     """Return the results of each row."""
     out = empty_labels(logits, scores, softmax)
     outputs = out.loss, *((out.scores, out.runner_up) if scores else (None, None)), out.saved
@@ -176,7 +178,7 @@ def forward(logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores
 
 
 def forward_mean(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor]]:
     """Return the mean over the rows not ignored, scores [5, N] and runner-up [N] or None, and what backward needs.
 
@@ -237,14 +239,18 @@ def _launch_softmax(
         )  # fmt: skip
 
 
-def backward(logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, ignore_index: int, loss: Any) -> Tensor:
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
+def backward(
+    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
+    loss: Any, options: Any,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
     return _launch_backward(logits, target, saved, grad_loss, grad_loss.stride(0), None, ignore_index, loss)
 
 
 def backward_mean(
-    logits: Tensor, target: Tensor, saved: tuple[Tensor, Tensor], grad_loss: Tensor, ignore_index: int, loss: Any
-) -> Tensor:
+    logits: Tensor, target: Tensor, saved: tuple[Tensor, Tensor], grad_loss: Tensor, ignore_index: int, loss: Any,
+    options: Any,
+) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from that of the mean, 0-d and of any dtype, and what `forward_mean` saved."""
     return _launch_backward(logits, target, saved[0], grad_loss, 0, saved[1], ignore_index, loss)
 
