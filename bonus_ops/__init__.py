@@ -10,6 +10,13 @@ from .functional import (
     bonus_cross_entropy_with_softmax,
     difficulty_scores,
 )
+from .linear import (
+    LinearBonusCrossEntropyLoss,
+    LinearScores,
+    linear_bonus_cross_entropy,
+    linear_bonus_cross_entropy_with_scores,
+    linear_difficulty_scores,
+)
 from .losses import (
     AbsoluteError,
     ClassLoss,
@@ -53,6 +60,8 @@ __all__ = [
     "GeneralizedCrossEntropy",
     "HaltedFocal",
     "Linear",
+    "LinearBonusCrossEntropyLoss",
+    "LinearScores",
     "LogBonus",
     "LossCheck",
     "Poly1",
@@ -71,6 +80,9 @@ __all__ = [
     "bonus_cross_entropy_with_softmax",
     "check_loss",
     "difficulty_scores",
+    "linear_bonus_cross_entropy",
+    "linear_bonus_cross_entropy_with_scores",
+    "linear_difficulty_scores",
     "mixup_cross_entropy",
     "patch_cross_entropy",
 ]
