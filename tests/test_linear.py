@@ -265,7 +265,7 @@ def test_strides_do_not_matter_and_nothing_is_written():
 @pytest.fixture
 def products(monkeypatch):
     """Count the products of a call by their kinds."""
-    counts = dict.fromkeys(("logits", "to_hidden", "to_weight", "to_bias"), 0)
+    counts = dict.fromkeys(("tile", "to_hidden", "to_weight", "to_bias"), 0)
 
     def counted(name: str) -> Any:
         whole = getattr(chunks._Products, name)
@@ -290,7 +290,7 @@ def test_only_what_requires_a_gradient_is_computed(required, products):
     if required:
         loss.backward()
     asked = {f"to_{name}": int(name in required.split()) for name in ("hidden", "weight", "bias")}
-    assert products == {"logits": products["logits"], **asked}
+    assert products == {"tile": products["tile"], **asked}
     whole = Layer()
     whole.loss().backward()
     for name in required.split():
@@ -306,18 +306,18 @@ def test_a_gradient_that_is_not_wanted_costs_nothing(products):
 def test_none_makes_the_logits_again_for_the_weight_alone(products):
     layer = Layer()
     layer.gradients(layer.loss(reduction="none"))
-    assert products["logits"] == 2 and products["to_weight"] == 1
+    assert products["tile"] == 2 and products["to_weight"] == 1
     for x in (layer.weight, layer.bias):
         x.requires_grad_(False)
-    products["logits"] = 0
+    products["tile"] = 0
     layer.loss(reduction="none").square().sum().backward()
-    assert products["logits"] == 1
+    assert products["tile"] == 1
 
 
 def test_rows_weighted_in_forward_are_made_once(products):
     layer, later = Layer(), Layer()
     layer.loss(reduction="sum", row_weight=layer.row_weight.detach()).backward()
-    assert products["logits"] == 1
+    assert products["tile"] == 1
     (later.loss(reduction="none") * later.row_weight.detach()).sum().backward()
     for x, y in zip(layer.parameters(), later.parameters(), strict=True):
         torch.testing.assert_close(x.grad, y.grad)

@@ -1,10 +1,11 @@
-"""The linear form by chunks of rows, so that no more logits exist than a budget holds.
+"""The linear form by chunks of rows, so that no more logits exist than a budget holds; without a gradient by tiles.
 
     z = x W^T + b        dx = (dL/dz) W        dW = sum (dL/dz)^T x        db = sum dL/dz
 
 Between the first product and the others loops or kernels turn a chunk's logits into results, and into their gradient,
 which takes the place of the logits. dW is kept in the accumulation dtype: read and written once a chunk, which is why
-fewer than 128 rows a chunk cost time.
+fewer than 128 rows a chunk cost time. Without a gradient nothing is needed of a row but sums, so tiles of classes do:
+their memory does not grow with the number of classes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, row_sums
 from ..losses import GapLoss
+from ..row_sums import RowSums
 from ..soft_targets import SoftTargets
 from . import room
 
@@ -29,6 +31,7 @@ BUDGET_OF_ACCELERATORS = 1 << 30
 ROWS = 512  # at most, on a CPU that chooses itself
 PAD = 64  # elements to which rows of a chunk are padded: an odd number of classes costs the first product a quarter
 WEIGHT_TILE = 4 << 20  # bytes of the weight that are widened at once
+TILE = (512, 2048)  # rows and classes, where nothing but sums is wanted
 
 
 class Layer(NamedTuple):
@@ -129,12 +132,16 @@ def computed(
             for x, nothing in zip(out, (0.0, math.nan, -1, math.nan, 0.0, 0.0, 0.0), strict=True):
                 x.fill_(nothing)
     n_rows, n_classes = len(layer.hidden) if kept is None else len(kept), layer.weight.shape[0]
-    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None and n_rows else 1.0)
+    from_scores = wanted.scores and rows.targets is None and isinstance(rows.loss, GapLoss)
+    if not n_rows:
+        return out._replace(grad_weight=out.grad_weight.zero_(), grad_bias=out.grad_bias.zero_())
+    if implementation == "numba" and rows.targets is None and not wanted.gradient:
+        return _from_sums(_summed(layer, rows, kept), rows, kept, out)
+    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
     size = _rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
     one_chunk = _OF_CHUNKS[implementation, "labels" if rows.targets is None else "soft"]
-    from_scores = wanted.scores and rows.targets is None and isinstance(rows.loss, GapLoss)
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows)) if kept is None else kept[first : first + size]
         x, label = products.rows(chunk), rows.label[chunk]
@@ -158,9 +165,33 @@ def computed(
             products.to_weight(z, x, out.grad_weight, first == 0)
         if wanted.bias:
             products.to_bias(z, out.grad_bias, first == 0)
-    if not n_rows:
-        out.grad_weight.zero_()
-        out.grad_bias.zero_()
+    return out
+
+
+def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
+    """Return the sums of the rows that are kept, by tiles of classes that are merged."""
+    products = _Products(layer, 1.0)
+    at = torch.arange(len(layer.hidden)) if kept is None else kept
+    found: list[RowSums | None] = [None] * -(-len(at) // TILE[0])
+    buffer = layer.hidden.new_empty(min(TILE[0], len(at)) * TILE[1], dtype=products.dtype)
+    for classes, w in products.tiles(TILE[1]):
+        for i in range(len(found)):
+            chunk = at[TILE[0] * i : TILE[0] * (i + 1)]
+            z = buffer[: len(chunk) * len(w)].view(len(chunk), len(w))
+            products.tile(products.rows(chunk), w, classes, z)
+            sums, before = row_sums.of_logits(z, rows.label[chunk], classes.start), found[i]
+            found[i] = sums if before is None else row_sums.merged([before, sums])
+    known = [sums for sums in found if sums is not None]
+    return RowSums._make(map(torch.cat, zip(*known, strict=True)))
+
+
+def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult) -> LinearResult:
+    at = slice(None) if kept is None else kept
+    out.loss[at] = rows.loss.value(reference.gap_of_sums(sums))
+    if len(out.runner_up):
+        *columns, runner_up = reference.scores_of_sums(sums, torch.ones_like(sums.max, dtype=torch.bool))
+        out.scores[:, at] = torch.stack(columns)
+        out.runner_up[at] = runner_up
     return out
 
 
@@ -171,22 +202,34 @@ class _Products:
         self.layer, self.factor = layer, factor
         on_cpu = layer.hidden.device.type == "cpu"
         self.dtype = reference.accumulation_dtype(layer.dtype) if on_cpu else layer.dtype
+        self.n_classes, size = layer.weight.shape
+        as_it_is = not on_cpu or layer.weight.dtype == layer.dtype == self.dtype
+        self.most = self.n_classes if as_it_is else max(WEIGHT_TILE // (max(size, 1) * self.dtype.itemsize), 1)
 
     def rows(self, chunk: Any) -> Tensor:
-        return self.layer.hidden[chunk].to(self.layer.dtype).to(self.dtype)
+        return self._wide(self.layer.hidden[chunk])
+
+    def tiles(self, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield classes and their share of the weight in the dtype of the products."""
+        step = max(min(self.most, most or self.most), 1)
+        for first in range(0, self.n_classes, step):
+            classes = slice(first, min(first + step, self.n_classes))
+            yield classes, self._wide(self.layer.weight[classes])
 
     def logits(self, x: Tensor, out: Tensor) -> None:
-        bias = self.layer.bias
-        for classes, w in self._tiles():
-            if bias is None:
-                _add(out[:, classes], x, w.t(), fresh=True)
-            else:
-                torch.addmm(bias[classes].to(self.layer.dtype).to(self.dtype), x, w.t(), out=out[:, classes])
+        for classes, w in self.tiles():
+            self.tile(x, w, classes, out[:, classes])
+
+    def tile(self, x: Tensor, w: Tensor, classes: slice, out: Tensor) -> None:
+        if self.layer.bias is None:
+            _add(out, x, w.t(), fresh=True)
+        else:
+            torch.addmm(self._wide(self.layer.bias[classes]), x, w.t(), out=out)
 
     def to_hidden(self, grad: Tensor, out: Tensor, chunk: Any) -> None:
         part = out[chunk]
-        for classes, w in self._tiles():
-            _add(part, grad[:, classes], w, fresh=classes.start in (None, 0), factor=self.factor)
+        for classes, w in self.tiles():
+            _add(part, grad[:, classes], w, fresh=classes.start == 0, factor=self.factor)
         if not isinstance(chunk, slice):
             out[chunk] = part
 
@@ -197,19 +240,8 @@ class _Products:
         total = grad.sum(0, dtype=out.dtype)
         out.copy_(total.mul_(self.factor)) if fresh else out.add_(total, alpha=self.factor)
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield classes and their share of the weight in the dtype of the products."""
-        weight = self.layer.weight
-        if weight.dtype == self.dtype == self.layer.dtype:
-            yield slice(None), weight
-        elif weight.device.type != "cpu":
-            yield slice(None), weight.to(self.dtype)
-        else:
-            n_classes, size = weight.shape
-            step = max(WEIGHT_TILE // (max(size, 1) * self.dtype.itemsize) // PAD * PAD, PAD)
-            for first in range(0, n_classes, step):
-                classes = slice(first, min(first + step, n_classes))
-                yield classes, weight[classes].to(self.layer.dtype).to(self.dtype)
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(self.layer.dtype).to(self.dtype)
 
 
 def _add(out: Tensor, a: Tensor, b: Tensor, fresh: bool, factor: float = 1.0) -> None:
