@@ -12,6 +12,13 @@ from .functional import (
     bonus_cross_entropy_with_softmax,
     difficulty_scores,
 )
+from .linear import (
+    LinearBonusCrossEntropyLoss,
+    LinearScores,
+    linear_bonus_cross_entropy,
+    linear_bonus_cross_entropy_with_scores,
+    linear_difficulty_scores,
+)
 from .losses import (
     AbsoluteError,
     ClassLoss,
@@ -63,6 +70,8 @@ __all__ = [
     "GeneralizedCrossEntropy",
     "HaltedFocal",
     "Linear",
+    "LinearBonusCrossEntropyLoss",
+    "LinearScores",
     "LogBonus",
     "LossCheck",
     "MixupWithScores",
@@ -84,6 +93,9 @@ __all__ = [
     "bonus_cross_entropy_with_softmax",
     "check_loss",
     "difficulty_scores",
+    "linear_bonus_cross_entropy",
+    "linear_bonus_cross_entropy_with_scores",
+    "linear_difficulty_scores",
     "mixup_cross_entropy",
     "mixup_cross_entropy_with_scores",
     "patch_cross_entropy",
