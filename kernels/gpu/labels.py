@@ -241,10 +241,14 @@ def _launch_softmax(
 
 def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
-    loss: Any, options: Any,
+    loss: Any, options: Any, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
-    return _launch_backward(logits, target, saved, grad_loss, grad_loss.stride(0), None, ignore_index, loss)
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp.
+
+    It is written to ``out``, where that is given: it may be the logits.
+    """
+    grad = torch.empty_like(logits) if out is None else out
+    return _launch_backward(logits, target, saved, grad_loss, grad_loss.stride(0), None, ignore_index, loss, grad)
 
 
 def backward_mean(
@@ -252,14 +256,14 @@ def backward_mean(
     options: Any,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from that of the mean, 0-d and of any dtype, and what `forward_mean` saved."""
-    return _launch_backward(logits, target, saved[0], grad_loss, 0, saved[1], ignore_index, loss)
+    grad = torch.empty_like(logits)
+    return _launch_backward(logits, target, saved[0], grad_loss, 0, saved[1], ignore_index, loss, grad)
 
 
 def _launch_backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_loss_stride: int, count: Tensor | None,
-    ignore_index: int, loss: Any,
+    ignore_index: int, loss: Any, grad: Tensor,
 ) -> Tensor:  # fmt: skip
-    grad = torch.empty_like(logits)
     n_outer, n_inner, n_classes = logits.shape
     n_rows = n_outer * n_inner
     if n_rows == 0:

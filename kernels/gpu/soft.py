@@ -266,10 +266,13 @@ def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    ignore_index: int, loss: Any,
+    ignore_index: int, loss: Any, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
-    grad = torch.empty_like(logits)
+    """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
+
+    It is written to ``out``, where that is given: it may be the logits.
+    """
+    grad = torch.empty_like(logits) if out is None else out
     n_rows, n_classes = runner_up.numel(), logits.shape[2]
     if grad.numel() == 0:
         return grad
