@@ -132,7 +132,7 @@ class Call:
 
     def _only_by_formula(self, implementation: str | None) -> str | None:
         """Return what no kernel does of this call, if anything."""
-        by_loops = implementation != "triton" and self.input.device.type == "cpu" and self.kind == "labels"
+        by_loops = implementation != "triton" and self.input.device.type == "cpu"
         if self.options != PLAIN and not by_loops:
             return "logit options here"
         if self.kind == "labels":

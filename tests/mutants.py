@@ -508,12 +508,13 @@ MUTANTS = (
     ),
     Mutant(
         "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft_rows.py",
-        "cost_here -= where(t == 0.0, 0.0, t * (widen(part[i]) - at))", "cost_here -= t * (widen(part[i]) - at)",
+        "cost_here -= where(t == 0.0, 0.0, t * (read(part[i]) - at))", "cost_here -= t * (read(part[i]) - at)",
         "tests/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-None]",
     ),
     Mutant(
         "the runner-up is pulled as the label is", "kernels/cpu/soft_rows.py",
-        "out[other] = narrow(column[OF_OTHER + GRADIENT + i])", "out[other] = narrow(column[OF_LABEL + GRADIENT + i])",
+        "out[other] = narrow(column[OF_OTHER + GRADIENT + i] * slope)",
+        "out[other] = narrow(column[OF_LABEL + GRADIENT + i] * slope)",
         "tests/test_soft.py::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
     ),
     Mutant(
@@ -590,7 +591,7 @@ MUTANTS = (
     ),
     Mutant(
         "the columns of mapped scores are taken for the batch", "bonus_ops/ops/labels.py",
-        "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
+        "0 if lse else None, 1 if scores else None,", "0 if lse else None, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..call import Call, as_input
 from ..kernels.results import SoftResult, empty_soft
+from ..logit_options import LogitOptions
 from ..losses import ClassLoss, Loss, decode, encode
 from ..soft_targets import SoftTargets
 from ..watchers import is_plain_eager
@@ -72,7 +73,10 @@ def _by_loops(call: Call) -> Result:
         return _by_rows(call)
     of = _rows(call, largest=False)  # loops find it on their way
     given = of.targets.probabilities
-    visit = _Visit(call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:])
+    options = (call.options, _z_factor(call))
+    visit = _Visit(
+        call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:], *options
+    )
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)
     loss, *columns = MadeInForward.apply(of.logits, visit, *operands)  # type: ignore[no-untyped-call]
     loss = loss if call.reduction == "mean" else loss / _classes_of_mean(call)
@@ -84,10 +88,12 @@ def _by_rows(call: Call) -> Result:
     of = _rows(call)
     name, fields = encode(call.loss)
     tensors = (of.logits, of.label, *of.targets[:3], fields)
-    value, columns, runner_up, _ = _OperatorRows.apply(  # type: ignore[no-untyped-call]
-        *tensors, of.targets[3:], call.ignore_index, name, call.scores, call.implementation
+    options = (call.options[:2], bool(call.options.z_loss))
+    value, lse, columns, runner_up, _ = _OperatorRows.apply(  # type: ignore[no-untyped-call]
+        *tensors, of.targets[3:], call.ignore_index, name, *options, call.scores, call.implementation
     )
-    return _result(call, of, _reduced(call, of, value, None), (*columns, runner_up) if call.scores else None)
+    loss = _reduced(call, of, value, lse if call.options.z_loss else None)
+    return _result(call, of, loss, (*columns, runner_up) if call.scores else None)
 
 
 _WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
@@ -96,6 +102,13 @@ _WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
 def _classes_of_mean(call: Call) -> int:
     """Return how many classes a loss of all classes is the mean over; 1 for any other loss."""
     return call.n_classes if isinstance(call.loss, ClassLoss) else 1
+
+
+def _z_factor(call: Call) -> float:
+    """Return what times the squared logsumexp of every row is the z-loss of a reduced loss, before it is divided."""
+    if not call.options.z_loss or call.reduction == "sum":
+        return call.options.z_loss * _classes_of_mean(call)
+    return call.options.z_loss / max(int(call.n_counted()), 1)
 
 
 def _reduced(call: Call, of: _Rows, loss: Tensor, lse: Tensor | None) -> Tensor:
@@ -134,39 +147,51 @@ class _Visit(NamedTuple):
     mean: bool
     smoothing: float
     bonus_smoothing: float
+    options: LogitOptions
+    z_factor: float  # of the squared logsumexp of every row
 
     def visit(self, logits: Tensor, operands: Tensors) -> Visited:
         divisor = operands[4]
         assert divisor is not None
         upstream = logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype))
         upstream = upstream / divisor if self.mean else upstream
-        out, grad = self._visited(logits, operands, self.scores, upstream)
+        out, grad = self._visited(logits, operands, self.scores, upstream, self.z_factor)
         total = out.loss.sum() / divisor if self.mean else out.loss.sum()
+        if self.z_factor:
+            total = total + out.saved[0].square().sum() * self.z_factor
         return Visited(total, (out.scores, out.runner_up) if self.scores else (), grad, (upstream,), 1.0)
 
     def again(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         (upstream,) = kept
         assert upstream is not None
-        grad: Tensor = self._visited(logits, operands, False, upstream * factor.to(upstream.dtype))[1]
-        return grad
+        z_factor = self.z_factor and self.z_factor * factor.item()  # of a CPU: nothing waits
+        return self._visited(logits, operands, False, upstream * factor.to(upstream.dtype), z_factor)[1]
 
     def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         label, upstream = operands[0], kept[0]
         assert label is not None and upstream is not None
         upstream = (factor.to(upstream.dtype) * upstream).expand(label.numel())
-        return _gradient(logits, label, self.ignore_index, self.loss, self._targets(operands), upstream)
+        grad_lse = None
+        if self.z_factor:
+            rows = label.expand(logits.shape[:2])
+            lse = reference.logsumexp(self.options.applied(logits), rows, self.ignore_index).reshape(-1)
+            grad_lse = lse * (2 * self.z_factor * factor)
+        row = (self.ignore_index, self.loss, self._targets(operands), self.options)
+        return _gradient(logits, label, *row, upstream, grad_lse)
 
     def _targets(self, operands: Tensors) -> SoftTargets:
         _, probabilities, weight, bonus_weight, *_ = operands
         return SoftTargets(probabilities, weight, bonus_weight, self.smoothing, self.bonus_smoothing)
 
-    def _visited(self, logits: Tensor, operands: Tensors, scores: bool, upstream: Tensor) -> tuple[SoftResult, Tensor]:
+    def _visited(
+        self, logits: Tensor, operands: Tensors, scores: bool, upstream: Tensor, z_factor: float
+    ) -> tuple[SoftResult, Tensor]:
         label, targets, loops = operands[0], self._targets(operands), room("numba", "soft")
         assert label is not None
         if targets.probabilities is None:
             _check_labels(label, logits.shape[2], self.ignore_index)
         out: tuple[SoftResult, Tensor] = loops.visit(
-            logits, label, targets, self.ignore_index, self.loss, scores, upstream
+            logits, label, targets, self.ignore_index, self.loss, scores, upstream, self.options, z_factor
         )
         return out
 
@@ -178,14 +203,20 @@ def _check_labels(label: Tensor, n_classes: int, ignore_index: int) -> None:
 
 
 def _gradient(
-    logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targets: SoftTargets, grad_loss: Tensor
-) -> Tensor:
-    """Return the gradient, where grad mode is on a differentiable function of logits and upstream gradient [N]."""
+    logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targets: SoftTargets, options: LogitOptions,
+    grad_loss: Tensor, grad_lse: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return the gradient, where grad mode is on a differentiable function of logits and upstream gradients [N]."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x = logits if again else logits.detach().requires_grad_()
-        value = reference.soft_rows(x, label, ignore_index, loss, targets).reshape(-1)
-    grad: Tensor = torch.autograd.grad(value, x, grad_loss.to(value.dtype), create_graph=again)[0]
+        row = (options.applied(x), label.expand(x.shape[:2]), ignore_index)
+        value = reference.soft_rows(*row, loss, targets).reshape(-1)
+        of, upstream = [value], [grad_loss.to(value.dtype)]
+        if grad_lse is not None:
+            of.append(reference.logsumexp(*row).reshape(-1))
+            upstream.append(grad_lse.to(of[1].dtype))
+    grad: Tensor = torch.autograd.grad(of, x, upstream, create_graph=again)[0]
     return grad
 
 
@@ -195,21 +226,22 @@ def _gradient(
 @torch.library.custom_op("bonus_ops::soft_forward", mutates_args=())
 def forward(
     logits: Tensor, label: Tensor, probabilities: Tensor | None, weight: Tensor | None, bonus_weight: Tensor | None,
-    fields: Tensor, smoothing: float, bonus_smoothing: float, ignore_index: int, loss: str, scores: bool,
-    implementation: str,
+    fields: Tensor, smoothing: float, bonus_smoothing: float, ignore_index: int, loss: str, logit_scale: float,
+    softcap: float | None, scores: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [outer, inner, C] to what `SoftResult` holds."""
     targets = SoftTargets(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     if logits.device.type == "cpu" and probabilities is None:
         reference.check_target(label, logits.shape[2], ignore_index)
     kernels = room(implementation, "soft")
-    return tuple(kernels.forward(logits, label, targets, ignore_index, decode(loss, fields), scores))
+    options = LogitOptions(logit_scale, softcap)
+    return tuple(kernels.forward(logits, label, targets, ignore_index, decode(loss, fields), scores, options))
 
 
 @forward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    logits, label, probabilities, weight, bonus_weight, fields, smoothing, bonus_smoothing, ignore_index, loss, scores,
-    implementation,
+    logits, label, probabilities, weight, bonus_weight, fields, smoothing, bonus_smoothing, ignore_index, loss,
+    logit_scale, softcap, scores, implementation,
 ):  # fmt: skip
     return tuple(empty_soft(logits, scores))
 
@@ -217,52 +249,57 @@ def _(  # type: ignore[no-untyped-def]
 @torch.library.custom_op("bonus_ops::soft_backward", mutates_args=())
 def backward(
     logits: Tensor, label: Tensor, probabilities: Tensor | None, weight: Tensor | None, bonus_weight: Tensor | None,
-    fields: Tensor, saved: Tensor, runner_up: Tensor, grad_loss: Tensor, smoothing: float, bonus_smoothing: float,
-    ignore_index: int, loss: str, implementation: str,
+    fields: Tensor, saved: Tensor, runner_up: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, smoothing: float,
+    bonus_smoothing: float, ignore_index: int, loss: str, logit_scale: float, softcap: float | None,
+    implementation: str,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
     targets = SoftTargets(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     grad: Tensor = room(implementation, "soft").backward(
-        logits, label, targets, saved, runner_up, grad_loss, ignore_index, decode(loss, fields)
-    )
+        logits, label, targets, saved, runner_up, grad_loss, grad_lse, ignore_index, decode(loss, fields),
+        LogitOptions(logit_scale, softcap),
+    )  # fmt: skip
     return grad
 
 
 @backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, smoothing,
-    bonus_smoothing, ignore_index, loss, implementation,
+    logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, grad_lse, smoothing,
+    bonus_smoothing, ignore_index, loss, logit_scale, softcap, implementation,
 ):  # fmt: skip
     return torch.empty_like(logits)
 
 
 class _OperatorRows(torch.autograd.Function):
-    """Loss of each row; the gradient is made in backward by a second read."""
+    """Loss of each row, and its logsumexp where ``lse`` asks for it; the gradient is made in backward."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, scores,
-        implementation,
+        logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, options, lse,
+        scores, implementation,
     ):  # fmt: skip
-        return forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index, loss,
-                       scores, implementation)  # fmt: skip
+        loss, *others = forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
+                                loss, *options, scores, implementation)  # fmt: skip
+        return loss, others[2][0].clone() if lse else loss.new_empty(0), *others
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.smoothings, ctx.ignore_index, ctx.loss, _, ctx.implementation = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        *tensors, ctx.smoothings, ctx.ignore_index, ctx.loss, ctx.options, ctx.lse, _, ctx.implementation = inputs
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[3], output[2])
+        ctx.save_for_backward(*tensors, output[4], output[3])
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        if grad_loss is None:
-            return (None,) * 11
+    def backward(ctx, grad_loss, grad_lse, *_):  # type: ignore[no-untyped-def]
+        if grad_loss is None and grad_lse is None:
+            return (None,) * 13
         logits, label, *targets, fields, saved, runner_up = ctx.saved_tensors
+        grad_loss = torch.zeros_like(grad_lse) if grad_loss is None else grad_loss
+        grad_lse = grad_lse if ctx.lse else None
         if torch.is_grad_enabled():
-            soft_targets = SoftTargets(*targets, *ctx.smoothings)
-            grad = _gradient(logits, label, ctx.ignore_index, decode(ctx.loss, fields), soft_targets, grad_loss)
+            row = (ctx.ignore_index, decode(ctx.loss, fields), SoftTargets(*targets, *ctx.smoothings))
+            grad = _gradient(logits, label, *row, LogitOptions(*ctx.options), grad_loss, grad_lse)
         else:
-            grad = backward(logits, label, *targets, fields, saved, runner_up, grad_loss, *ctx.smoothings,
-                            ctx.ignore_index, ctx.loss, ctx.implementation)  # fmt: skip
-        return grad, *(None,) * 10
+            grad = backward(logits, label, *targets, fields, saved, runner_up, grad_loss, grad_lse, *ctx.smoothings,
+                            ctx.ignore_index, ctx.loss, *ctx.options, ctx.implementation)  # fmt: skip
+        return grad, *(None,) * 12

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..formulas import logits as of_logits
 from ..results import LabelResult, accumulation_dtype, fill_ignored
 from . import lanes, rows, stored, threads
-from .elements import NAMES, real_of, record_of
+from .elements import NAMES, address_of, real_of, record_of, strided
 from .losses import Columns, columns_of, probability
 from .names import int32, int64, real, real_size, record, vector
 from .tile import END, GAP, MAX, ROWS, SUM_EXP, finish, load_labels, load_upstream, padded, pay, pull
@@ -255,7 +255,7 @@ def _run(
     target = target if target.is_contiguous() else target.contiguous()
     held = array("d" if real_bytes == 8 else "f", (*numbers, upstream if isinstance(upstream, float) else 0.0))
     at = held.buffer_info()[0]
-    up = (at + 3 * real_bytes, 0) if isinstance(upstream, float) else _strided(upstream)
+    up = (at + 3 * real_bytes, 0) if isinstance(upstream, float) else strided(upstream)
     side_by_side = n_classes <= FEW or strides[2] != 1
     in_place = 0
     if side_by_side:
@@ -267,19 +267,10 @@ def _run(
         kept = 0 if in_place else tile * n_classes
     plan = array("q", Plan(
         n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
-        columns.function, columns.params, at, *up, *_strided(grad_lse), result.loss.data_ptr(), _at(result.lse),
-        _at(result.scores), _at(result.runner_up), _at(result.saved), softmax, _at(out),
+        columns.function, columns.params, at, *up, *strided(grad_lse), result.loss.data_ptr(), address_of(result.lse),
+        address_of(result.scores), address_of(result.runner_up), address_of(result.saved), softmax, address_of(out),
         *((0, 0, 0) if out is None else out.stride()), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
     loop = _loop(body, lanes if side_by_side else rows, element, options.kernel)
     threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)
-
-
-def _strided(x: Any) -> tuple[int, int]:
-    """Return address and stride of what there is one of for each row, or for all."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.numel() > 1 else 0)
-
-
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

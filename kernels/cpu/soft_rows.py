@@ -32,6 +32,7 @@ from .names import (
     int32,
     largest_of,
     narrow,
+    read,
     real,
     real_size,
     record,
@@ -46,6 +47,7 @@ from .rows import SEARCHED, exps_at, largest, logits_at, out_at, row_at, sums_of
 from .tile import (
     ARGMAX,
     GAP,
+    GRAD_LSE,
     LABEL,
     MAX,
     PAD,
@@ -56,13 +58,16 @@ from .tile import (
     UPSTREAM,
     Z_TARGET,
     find_gaps,
+    find_lse,
     load_labels,
     load_upstream,
+    options_of,
     padded,
     score,
 )
 from .tile import END as END_OF_TILE
 
+OF_LOGIT = SLOPE_OF_LOGIT = source = None  # of the options of logits, bound by what compiles the loop
 CHUNK = 512  # classes
 # where columns of a row's sums begin after those of the tile, each of PAD rows
 OTHERS, TOTAL, COST, SCALE, LOG_SCALE, VALUE, PULL, FACTOR, END_OF_SUMS = range(END_OF_TILE, END_OF_TILE + 9 * PAD, PAD)
@@ -96,11 +101,13 @@ class Plan(NamedTuple):
     terms_apart: int  # `losses.terms`
     needs_log_p: int  # whether the former do
     params: int
+    options: int  # `tile.options_of`
     upstream: int
     upstream_stride: int
     grad_lse: int
     grad_lse_stride: int
     loss: int
+    lse: int
     scores: int
     runner_up: int
     out: int
@@ -217,15 +224,19 @@ def sum_up(p, row, n, index, column, exps):
     for i in range(n):
         label = index[LABEL + i]
         if label >= 0:
-            z = vector(logits_at(p, row + i), p.n_classes, element)
+            raw = vector(logits_at(p, row + i), p.n_classes, element)
             e = vector(exps_at(p, row, i, exps), p.n_classes, real)
+            z = source(raw, e, options_of(p))
             m, other = largest(z, label)
             known = m > -INFINITY
+            column[Z_TARGET + i] = read(z[label])
+            paid = paid_of(p, row + i, z, label, m, column)  # first: the exponentials may take the place of z
             s, s2, sz, sd = sums_of(z, e, label, other if known else label, m)
             one = 1.0 if known else 0.0  # exp(z - max) of the runner-up
             one = NAN if m == INFINITY else one
-            paid = paid_of(p, row + i, z, label, m, sd, column)
-            column[Z_TARGET + i] = widen(z[label])
+            if p.uniform:  # not as a sum of many that rounds
+                t = column[T]
+                paid = Paid(real(p.n_classes - 1) * t, 0.0 if t == 0.0 else -t * sd)
             column[MAX + i] = m
             column[OTHERS + i] = s
             column[SUM_EXP + i] = s + one
@@ -236,12 +247,12 @@ def sum_up(p, row, n, index, column, exps):
             index[ARGMAX + i] = other if known else -1
 
 
-def paid_of(p, row, z, label, m, sum_of_d, column):
-    if p.uniform:  # not as a sum of many that rounds
-        t = column[T]
-        return Paid(real(p.n_classes - 1) * t, 0.0 if t == 0.0 else -t * sum_of_d)
+def paid_of(p, row, z, label, m, column):
+    """Return what a row pays by shares that differ."""
     at = 0.0 if m == -INFINITY else m
     total = cost = 0.0
+    if p.uniform:
+        return Paid(total, cost)
     for first in range(0, p.n_classes, CHUNK):
         part, skip = z[first : first + CHUNK], int32(label - first)
         fill_shares(p, row, first, len(part), column, T, 0)
@@ -249,7 +260,7 @@ def paid_of(p, row, z, label, m, sum_of_d, column):
         for i in range(len(part)):
             t = where(int32(i) == skip, 0.0, column[T + i])
             total_here += t
-            cost_here -= where(t == 0.0, 0.0, t * (widen(part[i]) - at))
+            cost_here -= where(t == 0.0, 0.0, t * (read(part[i]) - at))
         total += total_here
         cost += cost_here
     return Paid(total, cost)
@@ -285,9 +296,9 @@ def add_terms(p, row, n, index, column, work, exps, pulls):
 
 def fill_log_p(p, row, i, first, n, column):
     z, m, log_scale = vector(logits_at(p, row) + first * size, n, element), column[MAX + i], column[LOG_SCALE + i]
-    at = 0.0 if m == -INFINITY else m
+    at, options = 0.0 if m == -INFINITY else m, options_of(p)
     for k in range(n):
-        d = widen(z[k]) - at
+        d = OF_LOGIT(widen(z[k]), options) - at
         d = 0.0 if d > 0.0 else d  # it never is; or log_scale - at would be taken out of the loop, and round
         column[CHUNK_OF + k] = d + log_scale
 
@@ -297,14 +308,17 @@ def write(p, row, n, index, column, exps, pulls):
     for i in range(n):
         label, other = index[LABEL + i], index[ARGMAX + i]
         out = vector(out_at(p, row + i), p.n_classes, element)
+        raw, options = vector(logits_at(p, row + i), p.n_classes, element), options_of(p)
         if label < 0:  # whatever an ignored row holds
             for k in range(p.n_classes):
                 out[k] = narrow(0.0)
         else:
             e = exps_at(p, row, i, exps)
             factor, up = column[FACTOR + i], column[UPSTREAM + i]
+            slope = SLOPE_OF_LOGIT(widen(raw[other if other >= 0 else label]), options)
+            slope_at_label = SLOPE_OF_LOGIT(widen(raw[label]), options)  # now: out may be the logits
             for first in range(0, p.n_classes, CHUNK):
-                part = out[first : first + CHUNK]
+                part, of = out[first : first + CHUNK], raw[first : first + CHUNK]
                 fill_shares(p, row + i, first, len(part), column, T, 0)
                 if p.terms:
                     pulled = vector(pulls + (i * p.n_classes + first) * real_size, len(part), real)
@@ -315,14 +329,18 @@ def write(p, row, n, index, column, exps, pulls):
                         column[CHUNK_OF + k] = column[T + k] * up
                 if p.in_place:
                     for k in range(len(part)):
-                        part[k] = narrow(widen(part[k]) * factor - column[CHUNK_OF + k])
+                        part[k] = narrow(
+                            (widen(part[k]) * factor - column[CHUNK_OF + k]) * SLOPE_OF_LOGIT(widen(of[k]), options)
+                        )
                 else:
                     kept = vector(e + first * real_size, len(part), real)
                     for k in range(len(part)):
-                        part[k] = narrow(kept[k] * factor - column[CHUNK_OF + k])
+                        part[k] = narrow(
+                            (kept[k] * factor - column[CHUNK_OF + k]) * SLOPE_OF_LOGIT(widen(of[k]), options)
+                        )
             if other >= 0:
-                out[other] = narrow(column[OF_OTHER + GRADIENT + i])
-            out[label] = narrow(column[OF_LABEL + GRADIENT + i])
+                out[other] = narrow(column[OF_OTHER + GRADIENT + i] * slope)
+            out[label] = narrow(column[OF_LABEL + GRADIENT + i] * slope_at_label)
 
 
 # --- by rows ----------------------------------------------------------------------------------------------------------
@@ -378,6 +396,14 @@ def finish(p, row, n, index, column):
         column[FACTOR + i] = softmax.scale * whole * up
         column[OF_LABEL + GRADIENT + i] = gradient_apart(label, other, mass) * up + missing
         column[OF_OTHER + GRADIENT + i] = gradient_apart(other, label, mass) * up + missing
+        column[OF_OTHER + P + i] = other.p
+    if p.lse:
+        find_lse(p, row, n, index, column)
+    if p.lse | p.grad_lse:
+        for i in range(padded(n)):
+            column[FACTOR + i] += column[GRAD_LSE + i] * column[SCALE + i]
+            column[OF_LABEL + GRADIENT + i] += column[GRAD_LSE + i] * column[OF_LABEL + P + i]
+            column[OF_OTHER + GRADIENT + i] += column[GRAD_LSE + i] * column[OF_OTHER + P + i]
     if p.loss:
         out = vector(p.loss + row * real_size, n, real)
         for i in range(n):

@@ -59,13 +59,7 @@ def finish(p, row, n, index, column, address):
         for i in range(n):
             loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]
     if p.lse:
-        lse, twice = vector(p.lse + row * real_size, n, real), options_of(p)[2]
-        for i in range(padded(n)):
-            rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
-            column[S0 + i] = lse_of(column[Z_TARGET + i], column[GAP + i], rest)
-            column[GRAD_LSE + i] = twice * column[S0 + i]
-        for i in range(n):
-            lse[i] = 0.0 if index[LABEL + i] < 0 else column[S0 + i]
+        find_lse(p, row, n, index, column)
     if p.saved:
         for i in range(n):
             store(p.saved, row + i, column[GAP + i])
@@ -79,6 +73,17 @@ def find_gaps(n, column):
     for i in range(padded(n)):
         rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
         column[GAP + i] = gap_of(column[Z_TARGET + i], rest)
+
+
+def find_lse(p, row, n, index, column):
+    """Store the logsumexps of a tile, and find their upstream gradients."""
+    lse, twice = vector(p.lse + row * real_size, n, real), options_of(p)[2]
+    for i in range(padded(n)):
+        rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
+        column[S0 + i] = lse_of(column[Z_TARGET + i], column[GAP + i], rest)
+        column[GRAD_LSE + i] = twice * column[S0 + i]
+    for i in range(n):
+        lse[i] = 0.0 if index[LABEL + i] < 0 else column[S0 + i]
 
 
 def pay(p, width, address):

@@ -246,8 +246,13 @@ def class_kernel(loss: Any) -> ClassKernel:
     )
 
 
-def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool) -> SoftResult:
-    """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares."""
+def forward(
+    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any = None
+) -> SoftResult:
+    """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares.
+
+    ``options`` are those of logits as they are: `Call` sends no others here.
+    """
     out = empty_soft(logits, scores)
     n_rows, n_classes = out.loss.numel(), logits.shape[2]
     if n_rows == 0 or n_classes == 0:
@@ -266,7 +271,7 @@ def forward(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    ignore_index: int, loss: Any, out: Tensor | None = None,
+    grad_lse: None, ignore_index: int, loss: Any, options: Any = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
 
