@@ -518,8 +518,8 @@ MUTANTS = (
     ),
     Mutant(
         "no share of an infinite loss is NaN", "kernels/cpu/sigmoid.py",
-        "column[X + i] += 0.0 if other == 0.0 else other * column[VALUE + i]",
-        "column[X + i] += other * column[VALUE + i]",
+        "value += where(other == 0.0, 0.0, other * column[OTHER_VALUE + i])",
+        "value += other * column[OTHER_VALUE + i]",
         "tests/test_sigmoid.py::test_infinite_logits_cost_the_limit_and_nan_stays[numba]",
     ),
     Mutant(
