@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..formulas import gap_losses
+from ..formulas import gap_losses, logits
 from .params import halved
+from .rows import Array
 
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -59,8 +60,33 @@ def gap_kernel(loss: Any) -> GapKernel:
     return GapKernel(kernel[0], kernel[1], halved(loss.parameters()))
 
 
+class LogitKernel(NamedTuple):
+    """What becomes of a logit, as kernels take it."""
+
+    value: Any  # jit functions
+    slope: Any
+    options: Halves
+
+
+@functools.lru_cache(maxsize=256)
+def logit_kernel(options: Any) -> LogitKernel:
+    """Return the jit functions and numbers of logit options; None are none."""
+    name, numbers = ("as_given", (1.0, 1.0)) if options is None else (options.kernel, options.numbers())
+    return LogitKernel(getattr(logits, name), getattr(logits, f"{name}_slope"), halved(numbers))
+
+
+def array(tensor: Tensor) -> Array:
+    """Return a tensor [outer, inner, C] as a kernel takes it."""
+    _, n_inner, n_classes = tensor.shape
+    return Array(tensor, n_inner, n_classes, *tensor.stride())
+
+
 def vector(*tensors: Tensor) -> int:
-    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
+    """Return how chunks of [outer, inner, C] are read: see ``rows``.
+
+    Elements in 16 bytes if all tensors can be walked by such vectors from one common head; 0 where all have their rows
+    side by side and their classes apart; else 1.
+    """
     first = tensors[0]
     return _vector(first.shape, first.itemsize, *[(t.stride(), t.data_ptr() % 16) for t in tensors])
 
@@ -68,10 +94,12 @@ def vector(*tensors: Tensor) -> int:
 @functools.lru_cache(maxsize=1024)
 def _vector(shape: tuple[int, ...], size: int, *layouts: tuple[tuple[int, ...], int]) -> int:
     strides, phase = layouts[0]
+    axes = [d for d in (0, 1) if shape[d] > 1]
+    if axes and all(s[axes[-1]] == 1 != s[2] for s, _ in layouts) and shape[2] > 1:
+        return 0
     if any(s[2] != 1 or start != phase for s, start in layouts) or phase % size:
         return 1
     # rows must leave a 16-byte boundary alike
-    axes = [d for d in (0, 1) if shape[d] > 1]
     if any((s[d] - strides[d]) * size % 16 for s, _ in layouts for d in axes):
         return 1
     return 16 // size
@@ -84,4 +112,30 @@ def device_guard(tensor: Tensor) -> Any:
     """Return a context that launches on the device of the tensor."""
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
-    return torch.xpu.device_of(tensor) if tensor.is_xpu else _NO_GUARD
+    if tensor.device.type == "cpu":
+        return _NO_GUARD
+    return torch.get_device_module(tensor.device).device(tensor.device.index)
+
+
+def empty_at_phase(logits: Tensor) -> Tensor:
+    """Return memory like the logits' where every row starts as far from a 16-byte boundary as theirs.
+
+    Then vectors of both can be walked from one common head. Less than 16 bytes lie between rows, or before the first.
+    """
+    at, size = logits.storage_offset(), logits.itemsize
+    if at * size % 16 == 0 and logits.is_contiguous():
+        return torch.empty_like(logits)
+    shape, strides = logits.shape, torch.empty_like(logits).stride()
+    if strides != logits.stride():  # rows with gaps between them
+        if logits.stride(2) != 1:
+            return torch.empty_like(logits)
+        inner = _at_least(shape[2], logits.stride(1), 16 // size)
+        strides = _at_least(shape[1] * inner, logits.stride(0), 16 // size), inner, 1
+    before = at % (16 // size)
+    n = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if logits.numel() else 0
+    return logits.new_empty(before + n).as_strided(shape, strides, before)
+
+
+def _at_least(least: int, like: int, vector: int) -> int:
+    """Return the smallest stride from ``least`` on that leaves a boundary as ``like`` does."""
+    return least + (like - least) % vector
