@@ -77,7 +77,7 @@ def observe(n_rows, n_classes, layout, dtype):
 
 
 def reads(launched):
-    return launched.times_read("logits_ptr")[:, 0]
+    return launched.times_read("logits[0]")[:, 0]
 
 
 def body_of(row, aligned=True):
@@ -149,15 +149,15 @@ def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
 
     if how.parts == 1:
         np.testing.assert_array_equal(reads(first), seen(logits, sweep + label))
-        assert first.bytes_read() == {"logits_ptr": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
+        assert first.bytes_read() == {"logits[0]": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
     else:
         np.testing.assert_array_equal(reads(first), seen(logits, sweep))
         np.testing.assert_array_equal(reads(last), label)
         shares = n_rows * how.parts
-        assert first.bytes_read() == {"logits_ptr": int(sweep.sum()) * size, "target_ptr": 8 * shares}
-        assert first.bytes_written() == {"sums_ptr": 16 * shares, "argmax_ptr": 4 * shares}
+        assert first.bytes_read() == {"logits[0]": int(sweep.sum()) * size, "target_ptr": 8 * shares}
+        assert first.bytes_written() == {"parts[0]": 16 * shares, "parts[1]": 4 * shares}
         assert last.bytes_read() == {
-            "logits_ptr": n_rows * size, "target_ptr": 8 * n_rows, "sums_ptr": 16 * shares, "argmax_ptr": 4 * shares,
+            "logits[0]": n_rows * size, "target_ptr": 8 * n_rows, "parts[0]": 16 * shares, "parts[1]": 4 * shares,
         }  # fmt: skip
     assert int((sweep + label).sum()) <= n_counted * (n_classes + 1 + CHUNK * how.parts)
     # loss, five scores, runner-up, (gap, max, sum_exp)
@@ -171,12 +171,12 @@ def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dt
     parts = launch.backward(n_rows, n_classes).parts
     counted = (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
     np.testing.assert_array_equal(reads(backward), seen(logits, counted))
-    assert (backward.times_written("grad_ptr") == 1).all()
+    assert (backward.times_written("grad[0]") == 1).all()
     assert backward.bytes_read() == {
-        "logits_ptr": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
-        "saved_ptr": 12 * n_rows * parts, "grad_loss_ptr": 4 * n_rows * parts,
+        "logits[0]": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
+        "saved_ptr": 12 * n_rows * parts, "upstream[0]": 4 * n_rows * parts,
     }  # fmt: skip
-    assert backward.bytes_written() == {"grad_ptr": logits.numel() * logits.element_size()}
+    assert backward.bytes_written() == {"grad[0]": logits.numel() * logits.element_size()}
 
 
 @over_dtypes
@@ -198,7 +198,7 @@ def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, aligned,
     counted = (target != -100).numpy().astype(int)[:, None]
     sweep = forward_reads(logits, target, 1, launch.forward(n_rows, n_classes).lanes, aligned)
     np.testing.assert_array_equal(reads(only), seen(logits, sweep + label_reads(logits, target) + counted))
-    assert (only.times_written("softmax_ptr") == 1).all()
+    assert (only.times_written("softmax[0]") == 1).all()
 
 
 def test_loss_alone_writes_no_scores():

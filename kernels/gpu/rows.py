@@ -146,49 +146,48 @@ def is_spread(VECTOR):
 
 
 @triton.jit
-def load(ptr, mask, MASKED: tl.constexpr = True):
-    """Load raw; masked lanes are -inf, or anything where no mask was ``MASKED`` for them."""
-    if MASKED:
-        return tl.load(ptr, mask, -float("inf"))
+def load(ptr, mask):
+    """Load raw; masked lanes are -inf."""
+    if mask is None:
+        return tl.load(ptr)
     else:
-        return tl.load(ptr, mask)
+        return tl.load(ptr, mask, -float("inf"))
 
 
 @triton.jit
-def fetch(rows, chunk, where, MASKED: tl.constexpr, VECTOR: tl.constexpr):
+def fetch(rows, chunk, where, VECTOR: tl.constexpr):
     """Load [ROWS, LANES, CHUNK] raw: chunk number ``chunk`` [1, LANES] of every row.
 
-    ``MASKED``: of rows ``where`` [ROWS], what ends inside the row, else -inf; if not: everything, or nothing where the
-    one number ``where`` says so.
+    Of rows ``where`` [ROWS] and of chunks in the row, else -inf; without ``where`` all must be there.
     """
     if VECTOR == 0:
         return fetch_planes(rows, chunk, where)
     else:
-        mask = chunk_mask(rows, chunk, where, VECTOR) if MASKED else where
+        mask = None if where is None else chunk_mask(rows, chunk, where, VECTOR)
         if VECTOR == 1:
             ptr = rows.ptr[:, None, None] + (chunk * CHUNK)[:, :, None].to(tl.int64) * rows.class_stride
-            return load(ptr + tl.arange(0, CHUNK)[None, None, :].to(tl.int64) * rows.class_stride, mask, MASKED)
+            return load(ptr + tl.arange(0, CHUNK)[None, None, :].to(tl.int64) * rows.class_stride, mask)
         else:
             ptr = tl.multiple_of(rows.ptr + rows.head, 16)[:, None, None] + (chunk * CHUNK)[:, :, None]
-            return fetch_vectors(ptr, mask, MASKED, VECTOR)
+            return fetch_vectors(ptr, mask, VECTOR)
 
 
 @triton.jit
-def fetch_vectors(ptr, mask, MASKED: tl.constexpr, VECTOR: tl.constexpr):
+def fetch_vectors(ptr, mask, VECTOR: tl.constexpr):
     """Load a chunk at each of ``ptr`` [ROWS, LANES, 1], multiples of 16 bytes."""
     if VECTOR == 8:  # words of two numbers: half the registers while they wait
         words = ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)[None, None, :]
-        if MASKED:
-            return tl.load(words, mask, LOWEST_BFLOAT16 if ptr.dtype.element_ty == tl.bfloat16 else LOWEST_FLOAT16)
+        if mask is None:
+            return tl.load(words)
         else:
-            return tl.load(words, mask)
+            return tl.load(words, mask, LOWEST_BFLOAT16 if ptr.dtype.element_ty == tl.bfloat16 else LOWEST_FLOAT16)
     elif VECTOR == 4:
         # two vectors a chunk, side by side in one thread: a plain load would spread them over two
         half = tl.arange(0, 4)[None, None, :]
-        low, high = load(ptr + half, mask, MASKED), load(ptr + (4 + half), mask, MASKED)
+        low, high = load(ptr + half, mask), load(ptr + (4 + half), mask)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [low.shape[0], low.shape[1], CHUNK])
     else:
-        return load(ptr + tl.arange(0, CHUNK)[None, None, :], mask, MASKED)
+        return load(ptr + tl.arange(0, CHUNK)[None, None, :], mask)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ from .rows import (
 from .scores import store_scores
 from .soft_sweeps import first_sweep, power_sums, second_sweep
 from .soft_targets import Target, fetch_both, rows_of, shares_at, shares_in_chunks
-from .tiles import chunks_of, n_masked, n_unmasked, needs_no_mask, tiles_of_part
+from .tiles import chunks_of, n_all, n_plain, needs_no_mask, tiles_of_part
 
 
 class Targets(NamedTuple):
@@ -199,25 +199,24 @@ def soft_backward_kernel(
     LANES: tl.constexpr = TILE.lanes
 
     tiles = tiles_of_part(rows, (rows.target, saved.runner_up), part, n_parts, TILE, needs_no_mask(TILE))
+    read = rows.active & inside
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, read & (n > 0), TILE.vector)
+    start = 0
     if needs_no_mask(TILE):
-        n = n_unmasked(tiles)
-        chunk = chunks_of(tiles, 0, LANES, False)
-        raw, given = fetch_both(rows, target, chunk, n > 0, False, TILE.vector)
-        for i in range(n):
-            after = chunks_of(tiles, i + 1, LANES, False)
-            raw_ahead, given_ahead = fetch_both(rows, target, after, i + 1 < n, False, TILE.vector)
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
             x = numbers_of(raw, rows)
             shares = shares_in_chunks(target, given, chunk, None, x)
             x = gradient_of_others(x, shares, saved, params, options, TERMS, LOGIT) * LOGIT_SLOPE(x, options)
             store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, TILE.vector)
             raw, given, chunk = raw_ahead, given_ahead, after
 
-    n, read = n_masked(tiles), rows.active & inside
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw, given = fetch_both(rows, target, chunk, read & (n > 0), True, TILE.vector)
-    for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        raw_ahead, given_ahead = fetch_both(rows, target, after, read & (i + 1 < n), True, TILE.vector)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, read & (i + 1 < n), TILE.vector)
         mask = chunk_mask(rows, chunk, read, TILE.vector)
         x = numbers_of(raw, rows)
         shares, slope = shares_in_chunks(target, given, chunk, mask, x), LOGIT_SLOPE(x, options)

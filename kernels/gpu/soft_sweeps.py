@@ -25,7 +25,7 @@ from .rows import (
 )
 from .soft_targets import fetch_both, shares_at, shares_in_chunks
 from .sweep import absorb_in_any_order, exact_argmax, largest_class
-from .tiles import chunks_of, n_masked, n_unmasked, needs_no_mask, tiles_of_part
+from .tiles import chunks_of, n_all, n_plain, needs_no_mask, tiles_of_part
 
 
 @triton.constexpr_function
@@ -41,13 +41,14 @@ def first_sweep(rows, target, gamma, options, LOGIT: tl.constexpr, TILE: tl.cons
     zero = zeros(rows, TILE.rows, LANES)
     lanes, paid, z_target = empty(zero), unpaid(zero), zero
     tiles = tiles_of_part(rows, (rows.target,), 0, 1, TILE, needs_no_mask(TILE))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), TILE.vector)
+    start = 0
     if needs_no_mask(TILE):
-        n = n_unmasked(tiles)
-        chunk = chunks_of(tiles, 0, LANES, False)
-        raw, given = fetch_both(rows, target, chunk, n > 0, False, TILE.vector)
-        for i in range(n):
-            after = chunks_of(tiles, i + 1, LANES, False)
-            raw_ahead, given_ahead = fetch_both(rows, target, after, i + 1 < n, False, TILE.vector)
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
             before = lanes.max
             z = logits_of(raw, rows, None, options, LOGIT)
             t, v = shares_in_chunks(target, given, chunk, None, z)
@@ -55,12 +56,9 @@ def first_sweep(rows, target, gamma, options, LOGIT: tl.constexpr, TILE: tl.cons
             paid = pay(paid, before, lanes.max, z, t, v, None, gamma, False)
             raw, given, chunk = raw_ahead, given_ahead, after
 
-    n = n_masked(tiles)
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), True, TILE.vector)
-    for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), True, TILE.vector)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), TILE.vector)
         before = lanes.max
         mask, classes = chunk_mask(rows, chunk, rows.active, TILE.vector), chunk_classes(rows, chunk)
         z = logits_of(raw, rows, mask, options, LOGIT)
@@ -121,24 +119,22 @@ def second_sweep(
     zero = zeros(rows, TILE.rows, LANES)
     body = Sums(zero, zero, zero)
     tiles = tiles_of_part(rows, (rows.target, runner_up), 0, 1, TILE, needs_no_mask(TILE))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), TILE.vector)
+    start = 0
     if needs_no_mask(TILE):
-        n = n_unmasked(tiles)
-        chunk = chunks_of(tiles, 0, LANES, False)
-        raw, given = fetch_both(rows, target, chunk, n > 0, False, TILE.vector)
-        for i in range(n):
-            after = chunks_of(tiles, i + 1, LANES, False)
-            raw_ahead, given_ahead = fetch_both(rows, target, after, i + 1 < n, False, TILE.vector)
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
             z = logits_of(raw, rows, None, options, LOGIT)
             _, v = shares_in_chunks(target, given, chunk, None, z)
             body = add_tile(body, z, v, None, softmax, params, TERMS, SUMS, False)
             raw, given, chunk = raw_ahead, given_ahead, after
 
-    n = n_masked(tiles)
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), True, TILE.vector)
-    for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), True, TILE.vector)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), TILE.vector)
         mask, classes = chunk_mask(rows, chunk, rows.active, TILE.vector), chunk_classes(rows, chunk)
         z = logits_of(raw, rows, mask, options, LOGIT)
         _, v = shares_in_chunks(target, given, chunk, mask, z)

@@ -60,13 +60,13 @@ def load_weight(ptr, mask):
 
 
 @triton.jit
-def fetch_both(rows, target, chunk, where, MASKED: tl.constexpr, VECTOR: tl.constexpr):
+def fetch_both(rows, target, chunk, where, VECTOR: tl.constexpr):
     """Return what `fetch` loads of the logits, and of the probabilities or 0."""
-    raw = fetch(rows, chunk, where, MASKED, VECTOR)
+    raw = fetch(rows, chunk, where, VECTOR)
     if target.probabilities is None:
         return raw, 0
     else:
-        return raw, fetch(target.rows, chunk, where, MASKED, VECTOR)
+        return raw, fetch(target.rows, chunk, where, VECTOR)
 
 
 @triton.jit

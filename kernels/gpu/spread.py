@@ -9,7 +9,7 @@ from ..formulas.rest import origin
 from ..formulas.scalar import exp
 from .probabilities import along
 from .rows import chunk_classes, chunk_mask, edge_classes, fetch, load_classes, numbers_of, store_chunks
-from .tiles import chunks_of, n_masked, n_unmasked, tiles_of_part
+from .tiles import chunks_of, n_all, n_plain, tiles_of_part
 
 
 class Spread(NamedTuple):
@@ -33,23 +33,22 @@ def write_rows(
     ONE: tl.constexpr = TILE.rows == 1 and TILE.vector > 0
     out_ptr, out_class_stride = out
     tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, ONE)
+    read = rows.active & inside
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw = fetch(rows, chunk, read & (n > 0), TILE.vector)
+    start = 0
     if ONE:
-        n = n_unmasked(tiles)
-        chunk = chunks_of(tiles, 0, LANES, False)
-        raw = fetch(rows, chunk, n > 0, False, TILE.vector)
-        for i in range(n):
-            after = chunks_of(tiles, i + 1, LANES, False)
-            ahead = fetch(rows, after, i + 1 < n, False, TILE.vector)
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            ahead = fetch(rows, after, None, TILE.vector)
             x = spread_of(numbers_of(raw, rows), None, spread, options, LOGIT, LOGIT_SLOPE)
             store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, TILE.vector)
             raw, chunk = ahead, after
 
-    n, read = n_masked(tiles), rows.active & inside
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw = fetch(rows, chunk, read & (n > 0), True, TILE.vector)
-    for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        ahead = fetch(rows, after, read & (i + 1 < n), True, TILE.vector)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        ahead = fetch(rows, after, read & (i + 1 < n), TILE.vector)
         classes = chunk_classes(rows, chunk)
         x = spread_of(numbers_of(raw, rows), classes == along(rows.target, classes), spread, options, LOGIT, LOGIT_SLOPE)
         mask = inside if TILE.vector == 0 else chunk_mask(rows, chunk, inside, TILE.vector)

@@ -16,7 +16,7 @@ from .rows import (
     logits_of,
     zeros,
 )
-from .tiles import chunks_of, n_masked, n_unmasked, tiles_of_part
+from .tiles import chunks_of, n_all, n_plain, tiles_of_part
 
 
 @triton.jit
@@ -26,23 +26,21 @@ def sweep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr)
     ONE: tl.constexpr = TILE.rows == 1
     tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, ONE)
     rest = empty(zeros(rows, TILE.rows, LANES))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw = fetch(rows, chunk, rows.active & (n > 0), TILE.vector)
+    start = 0
     if ONE:  # the long run: whole tiles without the label, so nothing is masked
-        n = n_unmasked(tiles)
-        chunk = chunks_of(tiles, 0, LANES, False)
-        raw = fetch(rows, chunk, n > 0, False, TILE.vector)
-        for i in range(n):
-            after = chunks_of(tiles, i + 1, LANES, False)
-            ahead = fetch(rows, after, i + 1 < n, False, TILE.vector)
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            ahead = fetch(rows, after, None, TILE.vector)
             z = logits_of(raw, rows, None, options, LOGIT)
             rest = absorb(rest, z, chunk, is_spread(TILE.vector))
             raw, chunk = ahead, after
 
-    n = n_masked(tiles)
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw = fetch(rows, chunk, rows.active & (n > 0), True, TILE.vector)
-    for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        ahead = fetch(rows, after, rows.active & (i + 1 < n), True, TILE.vector)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        ahead = fetch(rows, after, rows.active & (i + 1 < n), TILE.vector)
         z = logits_of(raw, rows, chunk_mask(rows, chunk, rows.active, TILE.vector), options, LOGIT)
         z = without_target(z, rows, chunk)
         if ONE:
@@ -70,12 +68,11 @@ def sweep_planes(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.con
     tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, False)
     rest = empty(zeros(rows, TILE.rows, LANES))
     z_target = tl.zeros_like(rest.max)
-    n = n_masked(tiles)
-    chunk = chunks_of(tiles, 0, LANES, True)
-    raw = fetch(rows, chunk, rows.active & (n > 0), True, 0)
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw = fetch(rows, chunk, rows.active & (n > 0), 0)
     for i in range(n):
-        after = chunks_of(tiles, i + 1, LANES, True)
-        ahead = fetch(rows, after, rows.active & (i + 1 < n), True, 0)
+        after = chunks_of(tiles, i + 1, LANES)
+        ahead = fetch(rows, after, rows.active & (i + 1 < n), 0)
         z = logits_of(raw, rows, chunk_mask(rows, chunk, rows.active, 0), options, LOGIT)
         classes = chunk_classes(rows, chunk)
         at_target = classes == rows.target[:, None, None]

@@ -58,13 +58,14 @@ def tiles_of_part(rows, classes, part, n_parts, TILE: tl.constexpr, NO_MASK: tl.
 
 
 @triton.jit
-def n_unmasked(tiles):
+def n_plain(tiles):
+    """Return how many tiles of the order need no mask: its first ones."""
     return tiles.full - tiles.first - n_apart(tiles)
 
 
 @triton.jit
-def n_masked(tiles):
-    return tiles.last - tiles.full + n_apart(tiles)
+def n_all(tiles):
+    return tiles.last - tiles.first
 
 
 @triton.jit
@@ -76,14 +77,14 @@ def n_apart(tiles):
 
 
 @triton.jit
-def chunks_of(tiles, i, LANES: tl.constexpr, MASKED: tl.constexpr):
-    """Return the chunk numbers [1, LANES] of the ``i``-th tile without a mask, or with one."""
-    if MASKED:
-        tile = tiles.full - n_apart(tiles) + i  # past those set apart
+def chunks_of(tiles, i, LANES: tl.constexpr, PLAIN: tl.constexpr = False):
+    """Return the chunk numbers [1, LANES] of the ``i``-th tile in order, one that needs no mask if ``PLAIN``."""
+    tile = tiles.first + i
+    for j in tl.static_range(len(tiles.apart)):
+        tile += tl.where(tile >= tiles.apart[j], 1, 0)
+    if not PLAIN:
+        past = i - n_plain(tiles)  # those set apart come next, then what ends past the row
+        tile = tl.where(past < 0, tile, tiles.first + i)
         for j in tl.static_range(len(tiles.apart)):
-            tile = tl.where((i == j) & (tiles.apart[j] < tiles.full), tiles.apart[j], tile)
-    else:
-        tile = tiles.first + i
-        for j in tl.static_range(len(tiles.apart)):
-            tile += tl.where(tile >= tiles.apart[j], 1, 0)
+            tile = tl.where((past == j) & (tiles.apart[j] < tiles.full), tiles.apart[j], tile)
     return tile * LANES + tl.arange(0, LANES)[None, :]
