@@ -2,8 +2,7 @@
 
     python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [--quick] [--out folder]
 
-All four without a name. Writes claims.json, claims.md and a picture each into bench/results, and what the README quotes
-of suspects into it.
+All four without a name. Writes claims.json, claims.md and the pictures into bench/results.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from .claims_verdict import ABOVE_ZERO
-from .record import ROOT, commit, environment, plain, progress
+from .record import commit, environment, plain, progress
 
 NAMES = ("encouraging", "prioritisation", "separation", "suspects")
 PROCESSES = 2
@@ -49,8 +48,6 @@ def main(arguments: list[str]) -> None:
     command = " ".join(["python -m bench claims", *arguments])
     names = options.names or NAMES
     text, written = run(names, options.quick, folder, progress, command)
-    if "suspects" in names and folder.resolve() == RESULTS and not options.quick:
-        written.append(quote(folder))
     print(text)
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
 
@@ -116,31 +113,24 @@ def report(folder: Path) -> tuple[str, list[Path]]:
     from . import plots
 
     results = json.loads((folder / "claims.json").read_text())
-    pictures = {}
+    pictures: dict[str, list[str]] = {}
     if why := plots.why_not():
         print(why, file=sys.stderr)
     else:
-        for name in NAMES:
-            if name in results:
-                figure = plots._figure(15, 9 if name == "separation" else 5)
-                _module(name).draw(results[name], figure)
-                pictures[name] = folder / f"claims-{name}.png"
-                figure.savefig(pictures[name], dpi=100)
-    text = markdown(results, {name: path.name for name, path in pictures.items()})
+        for name in filter(results.__contains__, NAMES):
+            module = _module(name)
+            for suffix, draw in {"": module.draw, **getattr(module, "MORE_PICTURES", {})}.items():
+                figure = plots._figure(15, 5)
+                draw(results[name], figure)
+                pictures.setdefault(name, []).append(f"claims-{name}{suffix}.png")
+                figure.savefig(folder / pictures[name][-1], dpi=100)
+    text = markdown(results, pictures)
     (folder / "claims.md").write_text(text)
-    return text, [folder / "claims.json", folder / "claims.md", *pictures.values()]
+    written = ["claims.json", "claims.md", *(picture for each in pictures.values() for picture in each)]
+    return text, [folder / name for name in written]
 
 
-def quote(folder: Path) -> Path:
-    """Write what the README quotes of claims.json; return the README."""
-    from . import claims_suspects
-
-    readme, section = ROOT / "README.md", json.loads((folder / "claims.json").read_text())["suspects"]
-    readme.write_text(claims_suspects.with_results(readme.read_text(), section, table, cell))
-    return readme
-
-
-def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
+def markdown(results: dict[str, Any], pictures: dict[str, list[str]]) -> str:
     """Return the report of what ``results`` holds; ``pictures`` are file names beside it."""
     from .report import _environment, _stamp
 
@@ -149,11 +139,11 @@ def markdown(results: dict[str, Any], pictures: dict[str, str]) -> str:
         if name not in results:
             continue
         section, module = results[name], _module(name)
-        shown = f"\n![{module.TITLE}]({pictures[name]})\n" if name in pictures else ""
+        shown = "".join(f"\n![{module.TITLE}]({picture})\n" for picture in pictures.get(name, ()))
         took = f"It took {section['elapsed_s']:.0f} s; processes: {section['processes']}."
         body = module.markdown(section, table, cell)
         parts.append(f"## {module.TITLE}\n\n{_stamp(section)} {took}\n\n{_verdicts(section)}\n{body}{shown}")
-    parts.append(f"## Environment\n\n{_environment(results['environment'])}\n")
+    parts.append(f"## Environment of the last run\n\n{_environment(results['environment'])}\n")
     return "\n".join(parts)
 
 

@@ -261,8 +261,28 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
 def draw(section: dict[str, Any], figure: Any) -> None:
     names = list(section["table"])[::-1]
     noises = list(dict.fromkeys(noise for each in section["table"].values() for noise in each))
-    for axes, noise in zip(figure.subplots(1, len(noises), sharey=True, squeeze=False).flat, noises, strict=True):
-        each = [section["table"][name].get(noise, {}).get("error", {"mean": 0, "half": 0}) for name in names]
-        axes.barh(names, [one["mean"] for one in each], xerr=[one["half"] or 0 for one in each], capsize=3)
-        axes.set(title=f"{noise} % random labels", xlabel="test error, %")
+    figure.suptitle(
+        "Choosing which examples to train on, at the same number of backward passes. Lower is better; bars: "
+        "95 % interval of the mean."
+    )
+    panels = figure.subplots(1, len(noises), sharex=True, sharey=True, squeeze=False)
+    for axes, noise in zip(panels.flat, noises, strict=True):
+        for y, name in enumerate(names):
+            if noise not in section["table"][name]:
+                axes.text(0.02, y, "not measured", transform=axes.get_yaxis_transform(), va="center", color="gray",
+                          backgroundcolor="white")  # fmt: skip
+                continue
+            error = section["table"][name][noise]["error"]
+            axes.errorbar(error["mean"], y, xerr=error["half"] or 0, fmt="o", color="C0", capsize=3)
+        uniform = section["table"]["uniform"][noise]["error"]["mean"]
+        axes.axvline(uniform, color="gray", linewidth=0.8, linestyle="--")
+        axes.set(title=f"{noise} % of the labels random", xlabel="test error, %", xscale="log")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks(ticks := (2, 5, 10, 20, 50), map(str, ticks))
+        axes.minorticks_off()
         axes.grid(alpha=0.3, axis="x")
+    figure.supxlabel(
+        "dashed: uniform, every example alike. Guarded: without suspects, those whose loss is above the .10 (.05, .20) "
+        "quantile of what random labels would cost.",
+        fontsize=10,
+    )

@@ -285,15 +285,42 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
     return "\n".join(parts)
 
 
+ASKED = {
+    "noisy/hard": "damaged above hard",
+    "noisy/all clean": "damaged above all others",
+    "hard/easy": "hard above easy",
+}
+DATA = {
+    "ambig": "blends are hard,\nrandom wrong labels",
+    "ambig_pair": "blends are hard,\nlabels one off",
+    "rare": "rare digits are hard,\nrandom wrong labels",
+    "synth": "synthetic, rare modes hard,\nrandom wrong labels",
+    "rare_gauss": "rare digits are hard,\nnoise for images",
+}
+WHEN = {"_last": ", last epoch", "_early": ", epoch 6", "_mean": ", mean of epochs", "_half": ", mean of first half"}
+
+
+def _in_words(score: str) -> str:
+    for suffix, words in WHEN.items():
+        score = score.replace(suffix, words)
+    return score
+
+
 def draw(section: dict[str, Any], figure: Any) -> None:
+    figure.set_size_inches(14, 10)
     names = list(section["table"])
     scores = list(section["table"][names[0]])
-    for axes, question in zip(figure.subplots(1, len(QUESTIONS), sharey=True), QUESTIONS, strict=True):
+    figure.suptitle("Does a score rank one kind of example above another? Five data sets with known damage")
+    panels = figure.subplots(1, len(QUESTIONS), sharey=True)
+    for axes, question in zip(panels, QUESTIONS, strict=True):
         grid = [[section["table"][name][score][question]["mean"] for name in names] for score in scores]
-        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_title(f"AUROC, {question}")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(scores)), scores)
+        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="RdBu", aspect="auto")
+        axes.set_title(ASKED[question])
+        axes.set_xticks(range(len(names)), [DATA[name] for name in names], rotation=90, fontsize=9)
+        axes.set_yticks(range(len(scores)), map(_in_words, scores))
         for i, row in enumerate(grid):
             for j, x in enumerate(row):
-                axes.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=7)
+                color = "white" if abs(x - 0.5) > 0.35 else "black"
+                axes.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=7, color=color)
+    bar = figure.colorbar(picture, ax=panels, fraction=0.02)
+    bar.set_label("AUROC: 1 (blue) sorts perfectly, 0.5 (white) is chance, 0 (red) is the wrong way round")

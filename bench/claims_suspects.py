@@ -1,39 +1,32 @@
-"""Suspects of a training with flipped labels: how many are flipped, and what dropping them does to the test error.
-
-The code is the README's own, the block under Training dynamics, as it stands but for what a setting replaces.
-"""
+"""Suspects of a training with flipped labels: how many are flipped, and what dropping them does to the test error."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import re
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from bonus_ops import ExampleTracker, bonus_cross_entropy_with_scores
+
+from .claims_data import BATCH, HIDDEN, MOMENTUM, N_TEST, RATE
 from .claims_verdict import ABOVE_ZERO, interval, verdict
-from .record import ROOT, between
 
-TITLE = "Suspects of the README's example"
-README, HEADING = ROOT / "README.md", "## Training dynamics"
+TITLE = "Mislabelled examples"
 SEEDS, EPOCHS, QUICK_EPOCHS = 10, 30, 6
-AS_IT_STANDS = "30 % flipped, two hidden layers"
+SHOWN = 16  # suspects in the second picture
 
 
-def _fewer(share: float) -> dict[str, str]:
-    """Return what to replace for that share of flips and suspects, and one hidden layer."""
-    return {"< 0.3": f"< {share}", "suspect=0.3": f"suspect={share}", "nn.Linear(256, 256), nn.ReLU(), ": ""}
+class Setting(NamedTuple):
+    flipped: float  # share of the labels, and of the suspects asked for
+    hidden_layers: int
+
+    def __str__(self) -> str:
+        layers = "two hidden layers" if self.hidden_layers == 2 else "one hidden layer"
+        return f"{self.flipped:.0%} flipped, {layers}".replace("%", " %")
 
 
-SETTINGS: dict[str, dict[str, str]] = {
-    AS_IT_STANDS: {},
-    "20 % flipped, one hidden layer": _fewer(0.2),
-    "15 % flipped, one hidden layer": _fewer(0.15),
-}
-BEGIN = "<!-- suspects: from bench/results/claims.json, by `python -m bench claims suspects` -->"
-END = "<!-- end of suspects -->"
-WRITES_FILES = re.compile(r"^report\.(?:to_csv|plot)\(.*\)\n", re.MULTILINE)
+SETTINGS = {str(setting): setting for setting in (Setting(0.3, 2), Setting(0.2, 1), Setting(0.15, 1))}
 COLUMNS = {
     "precision": "suspects that are flipped, %",
     "recall": "flipped that are suspects, %",
@@ -43,74 +36,102 @@ COLUMNS = {
 }
 
 
-def block() -> str:
-    """Return the README's code; exit where there is none."""
-    if not README.exists():
-        sys.exit(f"{README} is not there: this claim runs the code in it, so run it from a checkout")
-    section = README.read_text().partition(f"\n{HEADING}\n")[2].partition("\n## ")[0]
-    found = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    if len(found) != 1:
-        sys.exit(f"{README}: expected one block of python under {HEADING!r}, found {len(found)}")
-    return found[0]
+class Flipped(NamedTuple):
+    """Digits, some training labels of which were flipped to another class."""
+
+    images: Tensor  # [N, 64], pixels in [0, 1]
+    given: Tensor
+    true: Tensor
+    test_images: Tensor
+    test_labels: Tensor
 
 
-def digest(text: str) -> str:
-    """Return what tells whether a record was measured with this code."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def flip(share: float) -> Flipped:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    order = torch.randperm(len(labels))
+    test, train = order[:N_TEST], order[N_TEST:]
+    given = labels[train].clone()
+    flipped = torch.rand(len(given)) < share
+    given[flipped] = (given[flipped] + torch.randint(1, 10, (int(flipped.sum()),))) % 10
+    return Flipped(images[train], given, labels[train], images[test], labels[test])
 
 
-def code(name: str, seed: int, epochs: int) -> str:
-    """Return the README's code with another seed, length and setting, writing no file."""
-    text = WRITES_FILES.sub("", block())
-    changes = {"manual_seed(0)": f"manual_seed({seed})", f"epochs={EPOCHS}": f"epochs={epochs}", **SETTINGS[name]}
-    for old, new in changes.items():
-        if text.count(old) != 1:
-            sys.exit(f"{README}: expected {old!r} once in the code under {HEADING!r}, found it {text.count(old)} times")
-        text = text.replace(old, new)
-    return text
+def fit(data: Flipped, rows: Tensor, hidden_layers: int, epochs: int, tracker: ExampleTracker | None = None) -> float:
+    """Train on ``rows`` and return the test error in %."""
+    layers: list[nn.Module] = [nn.Linear(64, HIDDEN), nn.ReLU()]
+    for _ in range(hidden_layers - 1):
+        layers += [nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(HIDDEN, 10))
+    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, epochs)
+    for _ in range(epochs):
+        for index in rows[torch.randperm(len(rows))].split(BATCH):
+            loss, scores = bonus_cross_entropy_with_scores(model(data.images[index]), data.given[index], bonus=None)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if tracker is not None:
+                tracker.update(scores, index)
+        schedule.step()
+        if tracker is not None:
+            tracker.end_epoch()
+    return 100 * (model(data.test_images).argmax(1) != data.test_labels).double().mean().item()
 
 
 def jobs(quick: bool) -> list[tuple[Any, ...]]:
     seeds, epochs = (1, QUICK_EPOCHS) if quick else (SEEDS, EPOCHS)
-    made = [(name, seed, epochs) for name in SETTINGS for seed in range(seeds)]
-    for job in made:
-        code(*job)  # in time: an exit in a process of the pool says nothing
-    return made
+    return [(name, seed, epochs) for name in SETTINGS for seed in range(seeds)]
 
 
-def work(name: str, seed: int, epochs: int) -> dict[str, float]:
-    names: dict[str, Any] = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code(name, seed, epochs), str(README), "exec"), names)
-    flipped, suspects = names["flipped"], names["report"].suspects
-    found = int(flipped[suspects].sum())
+def work(name: str, seed: int, epochs: int) -> dict[str, Any]:
+    setting = SETTINGS[name]
+    torch.manual_seed(seed)
+    data = flip(setting.flipped)
+    flipped = data.given != data.true
+    tracker = ExampleTracker(len(flipped))
+    before = fit(data, torch.arange(len(flipped)), setting.hidden_layers, epochs, tracker)
+    report = tracker.report(suspect=setting.flipped)
+    kept = torch.ones(len(flipped), dtype=torch.bool)
+    kept[report.suspects] = False
+    after = fit(data, kept.nonzero().squeeze(1), setting.hidden_layers, epochs)
+    suspects, found = report.suspects, int(flipped[report.suspects].sum())
     return {
-        "precision": 100 * found / len(suspects),
-        "recall": 100 * found / int(flipped.sum()),
-        "before": 100 * names["before"],
-        "after": 100 * names["after"],
-    }
+        "precision": 100 * found / len(suspects), "recall": 100 * found / int(flipped.sum()), "before": before,
+        "after": after, "worst": [_shown(data, report, index) for index in suspects[:SHOWN].tolist()],
+    }  # fmt: skip
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, float]], quick: bool) -> dict[str, Any]:
-    by_seed: dict[str, list[dict[str, float]]] = {}
+def _shown(data: Flipped, report: Any, index: int) -> dict[str, Any]:
+    pixels = (16 * data.images[index]).int().tolist()
+    suggested = int(report.labels.suggested[index])
+    return {"given": int(data.given[index]), "suggested": suggested, "true": int(data.true[index]), "pixels": pixels}
+
+
+def conclude(results: dict[tuple[Any, ...], dict[str, Any]], quick: bool) -> dict[str, Any]:
+    by_seed: dict[str, list[dict[str, Any]]] = {}
+    worst: list[dict[str, Any]] = []  # of the first setting and seed
     for (name, seed, _), found in sorted(results.items(), key=lambda one: one[0][1]):
-        by_seed.setdefault(name, []).append({"seed": seed, **found, "change": found["after"] - found["before"]})
+        measured = {key: found[key] for key in COLUMNS if key != "change"}
+        by_seed.setdefault(name, []).append({"seed": seed, **measured, "change": found["after"] - found["before"]})
+        if (name, seed) == (next(iter(SETTINGS)), 0):
+            worst = found["worst"]
     table = {name: {key: interval([one[key] for one in by_seed[name]]) for key in COLUMNS} for name in SETTINGS}
     verdicts = [
         verdict(f"{name}: dropping the suspects lowers the test error, by points",
                 [-one["change"] for one in by_seed[name]], at_least=ABOVE_ZERO)
         for name in SETTINGS
     ]  # fmt: skip
-    return {"code": digest(block()), "table": table, "by_seed": by_seed, "verdicts": [] if quick else verdicts}
+    return {"table": table, "by_seed": by_seed, "worst": worst, "verdicts": [] if quick else verdicts}
 
 
 def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
     head = ["seed", *COLUMNS.values()]
     parts = [
-        "The README's example under *Training dynamics*: digits with flipped labels, 30 epochs, as many suspects as "
-        "flips were made. The first setting is the code as it stands, the others replace the shares and leave out a "
-        f"layer; code {section['code']}.\n\n",
+        f"Digits with flipped labels, {EPOCHS} epochs of plain cross-entropy, watched by an `ExampleTracker`; its "
+        "report is asked for as many suspects as flips were made, and a new network is trained without them.\n\n",
         table(["setting", *COLUMNS.values()],
               ([name, *(cell(each[key]) for key in COLUMNS)] for name, each in section["table"].items())),
     ]  # fmt: skip
@@ -120,33 +141,37 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
     return "".join(parts)
 
 
-def with_results(readme: str, section: dict[str, Any], table: Any, cell: Any) -> str:
-    """Return the README with what this claim measured between its markers."""
-    from .report import _paragraph
-
-    first, seeds = section["by_seed"][AS_IT_STANDS][0], section["table"][AS_IT_STANDS]["change"]["seeds"]
-    rows = (
-        [name, *(cell(each[key]) for key in COLUMNS), v["verdict"]]
-        for (name, each), v in zip(section["table"].items(), section["verdicts"], strict=True)
-    )
-    text = _paragraph(
-        f"Seed {first['seed']}: {first['precision']:.0f} % of the suspects are flipped, and the test error goes from "
-        f"{first['before']:.1f} to {first['after']:.1f} %. `python -m bench claims suspects` runs this code with "
-        f"{seeds} seeds, and with fewer flips and a layer less; mean ± half the 95 % confidence interval, all of it in "
-        "[claims.md](bench/results/claims.md):"
-    )
-    return between(readme, BEGIN, END, f"{text}\n{table(['setting', *COLUMNS.values(), 'the error falls'], rows)}")
-
-
 def draw(section: dict[str, Any], figure: Any) -> None:
     by_seed = section["by_seed"]
+    figure.suptitle("Digits with flipped labels: what dropping the suspects does to the test error. Lower is better.")
     panels = figure.subplots(1, len(by_seed), sharey=True, squeeze=False)
     for axes, (name, seeds) in zip(panels.flat, by_seed.items(), strict=True):
         for one in seeds:
-            axes.plot([0, 1], [one["before"], one["after"]], "o-", color="C0", alpha=0.5)
+            (line,) = axes.plot([0, 1], [one["before"], one["after"]], "o-", color="C0", alpha=0.5)
+        line.set_label("one run")
         mean = section["table"][name]
-        axes.plot([0, 1], [mean["before"]["mean"], mean["after"]["mean"]], "o-", color="black", linewidth=3)
+        axes.plot([0, 1], [mean["before"]["mean"], mean["after"]["mean"]], "o-", color="black", linewidth=3,
+                  label=f"mean of {len(seeds)} runs")  # fmt: skip
         axes.set(title=name, xlim=(-0.2, 1.2), ylim=(0, None))
-        axes.set_xticks([0, 1], ["all examples", "suspects dropped"])
+        axes.set_xticks([0, 1], ["trained on all", "suspects dropped"])
         axes.grid(alpha=0.3, axis="y")
-    panels.flat[0].set_ylabel("test error, %; a line a seed, black their mean")
+    panels.flat[0].set_ylabel("test error, %")
+    panels.flat[0].legend()
+
+
+def draw_worst(section: dict[str, Any], figure: Any) -> None:
+    """Draw the images suspected most, with the label given, the one suggested, and whether that is right."""
+    figure.set_size_inches(11, 4)
+    figure.suptitle(
+        "Handwritten digits, 30 % of their labels flipped on purpose:\nwhat the tracker suspects most after one "
+        "training, and the label it suggests"
+    )
+    for axes, image in zip(figure.subplots(2, SHOWN // 2).flat, section["worst"], strict=True):
+        axes.imshow([image["pixels"][i : i + 8] for i in range(0, 64, 8)], cmap="gray_r", vmin=0, vmax=16)
+        axes.set_title(f"labelled {image['given']}", fontsize=11, color="firebrick")
+        right = image["suggested"] == image["true"]
+        axes.set_xlabel(f"suggests {image['suggested']}{'' if right else ' (wrong)'}", fontsize=11, color="darkgreen")
+        axes.set(xticks=[], yticks=[])
+
+
+MORE_PICTURES = {"-worst": draw_worst}

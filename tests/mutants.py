@@ -478,12 +478,12 @@ MUTANTS = (
     # the loops of a CPU, and the gradient made in the forward visit
     Mutant(
         "a loop counts the label among the rest", "kernels/cpu/rows.py",
-        "if (d < -1000.0) | (k == label) else d", "if d < -1000.0 else d",
+        "bounded(where((k == skip) | (k == skip_other), -1000.0, d))", "bounded(d)",
         f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[one thread-dtype0-64-bonus]",
     ),
     Mutant(
         "a loop takes the label for its own runner-up", "kernels/cpu/rows.py",
-        "if widen(z[k]) == m and k != label:", "if widen(z[k]) == m:",
+        "where((read(part[i]) == m) & (k != skip), k,", "where(read(part[i]) == m, k,",
         f"{LOOPS}::test_the_runner_up_is_the_lowest_index_of_many_ties[one thread-131]",
     ),
     Mutant(
@@ -507,13 +507,13 @@ MUTANTS = (
         f"{LOOPS}::test_a_label_out_of_range_raises_before_a_loop_reads_by_it[labels--1]",
     ),
     Mutant(
-        "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft.py",
-        "cost_here -= where(t == 0.0, 0.0, t * d)", "cost_here -= t * d",
+        "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft_rows.py",
+        "cost_here -= where(t == 0.0, 0.0, t * (widen(part[i]) - at))", "cost_here -= t * (widen(part[i]) - at)",
         "tests/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-None]",
     ),
     Mutant(
-        "the runner-up is pulled as the label is", "kernels/cpu/soft.py",
-        "g[runner_up] = narrow(at_other * up + missing)", "g[runner_up] = narrow(at_label * up + missing)",
+        "the runner-up is pulled as the label is", "kernels/cpu/soft_rows.py",
+        "out[other] = narrow(column[OF_OTHER + GRADIENT + i])", "out[other] = narrow(column[OF_LABEL + GRADIENT + i])",
         "tests/test_soft.py::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
     ),
     Mutant(

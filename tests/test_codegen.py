@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -169,13 +168,3 @@ def test_the_committed_json_covers_the_table(committed):
     assert {c["n_classes"] for c in cases} >= {10, 1000, 1024, 32000, 50257, 50304, 128256, 151936, 262144}
     assert {c["dtype"] for c in cases} == {"fp16", "bf16", "fp32", "fp64"}
     assert list(gates.failures(committed["builds"])) == []
-
-
-def test_the_readme_quotes_the_committed_table(committed):
-    text = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
-    quoted = re.search(r"([\d.]+) instructions and ([\d.]+) exponentials a bf16 logit", text)
-    loop = report.binding_loop(a_build(committed))
-    assert quoted and quoted.groups() == (f"{loop['instructions'] / 8:.1f}", f"{loop['exp'] / 8:.3f}")
-    case = the_case(committed, "forward", 65536, 1000)
-    whole = roofline.predict(case, committed["builds"], MACHINES["H200"])["instructions_per_logit"]
-    assert re.search(r"told ([\d.]+) instructions a logit at 1000 classes", text)[1] == f"{whole:.1f}"

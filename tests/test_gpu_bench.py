@@ -82,7 +82,8 @@ def whole(tmp_path_factory):
     """A run of every step, on the stand-in: (its folder, what it printed, README)."""
     root = tmp_path_factory.mktemp("whole")
     (root / "bin").mkdir()
-    readme, folder = root / "README.md", root / "bench/results"
+    readme, folder = root / "bench/README.md", root / "bench/results"
+    folder.mkdir(parents=True)
     readme.write_text(f"before {gpu_report.BEGIN}{gpu_report.END} after")
     script(root / "bin/compute-sanitizer", "echo 64 launches of our kernels")
     python = script(root / "bin/python", "echo ..s; echo 2 passed, 1 skipped in 0.10s")

@@ -1,4 +1,4 @@
-"""What is installed: the package without triton or numba, the wheel's kernels, the README's code as it stands."""
+"""What is installed: the package without triton or numba, the wheel's kernels."""
 
 from __future__ import annotations
 
@@ -240,54 +240,3 @@ def test_the_wheel_has_the_version_that_the_package_says(wheel):
 def test_importing_the_package_is_enough_for_its_parts(tmp_path):
     code = "import sys, bonus_ops as b; b.causal_lm.trainer_loss, b.policies.infobatch, b.dynamics.Mean"
     assert run(code + "; print('torch.distributed.tensor' in sys.modules)", tmp_path) == "False\n"  # half a second
-
-
-def blocks_of_python() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL) if README.exists() else []
-
-
-@pytest.mark.skipif(not README.exists(), reason="no README.md yet")
-def test_the_readme_has_code_to_run():
-    assert blocks_of_python()
-
-
-ONE_BY_ONE = """
-import os, runpy, sys, traceback
-import torch._dynamo  # the slow imports, once: each block is a fork
-
-for block in range(int(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        os.chdir(str(block))
-        said = os.open("said", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 1), os.dup2(said, 2)
-        code = 1
-        try:
-            runpy.run_path("block.py", run_name="__main__")
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.fixture(scope="module")
-def blocks(tmp_path_factory) -> list[tuple[str, str]]:
-    """Run every block of the README; return the exit status of each, and what it said."""
-    folder, codes = tmp_path_factory.mktemp("readme"), blocks_of_python()
-    for number, code in enumerate(codes):
-        (folder / str(number)).mkdir()
-        (folder / str(number) / "block.py").write_text(code)
-    statuses = run(ONE_BY_ONE, folder, str(len(codes))).split()
-    return [(status, (folder / str(number) / "said").read_text()) for number, status in enumerate(statuses)]
-
-
-@pytest.mark.parametrize("number", range(len(blocks_of_python())))
-def test_the_code_in_the_readme_runs_as_it_stands(number, blocks):
-    for extra in ("sklearn", "matplotlib"):
-        if extra in blocks_of_python()[number] or (extra == "matplotlib" and ".plot(" in blocks_of_python()[number]):
-            pytest.importorskip(extra)
-    status, said = blocks[number]
-    assert status == "0", said

@@ -1,9 +1,7 @@
 """Each policy against a plain-Python statement of its formula; its draws against what they should average to."""
 
 import math
-import re
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -616,16 +614,15 @@ def test_self_paced_threshold_recovers_from_a_start_without_losses():
     assert start.isnan() and self_paced_threshold(start, torch.tensor([3.0])) == 3.0
 
 
-def test_the_sampler_of_the_readme_leaves_out_the_suspects():
-    section = (Path(__file__).parent.parent / "README.md").read_text().split("\n## Policies\n")[1]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section.split("\n## ")[0], re.MULTILINE | re.DOTALL)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        names = {}
-        exec(code, names)
-    suspects = set(names["suspect"].nonzero()[:, 0].tolist())
-    assert suspects and len(names["sampler"]) and suspects.isdisjoint(names["sampler"])
-    assert not names["keep"][names["suspect"]].any()
+def test_a_sampler_leaves_out_the_suspects():
+    scores = difficulty_scores(torch.randn(64, 10, generator=generator()), torch.arange(64) % 10)
+    suspect = noise_mask(scores.loss, threshold=4.0)
+    difficulty = guarded(scores.difficulty("loss"), suspect)
+    sampler = DifficultySampler(difficulty, lambda d, g: infobatch(d, generator=g))
+    suspects = set(suspect.nonzero()[:, 0].tolist())
+    assert suspects and len(sampler) and suspects.isdisjoint(sampler)
+    keep = selective_backprop(difficulty, History.empty().push(difficulty), generator=generator()).keep
+    assert not keep[suspect].any()
 
 
 @pytest.mark.parametrize("handed_out", [0, 7])

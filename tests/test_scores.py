@@ -285,7 +285,19 @@ def test_grad_norm_is_the_norm_of_the_true_gradient(implementation, bonus, n_cla
 
 
 def test_the_registry_lists_every_score_and_nothing_else():
-    of_rows = {"difficulty", "hardest", "select", "flatten", "to", "cpu", "cat", "to_sequences", "scalars", "to_pandas"}
+    of_rows = {
+        "difficulty",
+        "hardest",
+        "select",
+        "flatten",
+        "to",
+        "cpu",
+        "cat",
+        "to_sequences",
+        "scalars",
+        "to_pandas",
+        "z_loss",
+    }
     other = of_rows | {"accuracy", "ignored", "label", "target"}
     public = {name for name in dir(Scores) if not name.startswith("_")} - set(dir(tuple))
     assert public - other == set(SCORES)

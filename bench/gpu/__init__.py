@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command of under eight minutes: tests, ceilings, times, goals, launch parameters.
 
-    python -m bench gpu                      every step, to bench/results/gpu-<name>.{json,md}, a picture, the README
+    python -m bench gpu                      every step: bench/results/gpu-<name>.{json,md}, a picture, bench/README.md
     python -m bench gpu --steps speed sweep  some of them, into files of their own
-    python -m bench gpu --report             Markdown, pictures, the README again, from the JSON: needs no GPU
+    python -m bench gpu --report             Markdown, pictures, bench/README.md again, from the JSON: needs no GPU
     python -m bench gpu --dry-run            every path on the CPU at toy sizes with a stand-in clock
 
 Each step is a process of its own with a time limit; what it has saved counts even if it is killed or crashes, and the
@@ -61,7 +61,7 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
     folder = (options.out or results_folder).resolve()
     if options.dry_run and folder.is_relative_to(results_folder.resolve()):
         sys.exit(f"a dry run is no measurement: give --out another folder than {results_folder}")
-    readme = results_folder.parent.parent / "README.md" if folder == results_folder.resolve() else None
+    readme = results_folder.parent / "README.md" if folder == results_folder.resolve() else None
     if options.report:
         for path in sorted(folder.glob("gpu-*.json")):
             write(json.loads(path.read_text()), folder, path.stem)
@@ -106,7 +106,7 @@ def _report() -> Any:
 def run(
     options: argparse.Namespace, folder: Path, command: str, commit: str, readme: Path | None = None
 ) -> dict[str, Any]:
-    """Run the steps, each in its process; write the results, and the README that quotes them, after every one."""
+    """Run the steps, each in its process; write the results, and the page that quotes them, after every one."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.budget
     results: dict[str, Any] = {

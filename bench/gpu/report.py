@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from .steps import SHAPES
 
 NO_RUN = "**GPU: not measured.**\n"
 DRY = "**Dry run: the times are those of a stand-in clock and mean nothing.**\n"
+LEGEND = (  # of the picture
+    "loss and scores, forward: 1 read", "loss, forward: 1 read", "loss, scores and gradient: 2 reads, 1 write",
+    "F.cross_entropy and gradient: 2 reads, 1 write",
+)  # fmt: skip
 README_SHAPES = ((65536, 1000), (8192, 32000), (8192, 50257), (8192, 128256), (8192, 262144))
 
 
@@ -50,7 +55,7 @@ BEGIN, END = "<!-- from bench/results/gpu-*.json, by `python -m bench gpu` -->",
 
 
 def with_runs(readme: str, folder: Path) -> str:
-    """Return the README with a table of every measured run in ``folder`` between its markers."""
+    """Return bench/README.md with a table of every measured run in ``folder`` between its markers."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
     tables = [readme_table(run) for run in runs if not run["dry"] and _is_timed(run["steps"])]
     return between(readme, BEGIN, END, "\n".join(tables) or NO_RUN)
@@ -61,7 +66,7 @@ def _is_timed(steps: dict[str, Any]) -> bool:
 
 
 def readme_table(results: dict[str, Any]) -> str:
-    """Return the README's lines: where it was measured and a table of the main shapes."""
+    """Return its lines: where it was measured and a table of the main shapes."""
     steps = results["steps"]
     times, device = Times(steps), steps["ceilings"]["device"]
     where = f"{device['gpu']}, {results['date'][:10]}, copy bandwidth {times.copy:.0f} GB/s, bf16, ms:\n\n"
@@ -79,25 +84,26 @@ def readme_table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> bool:
-    """Draw the share of copy bandwidth that ours reaches at each shape, if matplotlib is there."""
+    """Draw the share of copy bandwidth reached at each shape, if matplotlib is there; nothing where not measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     times = Times(results["steps"])
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     names = [f"{a} x {b}" for a, b in SHAPES]
     for i, (provider, mode, n) in enumerate(
         ((OURS, "forward", 1), (LOSS_ONLY, "forward", 1), (OURS, "train", 3), (EAGER, "train", 3))
     ):
-        shares = [(ratio(times.once_ms(s), times.ms(s, provider, mode)) or 0) * n for s in SHAPES]
-        axes.bar([x + i * 0.2 for x in range(len(SHAPES))], shares, 0.2, label=f"{provider}, {mode}")
-    axes.set_xticks([x + 0.3 for x in range(len(SHAPES))], names, rotation=30)
-    axes.axhline(1 / 1.1, color="black", linewidth=0.8)
-    axes.set(ylabel="share of copy bandwidth", title="bytes of 1 read, or 2 reads and 1 write, over time"
-             + (" (dry run: no measurement)" if results["dry"] else ""))  # fmt: skip
-    axes.legend()
+        shares = [ratio(times.once_ms(s), times.ms(s, provider, mode)) for s in SHAPES]
+        at = [x + 0.15 * (i - 1.5) for x in range(len(SHAPES))]
+        axes.plot(at, [math.nan if share is None else share * n for share in shares], "osD^"[i], label=LEGEND[i])
+    axes.set_xticks(range(len(SHAPES)), names, rotation=30)
+    axes.axhline(1 / 1.1, color="black", linewidth=0.8, label="the goal")
+    axes.set(ylim=(0, None), xlabel="rows x classes", ylabel="share of copy bandwidth (higher is better)")
+    axes.set_title("Least bytes to move, over time" + (" (dry run: no measurement)" if results["dry"] else ""))
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=100)
     return True
 

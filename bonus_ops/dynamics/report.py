@@ -212,9 +212,9 @@ class Report:
             marks.append(axes.annotate(str(index), position, xytext=(3, 2), textcoords="offset points", fontsize=7))
         axes.axhline(self.cuts[0], color="gray", linewidth=0.8, linestyle=":")
         axes.axvline(self.cuts[1], color="gray", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("early entropy, nats")
-        axes.set_ylabel("mean EL2N")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.set_xlabel("entropy early in training, nats (right: the model was unsure)")
+        axes.set_ylabel("mean EL2N over training (up: the model contradicts the label)")
+        axes.legend(loc="lower right", fontsize=8, title="kind (number of examples)", title_fontsize=8)
         return marks
 
     def _table(self) -> dict[str, list[Any]]:

@@ -93,11 +93,26 @@ def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
         pull[i] = b
 
 
-class Terms(NamedTuple):
-    """Addresses of C functions, of a class with p <= 1/2 and of any, that of their numbers, and what keeps them."""
+def summed_terms(n, exps, scale, log_p, share, params, pull, sums):
+    """Write the pull of ``n`` classes whose p, exponentials times the scale, are at most 1/2; add up value and pull."""
+    e, log_p, share, pull = vector(exps, n, real), vector(log_p, n, real), vector(share, n, real), vector(pull, n, real)
+    of_row, of_loss, sums = vector(scale, 1, real)[0], numbers(params, N_PARAMS, real), vector(sums, 2, real)
+    value = pulled = 0.0
+    for i in range(n):
+        p = e[i] * of_row
+        a, b = TERMS(p, 1.0 - p, log_p[i], 0.0, share[i], of_loss)
+        pull[i] = b
+        value += a
+        pulled += b
+    sums[0] += value
+    sums[1] += pulled
 
-    of_others: int
-    of_any: int
+
+class Terms(NamedTuple):
+    """Addresses of C functions, that of their numbers, and what keeps them."""
+
+    of_others: int  # `summed_terms`
+    of_any: int  # `terms`
     needs_log_p: int  # whether the former looks at it
     params: int
     owners: tuple[Any, ...]
@@ -105,24 +120,24 @@ class Terms(NamedTuple):
 
 @functools.lru_cache(256)
 def terms_of(loss: Any, real: str) -> Terms:
-    """Return `terms` of a loss in an accumulation dtype."""
+    """Return the terms of a loss in an accumulation dtype."""
     kernel, few, params = class_terms.terms_of(loss)
-    functions = [_compiled_terms(name, len(params), real) for name in (few, kernel)]
+    functions = [_compiled_terms(*of, len(params), real) for of in ((summed_terms, few), (terms, kernel))]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
     return Terms(at[0], at[1], few == kernel, held.buffer_info()[0], (functions, held))
 
 
 @functools.cache
-def _compiled_terms(kernel: str, n_params: int, real: str) -> Any:
+def _compiled_terms(body: Any, kernel: str, n_params: int, real: str) -> Any:
     def make() -> str:
         from .compile import machine_code
 
-        body = getattr(class_terms, f"{kernel}_terms")
-        return machine_code(terms, real, {"TERMS": getattr(body, "fn", body), "N_PARAMS": n_params})
+        of_class = getattr(class_terms, f"{kernel}_terms")
+        return machine_code(body, real, {"TERMS": getattr(of_class, "fn", of_class), "N_PARAMS": n_params})
 
-    name = f"{kernel}_terms_{real}"
-    return stored.entry(9, name, f"{name} {n_params}", make)
+    name = f"{kernel}_{body.__name__}_{real}"
+    return stored.entry(body.__code__.co_argcount, name, f"{name} {n_params}", make)
 
 
 @functools.cache

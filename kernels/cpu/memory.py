@@ -85,4 +85,4 @@ def _call(count: int) -> Any:
     return intrinsic(called)
 
 
-call5, call9 = _call(5), _call(9)  # of a tuple: the address of a C function, then its integers
+call5, call8, call9 = _call(5), _call(8), _call(9)  # of a tuple: the address of a C function, then its integers

@@ -6,6 +6,7 @@ Of the element type of a loop's tensors:
     widen, narrow         from one to the other, rounded to the nearest, ties to even
     read                  as widen, of what a loop over logits walks: z itself where options change the logits
     exp, log, exp_below   as `tl` has them; e^x for x <= 0 and 0 below 2^-126, NaN of NaN
+    bounded, exp_of_bounded   its two steps: x where e^x is more than 0, below that a number whose power is 0; its power
     given_element, given_size, widen_given   the same of probabilities, which may have another element type
     where, largest_of     a choice of evaluated arguments; the larger of two, NaN of NaN
 Of any:
@@ -13,9 +14,10 @@ Of any:
     vector(address, n, kind), numbers(address, n, kind), record(address, kind)   what lies at an address: an array, a
                           tuple of a known length, a plan
     unrelated(address)    the same address, whose distance from others is not known
-    call5, call9          of a tuple: the address of a C function, and as many integers to call it with
+    call5, call8, call9   of a tuple: the address of a C function, and as many integers to call it with
 """
 
 given_element = given_size = widen_given = None
-element = size = real = real_size = widen = narrow = read = exp = log = exp_below = where = largest_of = None
-int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call9 = None
+element = size = real = real_size = widen = narrow = read = exp = log = where = largest_of = None
+exp_below = bounded = exp_of_bounded = None
+int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call8 = call9 = None

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from .names import element, exp_below, largest_of, narrow, read, real, real_size, size, vector, widen
+from .names import (
+    bounded,
+    element,
+    exp_below,
+    exp_of_bounded,
+    int32,
+    largest_of,
+    narrow,
+    read,
+    real,
+    real_size,
+    size,
+    vector,
+    where,
+    widen,
+)
 from .tile import ARGMAX, AT_TARGET, LABEL, MAX, SCALE, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, options_of, padded
 
 OF_LOGIT = SLOPE_OF_LOGIT = source = None  # of the options of logits, bound by what compiles the loop
 BLOCK = 1024  # classes added up on their own, so that sums of many lose no digits
+SEARCHED = 128  # classes of which the largest is found at once
 
 
 def rows_of_tile(p, row, last):
@@ -58,11 +74,9 @@ def sum_up(p, row, n, index, column, exps):
             raw = vector(logits_at(p, row + i), p.n_classes, element)
             e = vector(exps_at(p, row, i, exps), p.n_classes, real)
             z = source(raw, e, options_of(p))
-            m = largest(z, label)
-            if p.scores:
-                index[ARGMAX + i] = place_of(z, m, label)
+            m, index[ARGMAX + i] = largest(z, label)
             column[Z_TARGET + i] = read(z[label])
-            s, s2, sz = sums_of(z, e, label, m)
+            s, s2, sz, _ = sums_of(z, e, label, label, m)
             column[MAX + i] = m
             column[SUM_EXP + i] = s
             column[SUM_EXP2 + i] = s2
@@ -70,47 +84,54 @@ def sum_up(p, row, n, index, column, exps):
 
 
 def largest(z, label):
-    """Return the largest logit but the label's, NaN where there is one."""
+    """Return the largest logit but the label's, NaN where there is one, and the first class that has it, or -1."""
+    m, block = -INFINITY, 0
+    for first in range(0, len(z), SEARCHED):
+        last = min(first + SEARCHED, len(z))
+        here = largest_of(largest_in(z[first : min(label, last)]), largest_in(z[max(label + 1, first) : last]))
+        block = where(here > m, first, block)
+        m = largest_of(m, here)
+    part, skip = z[block : block + SEARCHED], int32(label - block)
+    found = nobody = int32(SEARCHED)
+    for i in range(len(part)):
+        k = int32(i)
+        k = where((read(part[i]) == m) & (k != skip), k, nobody)
+        found = where(k < found, k, found)
+    return m, block + found if found < nobody else -1
+
+
+def largest_in(z):
     m = -INFINITY
-    for k in range(label):
-        m = largest_of(m, read(z[k]))
-    for k in range(label + 1, len(z)):
-        m = largest_of(m, read(z[k]))
+    for i in range(len(z)):
+        m = largest_of(m, read(z[i]))
     return m
 
 
-def place_of(z, m, label):
-    """Return the first class but the label whose logit is ``m``, or -1."""
-    for first in range(0, len(z), 128):
-        last = min(first + 128, len(z))
-        found = 0
-        for k in range(first, last):
-            found |= read(z[k]) == m
-        if found:
-            for k in range(first, last):
-                if read(z[k]) == m and k != label:
-                    return k
-    return -1
+def sums_of(z, e, label, other, m):
+    """Return sum_exp, sum_exp2, sum_exp_z of all classes but two, and the sum of z - m of all but the label.
 
-
-def sums_of(z, e, label, m):
-    """Return sum_exp, sum_exp2 and sum_exp_z; keep the exponentials in ``e``."""
+    The exponentials are kept in ``e``.
+    """
     at = 0.0 if m == -INFINITY else m
-    s = s2 = sz = 0.0
+    s = s2 = sz = sd = 0.0
     for first in range(0, len(z), BLOCK):
-        a = a2 = az = 0.0
-        for k in range(first, min(first + BLOCK, len(z))):
-            d = read(z[k]) - at
-            d = -1000.0 if (d < -1000.0) | (k == label) else d  # 0 * -inf would be NaN
-            x = exp_below(d)
-            e[k] = x
+        part, out = z[first : first + BLOCK], e[first : first + BLOCK]
+        skip, skip_other = int32(label - first), int32(other - first)
+        a = a2 = az = ad = 0.0
+        for i in range(len(part)):
+            k, d = int32(i), read(part[i]) - at
+            ad += where(k == skip, 0.0, d)
+            d = bounded(where((k == skip) | (k == skip_other), -1000.0, d))  # 0 * -inf would be NaN
+            x = exp_of_bounded(d)
+            out[i] = x
             a += x
             a2 += x * x
             az += x * d
         s += a
         s2 += a2
         sz += az
-    return s, s2, sz
+        sd += ad
+    return s, s2, sz, sd
 
 
 def exps_again(p, row, n, index, column, exps):
@@ -134,9 +155,14 @@ def write(p, row, n, index, column, exps):
             for k in range(p.n_classes):
                 out[k] = narrow(0.0)
         else:
-            e, scale = vector(exps_at(p, row, i, exps), p.n_classes, real), column[SCALE + i]
-            for k in range(p.n_classes):
-                out[k] = narrow(e[k] * scale)
+            scale = column[SCALE + i]
+            if p.in_place:
+                for k in range(p.n_classes):
+                    out[k] = narrow(widen(out[k]) * scale)
+            else:
+                e = vector(exps_at(p, row, i, exps), p.n_classes, real)
+                for k in range(p.n_classes):
+                    out[k] = narrow(e[k] * scale)
             out[label] = narrow(column[AT_TARGET + i])
 
 

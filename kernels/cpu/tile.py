@@ -51,19 +51,16 @@ def options_of(p):
 
 def finish(p, row, n, index, column, address):
     """Finish the rows of a tile from their sums: loss, scores, and what the gradient of a row is made of."""
-    width = padded(n)
-    for i in range(width):
-        rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
-        column[GAP + i] = gap_of(column[Z_TARGET + i], rest)
+    find_gaps(n, column)
     if p.column:
-        pay(p, width, address)
+        pay(p, padded(n), address)
     if p.loss:
         loss = vector(p.loss + row * real_size, n, real)
         for i in range(n):
             loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]
     if p.lse:
         lse, twice = vector(p.lse + row * real_size, n, real), options_of(p)[2]
-        for i in range(width):
+        for i in range(padded(n)):
             rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
             column[S0 + i] = lse_of(column[Z_TARGET + i], column[GAP + i], rest)
             column[GRAD_LSE + i] = twice * column[S0 + i]
@@ -75,15 +72,13 @@ def finish(p, row, n, index, column, address):
             store(p.saved, row + i + p.n_rows, column[MAX + i])
             store(p.saved, row + i + 2 * p.n_rows, column[SUM_EXP + i])
     if p.scores:
-        for i in range(width):
-            rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
-            a, b, c, d, e = scores_of(column[Z_TARGET + i], column[GAP + i], rest)
-            column[S0 + i] = a
-            column[S1 + i] = b
-            column[S2 + i] = c
-            column[S3 + i] = d
-            column[S4 + i] = e
-        store_scores(p, row, n, index, column)
+        score(p, row, n, index, column)
+
+
+def find_gaps(n, column):
+    for i in range(padded(n)):
+        rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
+        column[GAP + i] = gap_of(column[Z_TARGET + i], rest)
 
 
 def pay(p, width, address):
@@ -95,7 +90,15 @@ def store(address, i, x):
     vector(address + i * real_size, 1, real)[0] = x
 
 
-def store_scores(p, row, n, index, column):
+def score(p, row, n, index, column):
+    for i in range(padded(n)):
+        rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
+        a, b, c, d, e = scores_of(column[Z_TARGET + i], column[GAP + i], rest)
+        column[S0 + i] = a
+        column[S1 + i] = b
+        column[S2 + i] = c
+        column[S3 + i] = d
+        column[S4 + i] = e
     for j in range(5):
         out = vector(p.scores + (j * p.n_rows + row) * 4, n, float32)
         for i in range(n):
