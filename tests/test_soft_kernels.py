@@ -11,7 +11,7 @@ import torch
 
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
 from tests.conftest import INTERPRETED, of_tested_compiler
-from tests.test_traffic import CHUNK, body_of, draw, reads
+from tests.test_traffic import CHUNK, body_of, by_planes, draw, reads
 
 if INTERPRETED:
     from tests.interpreter_guard import guard
@@ -48,6 +48,8 @@ def forward_reads(logits, label, sweeps, aligned=True):
         if y == -100:
             continue
         times[i] = sweeps
+        if by_planes(logits):
+            continue
         times[i, y] += 1
         head, end = body_of(row, aligned)
         others = row.float().clone()

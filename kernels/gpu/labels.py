@@ -22,14 +22,13 @@ from ..formulas.logits import as_given_slope
 from ..formulas.rest import NO_CLASS, RestStats
 from ..formulas.scalar import sigmoid
 from ..formulas.scores import gap_of, pulls, pulls_of_lse
-from ..results import LabelResult, accumulation_dtype, empty_labels
+from ..results import LabelResult, accumulation_dtype, empty_at_phase, empty_labels
 from . import launch
 from .launching import (
     FEW_VARIANTS,
     WARP_SIZE,
     array,
     device_guard,
-    empty_at_phase,
     gap_kernel,
     logit_kernel,
     vector,
@@ -111,9 +110,7 @@ def forward_softmax_kernel(
 
 
 @triton.jit(**FEW_VARIANTS)
-def partial_kernel(
-    logits, target_ptr, parts, n_rows, ignore_index, numbers, LOGIT: tl.constexpr, TILE: tl.constexpr
-):
+def partial_kernel(logits, target_ptr, parts, n_rows, ignore_index, numbers, LOGIT: tl.constexpr, TILE: tl.constexpr):
     """A share of some rows: sweep, store its RestStats in [4, n_rows, n_parts] and [n_rows, n_parts]."""
     row, part, n_parts = row_index(TILE.rows), tl.program_id(1), tl.num_programs(1)
     rows, options = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector), options_of(numbers, logits)
@@ -240,8 +237,10 @@ def _launch(
     n_rows, by = logits.shape[0] * logits.shape[1], vector(logits)
     if n_rows == 0:
         return
-    kernel, made, how = gap_kernel(loss), logit_kernel(options), launch.forward(
-        n_rows, logits.shape[2], WARP_SIZE, by == 0
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.forward(n_rows, logits.shape[2], WARP_SIZE, by),
     )
     rows = dict(
         logits=array(logits), target_ptr=_in_order(target), n_rows=n_rows, ignore_index=ignore_index,
@@ -268,8 +267,10 @@ def _launch_softmax(
     n_rows, by = logits.shape[0] * logits.shape[1], vector(logits, softmax)
     if n_rows == 0:
         return
-    kernel, made, how = gap_kernel(loss), logit_kernel(options), launch.forward(
-        n_rows, logits.shape[2], WARP_SIZE, by == 0
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.forward(n_rows, logits.shape[2], WARP_SIZE, by),
     )
     with device_guard(logits):
         forward_softmax_kernel[(-(-n_rows // how.rows),)](
@@ -306,8 +307,10 @@ def _launch_backward(
     n_rows, by = logits.shape[0] * logits.shape[1], vector(logits, grad)
     if n_rows == 0:
         return grad
-    kernel, made, how = gap_kernel(loss), logit_kernel(options), launch.backward(
-        n_rows, logits.shape[2], WARP_SIZE, by == 0
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.backward(n_rows, logits.shape[2], WARP_SIZE, by),
     )
     with device_guard(logits):
         backward_kernel[(-(-n_rows // how.rows), how.parts)](

@@ -32,7 +32,7 @@ def _power_of_two(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def forward(n_rows: int, n_classes: int, warp_size: int = 32, planes: bool = False) -> Launch:
+def forward(n_rows: int, n_classes: int, warp_size: int = 32, vector: int = 8) -> Launch:
     """Return the shape of a forward program: a thread a lane, so that it holds a whole chunk.
 
     Short rows share a warp, longer ones get one or two: every thread repeats the scalar work at a row's end, of about
@@ -43,7 +43,7 @@ def forward(n_rows: int, n_classes: int, warp_size: int = 32, planes: bool = Fal
     parts = 1
     while parts < 16 and n_chunks // (256 * parts * 2) >= 4:  # a part below 4 tiles is not worth its merge
         parts *= 2
-    if planes:
+    if vector == 0:
         return _planes(n_chunks, parts, warp_size)
     if n_chunks < 256:
         return _short_rows(n_chunks, warp_size)
@@ -52,14 +52,17 @@ def forward(n_rows: int, n_classes: int, warp_size: int = 32, planes: bool = Fal
 
 
 @functools.lru_cache(maxsize=256)
-def backward(n_rows: int, n_classes: int, warp_size: int = 32, planes: bool = False) -> Launch:
-    """Return the shape of a backward program: elementwise, so a long row is always cut into parts of 8 tiles."""
+def backward(n_rows: int, n_classes: int, warp_size: int = 32, vector: int = 8) -> Launch:
+    """Return the shape of a backward program: elementwise, so a long row is always cut into parts of 16 tiles.
+
+    Two chunks of a 2-byte type a thread: a turn of one takes 67 instructions, too few for the next load to come back.
+    """
     n_chunks = max(n_classes // CHUNK, 1)
-    if planes:
+    if vector == 0:
         return _planes(n_chunks, max(n_chunks // 64, 1), warp_size)
     if n_chunks < 256:
         return _short_rows(n_chunks, warp_size)
-    return Launch(1, 256, max(n_chunks // (256 * 8), 1), 256 // warp_size)
+    return Launch(1, 256, max(n_chunks // (256 * 16), 1), (128 if vector == 8 else 256) // warp_size)
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,24 +78,25 @@ def _planes(n_chunks: int, parts: int, warp_size: int) -> Launch:
 
 
 @functools.lru_cache(maxsize=256)
-def soft_forward(n_classes: int, warp_size: int = 32, planes: bool = False) -> Launch:
+def soft_forward(n_classes: int, warp_size: int = 32, vector: int = 8) -> Launch:
     """Return the shape of a forward program for soft targets: rows are not split.
 
     A warp for a row below 16384 classes: every thread repeats some 1200 instructions at its end, so fewer cost less;
     longer rows take 256 threads, so that few of them still fill a GPU.
     """
     n_chunks = max(n_classes // CHUNK, 1)
-    if planes:
+    if vector == 0:
         return _planes(n_chunks, 1, warp_size)
     return _soft_short_rows(n_chunks, warp_size) if n_chunks < 2048 else Launch(1, 256, 1, 256 // warp_size)
 
 
 @functools.lru_cache(maxsize=256)
-def soft_backward(n_classes: int, warp_size: int = 32, planes: bool = False) -> Launch:
+def soft_backward(n_classes: int, warp_size: int = 32, vector: int = 8) -> Launch:
     """Return the shape of a backward program for soft targets: as `backward`."""
     n_chunks = max(n_classes // CHUNK, 1)
-    short = n_chunks < 256 and not planes
-    return _soft_short_rows(n_chunks, warp_size) if short else backward(1, n_classes, warp_size, planes)
+    if vector > 0 and n_chunks < 256:
+        return _soft_short_rows(n_chunks, warp_size)
+    return backward(1, n_classes, warp_size, min(vector, 4))  # a chunk a thread
 
 
 def _soft_short_rows(n_chunks: int, warp_size: int) -> Launch:

@@ -10,7 +10,6 @@ it is 1; by planes where it is 0, since rows and not classes lie side by side, s
 Tiles are loaded raw by `fetch`, a turn before `logits_of` makes logits of them: memory works while the loop computes.
 """
 
-
 from typing import NamedTuple
 
 import triton
@@ -133,8 +132,10 @@ def chunk_classes(rows, chunk):
 @triton.jit
 def chunk_mask(rows, chunk, where, VECTOR: tl.constexpr):
     """Return whether chunks [1, LANES] are in the row, of rows ``where`` alone: [ROWS, LANES, 1], of planes a class."""
-    if VECTOR == 0:
-        return (chunk_classes(rows, chunk) < rows.n_classes) & where[:, None, None]
+    if VECTOR == 0 or VECTOR == 2:  # where threads share a chunk, a mask of chunks would be shuffled to their classes
+        offset = (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+        end = rows.n_classes if VECTOR == 0 else (rows.n_chunks * CHUNK)[:, None, None]
+        return (offset < end) & where[:, None, None]
     else:
         return ((chunk < rows.n_chunks[:, None]) & where[:, None])[:, :, None]
 

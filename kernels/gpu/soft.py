@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +31,7 @@ from ..formulas.soft_targets import (
     of_runner_up,
     softmax_of,
 )
-from ..results import SoftResult, empty_soft, fill_ignored
+from ..results import SoftResult, empty_at_phase, empty_soft, fill_ignored
 from . import class_sums, launch
 from .apart import apart
 from .launching import (
@@ -41,7 +40,6 @@ from .launching import (
     Halves,
     array,
     device_guard,
-    empty_at_phase,
     logit_kernel,
     once_a_loss,
     vector,
@@ -301,7 +299,7 @@ def forward(
         fill_ignored(out)
         return out
     kernel, by = class_kernel(loss), _vector(targets, logits)
-    how = launch.soft_forward(n_classes, WARP_SIZE, by == 0)
+    how = launch.soft_forward(n_classes, WARP_SIZE, by)
     with device_guard(logits):
         soft_forward_kernel[(-(-n_rows // how.rows),)](
             **_rows(logits, label, targets, ignore_index, loss, options),
@@ -321,19 +319,18 @@ def backward(
     if grad.numel() == 0:
         return grad
     kernel, by = class_kernel(loss), _vector(targets, logits, grad)
-    how = launch.soft_backward(n_classes, WARP_SIZE, by == 0)
+    how = launch.soft_backward(n_classes, WARP_SIZE, by)
+    from_forward = saved, runner_up, grad_loss.contiguous()
     with device_guard(logits):
         soft_backward_kernel[(-(-n_rows // how.rows), how.parts)](
-            **_rows(logits, label, targets, ignore_index, loss, options), saved=(saved, runner_up, grad_loss.contiguous()),
+            **_rows(logits, label, targets, ignore_index, loss, options), saved=from_forward,
             grad=array(grad), TERMS=kernel.terms_below_half, LOGIT_SLOPE=logit_kernel(options).slope,
             TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 
 
-def _rows(
-    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, options: Any
-) -> dict[str, Any]:
+def _rows(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, options: Any) -> dict[str, Any]:
     """Return the arguments that both kernels take."""
     n_classes, given, made = logits.shape[2], targets.probabilities, logit_kernel(options)
     t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)

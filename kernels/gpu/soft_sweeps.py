@@ -150,9 +150,7 @@ def second_sweep(
 
 
 @triton.jit
-def sums_with_edge(
-    sums, rows, target, runner_up, softmax, params, options, TERMS: tl.constexpr, LOGIT: tl.constexpr
-):
+def sums_with_edge(sums, rows, target, runner_up, softmax, params, options, TERMS: tl.constexpr, LOGIT: tl.constexpr):
     """Add the edge to the Sums [ROWS]."""
     classes = edge_classes(rows)
     mask = (classes < rows.n_classes) & rows.active[:, None]

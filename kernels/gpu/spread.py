@@ -31,29 +31,32 @@ def write_rows(
     """
     LANES: tl.constexpr = TILE.lanes
     ONE: tl.constexpr = TILE.rows == 1 and TILE.vector > 0
+    # a thread need not hold a whole chunk: float32 is stored by whole sectors where two share one
+    BY: tl.constexpr = 2 if TILE.vector == 4 else TILE.vector
     out_ptr, out_class_stride = out
     tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, ONE)
     read = rows.active & inside
     n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
-    raw = fetch(rows, chunk, read & (n > 0), TILE.vector)
+    raw = fetch(rows, chunk, read & (n > 0), BY)
     start = 0
     if ONE:
         start = tl.maximum(n_plain(tiles) - 1, 0)
         for i in range(start):
             after = chunks_of(tiles, i + 1, LANES, True)
-            ahead = fetch(rows, after, None, TILE.vector)
+            ahead = fetch(rows, after, None, BY)
             x = spread_of(numbers_of(raw, rows), None, spread, options, LOGIT, LOGIT_SLOPE)
-            store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, TILE.vector)
+            store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, BY)
             raw, chunk = ahead, after
 
     for i in range(start, n):
-        after = chunks_of(tiles, i + 1, LANES)
-        ahead = fetch(rows, after, read & (i + 1 < n), TILE.vector)
+        ahead = fetch(rows, chunks_of(tiles, i + 1, LANES), read & (i + 1 < n), BY)
+        chunk = chunks_of(tiles, i, LANES)  # not carried: that would fix its layout, and shuffle
         classes = chunk_classes(rows, chunk)
-        x = spread_of(numbers_of(raw, rows), classes == along(rows.target, classes), spread, options, LOGIT, LOGIT_SLOPE)
-        mask = inside if TILE.vector == 0 else chunk_mask(rows, chunk, inside, TILE.vector)
-        store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, TILE.vector)
-        raw, chunk = ahead, after
+        at_target = classes == along(rows.target, classes)
+        x = spread_of(numbers_of(raw, rows), at_target, spread, options, LOGIT, LOGIT_SLOPE)
+        mask = inside if BY == 0 else chunk_mask(rows, chunk, inside, BY)
+        store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, BY)
+        raw = ahead
 
     if TILE.vector > 0:
         if part == 0:

@@ -16,7 +16,7 @@ from .rows import (
     logits_of,
     zeros,
 )
-from .tiles import chunks_of, n_all, n_plain, tiles_of_part
+from .tiles import chunks_of, holds, label_tiles, n_all, n_plain, tiles_of_part
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def sweep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr)
     rest = empty(zeros(rows, TILE.rows, LANES))
     n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
     raw = fetch(rows, chunk, rows.active & (n > 0), TILE.vector)
-    start = 0
+    start, labels = 0, label_tiles(rows, LANES)
     if ONE:  # the long run: whole tiles without the label, so nothing is masked
         start = tl.maximum(n_plain(tiles) - 1, 0)
         for i in range(start):
@@ -42,10 +42,12 @@ def sweep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr)
         after = chunks_of(tiles, i + 1, LANES)
         ahead = fetch(rows, after, rows.active & (i + 1 < n), TILE.vector)
         z = logits_of(raw, rows, chunk_mask(rows, chunk, rows.active, TILE.vector), options, LOGIT)
-        z = without_target(z, rows, chunk)
         if ONE:
+            z = without_target(z, rows, chunk)
             rest = absorb_in_any_order(rest, z, chunk, is_spread(TILE.vector))
         else:
+            if holds(labels, tiles.first + i):
+                z = without_target(z, rows, chunk)
             rest = absorb(rest, z, chunk, is_spread(TILE.vector))
         raw, chunk = ahead, after
 

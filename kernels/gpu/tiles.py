@@ -13,7 +13,7 @@ from .rows import CHUNK
 
 
 class Tiles(NamedTuple):
-    """Tile numbers: unmasked are ``first <= tile < full`` but those ``apart``, ascending, which are ``full`` if none."""
+    """Tile numbers: unmasked are ``first <= tile < full`` but the ``apart``, ascending, which are ``full`` if none."""
 
     first: tl.tensor
     apart: tl.tuple
@@ -88,3 +88,20 @@ def chunks_of(tiles, i, LANES: tl.constexpr, PLAIN: tl.constexpr = False):
         for j in tl.static_range(len(tiles.apart)):
             tile = tl.where((past == j) & (tiles.apart[j] < tiles.full), tiles.apart[j], tile)
     return tile * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def label_tiles(rows, LANES: tl.constexpr):
+    """Return a word whose bit ``tile % 32`` is set where that tile holds the label of one of several rows."""
+    tile = (rows.target - rows.head) // (CHUNK * LANES)
+    return tl.reduce(1 << (tile & 31), 0, either)
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def holds(labels, tile):
+    return ((labels >> (tile & 31)) & 1) != 0
