@@ -8,8 +8,18 @@ import triton.language as tl
 from ..formulas.rest import origin
 from ..formulas.scalar import exp
 from .probabilities import along
-from .rows import chunk_classes, chunk_mask, edge_classes, fetch, load_classes, numbers_of, store_chunks
-from .tiles import chunks_of, n_all, n_plain, tiles_of_part
+from .rows import (
+    CHUNK,
+    accumulable,
+    chunk_classes,
+    chunk_mask,
+    edge_classes,
+    fetch,
+    load_classes,
+    numbers_of,
+    store_chunks,
+)
+from .tiles import chunks_of, holds, label_tiles, n_all, n_plain, tiles_of_part
 
 
 class Spread(NamedTuple):
@@ -38,28 +48,35 @@ def write_rows(
     read = rows.active & inside
     n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
     raw = fetch(rows, chunk, read & (n > 0), BY)
-    start = 0
+    start, labels = 0, label_tiles(rows, LANES)
     if ONE:
         start = tl.maximum(n_plain(tiles) - 1, 0)
         for i in range(start):
             after = chunks_of(tiles, i + 1, LANES, True)
             ahead = fetch(rows, after, None, BY)
-            x = spread_of(numbers_of(raw, rows), None, spread, options, LOGIT, LOGIT_SLOPE)
+            raw = numbers_of(raw, rows)
+            x = spread_of(raw, spread, options, LOGIT) * LOGIT_SLOPE(raw, options)
             store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, BY)
             raw, chunk = ahead, after
 
     for i in range(start, n):
         ahead = fetch(rows, chunks_of(tiles, i + 1, LANES), read & (i + 1 < n), BY)
         chunk = chunks_of(tiles, i, LANES)  # not carried: that would fix its layout, and shuffle
-        classes = chunk_classes(rows, chunk)
-        at_target = classes == along(rows.target, classes)
-        x = spread_of(numbers_of(raw, rows), at_target, spread, options, LOGIT, LOGIT_SLOPE)
+        raw = numbers_of(raw, rows)
+        x = spread_of(raw, spread, options, LOGIT)
+        if TILE.rows > 1 and BY == 8:  # float32 would take 104 registers
+            if holds(labels, tiles.first + i):
+                x = with_label(x, chunk_classes(rows, chunk), rows, spread)
+        else:
+            x = with_label(x, chunk_classes(rows, chunk), rows, spread)
+        x *= LOGIT_SLOPE(raw, options)
         mask = inside if BY == 0 else chunk_mask(rows, chunk, inside, BY)
         store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, BY)
         raw = ahead
 
     if TILE.vector > 0:
-        if part == 0:
+        n_edge = tl.max(rows.n_classes - rows.n_chunks * CHUNK, 0)
+        if (part == 0) & (n_edge > 0):
             write_edge(out, rows, inside, spread, options, LOGIT, LOGIT_SLOPE)
 
 
@@ -68,16 +85,18 @@ def write_edge(out, rows, inside, spread, options, LOGIT: tl.constexpr, LOGIT_SL
     out_ptr, out_class_stride = out
     classes = edge_classes(rows)
     mask = (classes < rows.n_classes) & inside[:, None]
-    raw = load_classes(rows, classes, mask & rows.active[:, None])
-    x = spread_of(numbers_of(raw, rows), classes == along(rows.target, classes), spread, options, LOGIT, LOGIT_SLOPE)
+    raw = accumulable(load_classes(rows, classes, mask & rows.active[:, None]))
+    x = with_label(spread_of(raw, spread, options, LOGIT), classes, rows, spread) * LOGIT_SLOPE(raw, options)
     at = out_ptr[:, None] + classes.to(tl.int64) * out_class_stride
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def spread_of(raw, at_target, spread, options, LOGIT: tl.constexpr, LOGIT_SLOPE: tl.constexpr):
-    """Return the entries of raw numbers [ROWS, ...]; what a masked one gives is not looked at."""
-    x = along(spread.scale, raw) * exp(LOGIT(raw, options) - along(origin(spread.max), raw))
-    if at_target is not None:
-        x = tl.where(at_target, along(spread.at_target, raw), x)
-    return x * LOGIT_SLOPE(raw, options)
+def spread_of(raw, spread, options, LOGIT: tl.constexpr):
+    """Return the entries of numbers [ROWS, ...] but for the slope; what a masked one gives is not looked at."""
+    return along(spread.scale, raw) * exp(LOGIT(raw, options) - along(origin(spread.max), raw))
+
+
+@triton.jit
+def with_label(x, classes, rows, spread):
+    return tl.where(classes == along(rows.target, x), along(spread.at_target, x), x)

@@ -56,8 +56,7 @@ def sweep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr)
     bound = tl.where(part == 0, rows.n_classes, 0)  # one part has the edge
     mask = (classes < bound) & (classes != rows.target[:, None]) & rows.active[:, None]
     z = logits_of(load_classes(rows, classes, mask), rows, mask, options, LOGIT)
-    edge = across(absorb(empty(z), z[:, :, None], classes))
-    return merge(rest, edge)
+    return merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
 
 
 @triton.jit
