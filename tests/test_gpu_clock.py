@@ -39,6 +39,19 @@ def test_a_step_is_timed_without_what_prepares_it(cuda):
     assert len(prepared) == 1 + 2 * 9 and len(run) == 1 + 9  # two rounds that nobody times
 
 
+def test_a_gpu_that_woke_before_the_launches_were_queued_is_timed_again(cuda, monkeypatch):
+    """Else the time of Python would be taken for that of kernels."""
+    now, slept, took = [0.0], [], iter((0.005, 0.005))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles / 2e6))
+
+    def slow():
+        now[0] += next(took)
+
+    measure.time_ms(measure.Step(lambda: None, slow), True)
+    assert slept == pytest.approx([4.0, 10.0])
+
+
 def test_the_device_is_asked_what_it_is(cuda):
     found = devices.Gpu().describe()
     assert found["gpu"] == "NVIDIA H200" and found["l2_mb"] == 62.9 and found["memory_gb"] == 150.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, as_input
-from ..kernels.results import SoftResult, empty_soft
+from ..kernels.results import SoftResult, empty_at_phase, empty_soft
 from ..losses import ClassLoss, Loss, decode, encode
 from ..soft_targets import SoftTargets
 from ..watchers import is_plain_eager
@@ -233,7 +233,7 @@ def _(  # type: ignore[no-untyped-def]
     logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, smoothing,
     bonus_smoothing, ignore_index, loss, implementation,
 ):  # fmt: skip
-    return torch.empty_like(logits)
+    return empty_at_phase(logits) if implementation == "triton" else torch.empty_like(logits)
 
 
 class _OperatorRows(torch.autograd.Function):
