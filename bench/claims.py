@@ -1,8 +1,8 @@
 """The papers' claims, measured: each with its numbers over seeds and a verdict from them.
 
-    python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [--quick] [--out folder]
+    python -m bench claims [encouraging] [prioritisation] [separation] [suspects] [calibration] [--quick] [--out folder]
 
-All four without a name. Writes claims.json, claims.md and the pictures into bench/results.
+All five without a name. Writes claims.json, claims.md and the pictures into bench/results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 from .claims_verdict import ABOVE_ZERO
 from .record import commit, environment, plain, progress
 
-NAMES = ("encouraging", "prioritisation", "separation", "suspects")
+NAMES = ("encouraging", "prioritisation", "separation", "suspects", "calibration")
+HEIGHTS = {"separation": 9, "calibration": 9}  # of the pictures that are not 5 inches high
 PROCESSES = 2
 INTRO = """# Claims
 
@@ -120,7 +121,7 @@ def report(folder: Path) -> tuple[str, list[Path]]:
         for name in filter(results.__contains__, NAMES):
             module = _module(name)
             for suffix, draw in {"": module.draw, **getattr(module, "MORE_PICTURES", {})}.items():
-                figure = plots._figure(15, 5)
+                figure = plots._figure(15, HEIGHTS.get(name, 5))
                 draw(results[name], figure)
                 pictures.setdefault(name, []).append(f"claims-{name}{suffix}.png")
                 figure.savefig(folder / pictures[name][-1], dpi=100)

@@ -2,13 +2,22 @@
 
 from . import causal_lm as causal_lm
 from . import policies as policies
+from .binary_scores import BinaryScores
 from .check_loss import LossCheck, check_loss
 from .dynamics import ExampleTracker
 from .functional import (
+    CrossEntropyWithSoftmax,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
     difficulty_scores,
+)
+from .linear import (
+    LinearBonusCrossEntropyLoss,
+    LinearScores,
+    linear_bonus_cross_entropy,
+    linear_bonus_cross_entropy_with_scores,
+    linear_difficulty_scores,
 )
 from .losses import (
     AbsoluteError,
@@ -28,22 +37,30 @@ from .losses import (
     SquaredError,
     SubDataBonus,
 )
-from .mixup import mixup_cross_entropy
+from .mixup import MixupWithScores, mixup_cross_entropy, mixup_cross_entropy_with_scores
 from .modules import BonusCrossEntropyLoss
 from .patch import patch_cross_entropy
 from .schedules import Cosine, Deferred, Exponential, Linear, Scheduled
 from .scores import SCORES, Score, Scores
-from .sigmoid import BonusBCEWithLogitsLoss, PositiveCount, bonus_binary_cross_entropy_with_logits
+from .sigmoid import (
+    BonusBCEWithLogitsLoss,
+    PositiveCount,
+    binary_difficulty_scores,
+    bonus_binary_cross_entropy_with_logits,
+    bonus_binary_cross_entropy_with_logits_and_scores,
+)
 
 __all__ = [
     "SCORES",
     "AbsoluteError",
+    "BinaryScores",
     "BonusBCEWithLogitsLoss",
     "BonusCrossEntropyLoss",
     "ClassLoss",
     "Cosine",
     "CosineBonus",
     "CrossEntropy",
+    "CrossEntropyWithSoftmax",
     "Deferred",
     "ExampleTracker",
     "Exponential",
@@ -53,8 +70,11 @@ __all__ = [
     "GeneralizedCrossEntropy",
     "HaltedFocal",
     "Linear",
+    "LinearBonusCrossEntropyLoss",
+    "LinearScores",
     "LogBonus",
     "LossCheck",
+    "MixupWithScores",
     "Poly1",
     "PositiveCount",
     "PowerBonus",
@@ -65,13 +85,19 @@ __all__ = [
     "SoftmaxSquaredError",
     "SquaredError",
     "SubDataBonus",
+    "binary_difficulty_scores",
     "bonus_binary_cross_entropy_with_logits",
+    "bonus_binary_cross_entropy_with_logits_and_scores",
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",
     "check_loss",
     "difficulty_scores",
+    "linear_bonus_cross_entropy",
+    "linear_bonus_cross_entropy_with_scores",
+    "linear_difficulty_scores",
     "mixup_cross_entropy",
+    "mixup_cross_entropy_with_scores",
     "patch_cross_entropy",
 ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,15 +64,17 @@ def _read(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file")
     if file.suffix not in (".npz", ".pt", ".pth"):
         raise ValueError(f"{file}: expected a file .npz, .pt or .pth")
-    try:
-        if file.suffix == ".npz":
-            import numpy
+    if file.suffix == ".npz":
+        import numpy
 
+        try:
             with numpy.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # numpy's words would advise to unpickle it
+            why = "damaged, no .npz, or with arrays of objects, which are never unpickled"
+            raise ValueError(f"{file}: cannot be read as plain arrays ({type(error).__name__}): {why}") from None
+    try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except (ValueError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be read as plain arrays: {str(error).splitlines()[0]}") from None
     except Exception as error:  # torch.load raises pickle's errors, and any other, for what is no tensor
         raise ValueError(f"{file}: cannot be read as plain tensors ({type(error).__name__})") from None
     if not isinstance(held, dict):

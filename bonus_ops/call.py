@@ -18,6 +18,7 @@ from . import reference
 from .checks import (
     check_bonus,
     check_call,
+    check_implementation,
     check_soft,
     check_validate,
     checked_bonus_smoothing,
@@ -31,8 +32,6 @@ from .soft_targets import SoftTargets
 from .watchers import constant_when_compiled, is_deeply_transformed, is_transformed
 
 __all__ = ["Call", "as_input", "as_rows", "decide", "why_not_numba", "why_not_triton"]
-
-IMPLEMENTATIONS = ("triton", "numba", "reference")
 
 
 class Call:
@@ -187,8 +186,7 @@ def decide(requested: str | None, input: Tensor, kind: str, loss: Loss, only_by_
             if device == "cpu" and why_not_numba(device) is None and why_no_loop(kind, loss) is None:
                 return "numba"
         return "reference"
-    if requested not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None, 'triton', 'numba' or 'reference', got {requested!r}")
+    check_implementation(requested)
     if requested == "reference":
         return requested
     why = why_not_triton(device) if requested == "triton" else why_not_numba(device)

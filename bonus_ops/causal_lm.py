@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
-from numbers import Real
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from .checks import checked_ignore_index
 from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import ClassLoss, GapLoss, LogBonus
+from .number_checks import check_number
 from .scores import Scores
 from .watchers import constant_when_compiled
 
@@ -283,6 +283,5 @@ def _per_item(loss: Tensor, n_items: Tensor | int | None) -> Tensor:
         return loss
     if isinstance(n_items, Tensor):
         return loss / n_items.to(loss.device)
-    if isinstance(n_items, bool) or not isinstance(n_items, Real):
-        raise TypeError(f"num_items_in_batch must be a number or a Tensor, got {type(n_items).__name__}")
+    check_number("causal_lm_loss", "num_items_in_batch", n_items, "[0, inf) or a Tensor")
     return loss / float(n_items)

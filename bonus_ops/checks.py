@@ -14,11 +14,14 @@ from torch.nn import _reduction
 from torch.nn.functional import cross_entropy
 
 from .losses import Bonus, ClassLoss, GapLoss
+from .number_checks import check_number
 from .schedules import Scheduled
 
 __all__ = [
+    "by_keyword",
     "check_bonus",
     "check_call",
+    "check_implementation",
     "check_reduction",
     "check_soft",
     "check_validate",
@@ -27,6 +30,7 @@ __all__ = [
     "checked_label_smoothing",
 ]
 
+IMPLEMENTATIONS = ("triton", "numba", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -70,13 +74,8 @@ _checked_once = functools.lru_cache(maxsize=256)(_check_fields)
 
 def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:
     """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
-    if bonus_smoothing is None:
-        return label_smoothing
-    if isinstance(bonus_smoothing, bool) or not isinstance(bonus_smoothing, Real):
-        raise TypeError(f"bonus_smoothing must be a number or None, got {type(bonus_smoothing).__name__}")
-    if not 0 <= float(bonus_smoothing) <= 1:
-        raise ValueError(f"bonus_smoothing must be in [0, 1], got {bonus_smoothing!r}")
-    return float(bonus_smoothing)
+    check_number("bonus_cross_entropy", "bonus_smoothing", bonus_smoothing, "[0, 1] or None")
+    return label_smoothing if bonus_smoothing is None else float(bonus_smoothing)
 
 
 def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
@@ -115,6 +114,17 @@ def check_reduction(reduction: Any) -> None:
         _reduction.get_enum(reduction)
     except ValueError as error:
         raise ValueError(f"{error}\nExpected 'mean', 'sum' or 'none', got {reduction!r}.") from None
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raise ValueError unless ``implementation`` is None or the name of one."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None, 'triton', 'numba' or 'reference', got {implementation!r}")
+
+
+def by_keyword(x: Any) -> str:
+    """Return what to say of a loss where a tensor goes."""
+    return " A loss goes by keyword: bonus=." if isinstance(x, (GapLoss, ClassLoss)) else ""
 
 
 def check_validate(validate: Any) -> None:
@@ -169,8 +179,7 @@ def check_call(
 def _types(input: Any, target: Any, weight: Any) -> str | None:
     for name, x in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(x, Tensor) and not (name == "weight" and x is None):
-            by_keyword = " A loss goes by keyword: bonus=." if isinstance(x, (GapLoss, ClassLoss)) else ""
-            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword}"
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
         if isinstance(x, Tensor) and x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:

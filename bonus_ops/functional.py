@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from .ops import labels, soft
 from .scores import Scores
 
 __all__ = [
+    "CrossEntropyWithSoftmax",
     "bonus_cross_entropy",
     "bonus_cross_entropy_with_scores",
     "bonus_cross_entropy_with_softmax",
@@ -48,6 +49,9 @@ def bonus_cross_entropy(
     it is that function. Where cross-entropy stops teaching (p -> 1), the bonus goes on:
 
         L = -log p + strength * b(p),        b(p) = log(1 - min(p, LE)) - max(p - LE, 0) / (1 - LE),  LE = log_end
+
+    Models trained with a bonus are surer of what they say, right or wrong: not for probabilities that are used as they
+    are. `LogBonus` says which ``log_end`` to take, at what price, and when to take cross-entropy.
 
     Args:
         input: logits [C], [N, C] or [N, C, d1, ...], float16, bfloat16, float32 or float64, any strides. Not written.
@@ -145,6 +149,20 @@ def bonus_cross_entropy_with_scores(
     return out.loss, cast(Scores, out.scores)
 
 
+class CrossEntropyWithSoftmax(NamedTuple):
+    """What `bonus_cross_entropy_with_softmax` returns.
+
+    Attributes:
+        loss: in nats, as `bonus_cross_entropy` returns it.
+        scores: the `Scores`, shaped like ``target``, detached.
+        softmax: probabilities [0, 1] in the shape and dtype of ``input``, detached, 0 where ignored.
+    """
+
+    loss: Tensor
+    scores: Scores
+    softmax: Tensor
+
+
 def bonus_cross_entropy_with_softmax(
     input: Tensor,
     target: Tensor,
@@ -163,13 +181,13 @@ def bonus_cross_entropy_with_softmax(
     z_loss: float = 0.0,
     implementation: str | None = None,
     validate: bool = False,
-) -> tuple[Tensor, Scores, Tensor]:
+) -> CrossEntropyWithSoftmax:
     """Compute `bonus_cross_entropy_with_scores` and the softmax of the logits.
 
     Args: as in `bonus_cross_entropy_with_scores`.
 
     Returns:
-        The loss, the `Scores`, and the probabilities: shape and dtype of ``input``, detached, 0 where ignored.
+        A named tuple of the loss, the `Scores` and the probabilities, see `CrossEntropyWithSoftmax`.
 
     Raises:
         As `bonus_cross_entropy_with_scores`.
@@ -177,14 +195,14 @@ def bonus_cross_entropy_with_softmax(
     Example:
         >>> import torch
         >>> from bonus_ops import bonus_cross_entropy_with_softmax
-        >>> bonus_cross_entropy_with_softmax(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))[2]
+        >>> bonus_cross_entropy_with_softmax(torch.tensor([[2.0, 0.0]]), torch.tensor([0])).softmax
         tensor([[0.8808, 0.1192]])
     """
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, options, implementation, validate, True, True)  # fmt: skip
     out = _WAYS[call.kind](call)
-    return out.loss, cast(Scores, out.scores), cast(Tensor, out.softmax)
+    return CrossEntropyWithSoftmax(out.loss, cast(Scores, out.scores), cast(Tensor, out.softmax))
 
 
 def difficulty_scores(

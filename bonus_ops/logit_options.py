@@ -68,7 +68,6 @@ def checked_options(logit_scale: Any, softcap: Any, z_loss: Any) -> LogitOptions
         return PLAIN
     owner = "bonus_cross_entropy"
     check_number(owner, "logit_scale", logit_scale, "(0, inf)")
-    if softcap is not None:
-        check_number(owner, "softcap", softcap, "(0, inf)")
+    check_number(owner, "softcap", softcap, "(0, inf) or None")
     check_number(owner, "z_loss", z_loss, "[0, inf)")
     return LogitOptions(float(logit_scale), None if softcap is None else float(softcap), float(z_loss))

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from numbers import Real
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_bonus, checked_ignore_index
-from .functional import _DEFAULT_BONUS, bonus_cross_entropy
+from .checks import check_bonus, check_reduction, checked_ignore_index
+from .functional import _DEFAULT_BONUS, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import GapLoss
+from .number_checks import check_number
+from .scores import Scores
 from .watchers import is_plain_eager
 
-__all__ = ["mixup_cross_entropy"]
+__all__ = ["MixupWithScores", "mixup_cross_entropy", "mixup_cross_entropy_with_scores"]
+
+
+class MixupWithScores(NamedTuple):
+    """What `mixup_cross_entropy_with_scores` returns.
+
+    Attributes:
+        loss: in nats, as `mixup_cross_entropy` returns it.
+        scores_a: `Scores` of ``target_a`` against the logits of the mixed rows, detached.
+        scores_b: `Scores` of ``target_b``. ``lam * scores_a.loss + (1 - lam) * scores_b.loss`` is the plain
+            cross-entropy of the mix; entropy and energy, which need no label, are the same in both.
+    """
+
+    loss: Tensor
+    scores_a: Scores
+    scores_b: Scores
 
 
 def mixup_cross_entropy(
@@ -66,10 +83,65 @@ def mixup_cross_entropy(
     References:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
     """
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+        "implementation": implementation,
+    }  # fmt: skip
+    return _mixed(bonus_cross_entropy, input, target_a, target_b, lam, weight, reduction, options)[0]
+
+
+def mixup_cross_entropy_with_scores(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    implementation: str | None = None,
+) -> MixupWithScores:
+    """Compute `mixup_cross_entropy` and the difficulty scores of either label from the same two reads.
+
+    Args: as in `mixup_cross_entropy`.
+
+    Returns:
+        A named tuple of the loss and two `Scores`, see `MixupWithScores`. They are of mixed rows: an example is harder
+        in them the less of it is in the mix, so compare at like ``lam``, or score the unmixed rows.
+
+    Raises:
+        As `mixup_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import mixup_cross_entropy_with_scores
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0]])
+        >>> out = mixup_cross_entropy_with_scores(logits, torch.tensor([0]), torch.tensor([1]), 0.7)
+        >>> out.scores_a.margin, out.scores_b.margin
+        (tensor([2.]), tensor([-2.]))
+    """
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
+        "implementation": implementation,
+    }  # fmt: skip
+    loss, scores = _mixed(bonus_cross_entropy_with_scores, input, target_a, target_b, lam, weight, reduction, options)
+    return MixupWithScores(loss, *scores)
+
+
+def _mixed(
+    function: Callable[..., Any], input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor,
+    weight: Tensor | None, reduction: str, options: dict[str, Any],
+) -> tuple[Tensor, list[Scores]]:  # fmt: skip
+    """Return the mixed loss and, where ``function`` returns a pair, the scores of either label."""
+    bonus, ignore_index = options["bonus"], checked_ignore_index(options["ignore_index"])
+    check_reduction(reduction)
     check_bonus(bonus)
     if bonus is not None and not isinstance(bonus, GapLoss):
         raise TypeError(f"bonus must be a GapLoss such as LogBonus(log_end=0.75), or None, not {type(bonus).__name__}")
-    ignore_index = checked_ignore_index(ignore_index)
     for target in (target_a, target_b):
         if (
             isinstance(target, Tensor)
@@ -79,23 +151,24 @@ def mixup_cross_entropy(
         ):
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
     lam = _checked_lam(lam, target_a)
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
-        "implementation": implementation,
-    }  # fmt: skip
-    if not isinstance(lam, Tensor) or lam.dim() == 0 or reduction == "none":
-        a, b = (bonus_cross_entropy(input, t, weight, reduction=reduction, **options) for t in (target_a, target_b))
+    by_row = isinstance(lam, Tensor) and lam.dim() > 0 and reduction != "none"
+    out = [
+        function(input, target, weight, reduction="none" if by_row else reduction, **options)
+        for target in (target_a, target_b)
+    ]
+    scores = [] if isinstance(out[0], Tensor) else [each[1] for each in out]
+    a, b = (each if isinstance(each, Tensor) else each[0] for each in out)
+    if not by_row:
         # of one axis more: the tangent of a 0-d tensor times a number has the dtype of the number
-        return (lam * a[None] + (1 - lam) * b[None])[0].to(a.dtype)
+        return (lam * a[None] + (1 - lam) * b[None])[0].to(a.dtype), scores
     # a share for each row: the rows of either loss, halves included, are added in float32
     parts = []
-    for target, share in ((target_a, lam), (target_b, 1 - lam)):
-        losses = bonus_cross_entropy(input, target, weight, reduction="none", **options)
+    for target, share, losses in ((target_a, lam, a), (target_b, 1 - lam, b)):
         part = (share * losses).sum(dtype=torch.promote_types(losses.dtype, torch.float32))
         if reduction != "sum":
             part = part / _divisor(target, weight, input, ignore_index)
         parts.append(part)
-    return (parts[0] + parts[1]).to(losses.dtype)
+    return (parts[0] + parts[1]).to(a.dtype), scores
 
 
 def _divisor(target: Tensor, weight: Tensor | None, input: Tensor, ignore_index: int) -> Tensor:
@@ -122,8 +195,5 @@ def _checked_lam(lam: Any, target: Tensor) -> float | Tensor:
         if lam.device.type == "cpu" and is_plain_eager(lam) and not ((lam >= 0) & (lam <= 1)).all():
             raise ValueError(f"lam must be in [0, 1], got {lam.min().item()} to {lam.max().item()}")
         return lam
-    if isinstance(lam, bool) or not isinstance(lam, Real):
-        raise TypeError(f"lam must be a number or a Tensor, got {type(lam).__name__}")
-    if not 0 <= float(lam) <= 1:
-        raise ValueError(f"lam must be in [0, 1], got {lam!r}")
+    check_number("mixup_cross_entropy", "lam", lam, "[0, 1] or a Tensor")
     return float(lam)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
-from .checks import check_bonus, check_reduction, checked_label_smoothing
+from .checks import (
+    by_keyword,
+    check_bonus,
+    check_implementation,
+    check_reduction,
+    check_validate,
+    checked_bonus_smoothing,
+    checked_ignore_index,
+    checked_label_smoothing,
+)
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
@@ -22,7 +31,8 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
     Raises:
-        TypeError: ``bonus`` is no loss, at once; the rest as `bonus_cross_entropy`, when called.
+        TypeError, ValueError, RuntimeError: an option of a wrong type or out of range, at once; the rest as
+            `bonus_cross_entropy`, when called.
 
     Shape:
         input [C], [N, C] or [N, C, d1, ...]; target as in `bonus_cross_entropy`; output a scalar, or the shape of the
@@ -58,13 +68,15 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         try:
             super().__init__(weight, size_average, reduce, reduction)
         except TypeError as error:
-            by_keyword = " A loss goes by keyword: bonus=." if isinstance(weight, (GapLoss, ClassLoss)) else ""
             came = f"Expected weight to be a Tensor or None, got {type(weight).__name__}."
-            raise TypeError(f"{error}\n{came}{by_keyword}") from None
+            raise TypeError(f"{error}\n{came}{by_keyword(weight)}") from None
         check_reduction(self.reduction)
-        self.ignore_index = ignore_index
+        self.ignore_index = checked_ignore_index(ignore_index)
         self.label_smoothing = checked_label_smoothing(label_smoothing)
+        checked_bonus_smoothing(bonus_smoothing, self.label_smoothing)
         check_bonus(bonus)
+        check_implementation(implementation)
+        check_validate(validate)
         self.bonus = bonus
         self.bonus_smoothing = bonus_smoothing
         self.register_buffer("bonus_weight", bonus_weight)

@@ -8,16 +8,22 @@ from typing import Any
 __all__ = ["check_integer", "check_number"]
 
 
-def check_number(owner: str, name: str, value: Any, interval: str) -> None:
-    """Raise unless ``value`` is a number (of Python or numpy) in ``interval``, written as in "[0, 1)"."""
+def check_number(owner: str, name: str, value: Any, expected: str) -> None:
+    """Raise unless ``value`` is a number (of Python or numpy) in the interval ``expected``, written as in "[0, 1)".
+
+    What else is taken is named behind it, as in "[0, 1) or None": None passes; other things the caller has dealt with.
+    """
+    interval, _, other = expected.partition(" or ")
+    if value is None and "None" in other:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{owner}: {name} must be a number{other and f' or {other}'}, got {type(value).__name__}")
     number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):  # NaN is neither
-        raise ValueError(f"{owner}: {name} must be in {interval}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be in {expected}, got {value!r}")
 
 
 def check_integer(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from .kernels.results import accumulation_dtype
 from .losses import CrossEntropy, GapLoss, Loss
+from .row_sums import RowSums
 from .scores import Scores
 from .soft_targets import SoftTargets
 
@@ -22,12 +23,15 @@ __all__ = [
     "check_target",
     "elements",
     "elements_gradient",
+    "gap_of_sums",
     "gradient",
     "logsumexp",
     "logsumexp_gradient",
+    "logsumexp_of_sums",
     "out_of_bounds",
     "rows",
     "scores",
+    "scores_of_sums",
     "soft_rows",
     "softmax",
 ]
@@ -140,18 +144,26 @@ def scores(logits: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
     """Return the six stored columns, shaped like the target; see `Scores`."""
     cleaned, z_target, rest, counts = _masked(logits, target, ignore_index)
     maximum, origin, sum_exp = _rest(rest)
-    gap = _gap(z_target, origin, sum_exp)
     shifted = rest - origin[..., None]
     e = torch.exp(shifted)
+    runner_up = rest.argmax(-1) if rest.shape[-1] else torch.zeros_like(target)
+    sum_exp_z = torch.where(e == 0, e, e * shifted).sum(-1)
+    sums = RowSums(z_target, maximum, sum_exp, (e * e).sum(-1), sum_exp_z, runner_up)
+    return scores_of_sums(sums, counts, dtype)
+
+
+def scores_of_sums(sums: RowSums, counts: Tensor, dtype: torch.dtype = torch.float32) -> Scores:
+    """Return the six stored columns of rows from their sums; NaN where a row does not count."""
+    z_target, maximum, sum_exp, sum_exp2, sum_exp_z, runner_up = sums
+    gap = gap_of_sums(sums)
     total = torch.where(sum_exp == 0, 1.0, sum_exp)
     p, u = torch.sigmoid(gap), torch.sigmoid(-gap)
     plain, log_odds_loss = -logsigmoid(gap), -logsigmoid(-gap)
-    purity = (e * e).sum(-1) / (total * total)
-    rest_entropy = torch.log(total) - torch.where(e == 0, e, e * shifted).sum(-1) / total
+    purity = sum_exp2 / (total * total)
+    rest_entropy = torch.log(total) - sum_exp_z / total
     entropy = torch.where(p == 0, 0.0, p * plain) + torch.where(u == 0, 0.0, u * (log_odds_loss + rest_entropy))
     margin = z_target - maximum + torch.where(gap.isnan(), math.nan, 0.0)
-    energy = -torch.where(gap > 0, z_target + plain, maximum + torch.log(total) + log_odds_loss)
-    runner_up = rest.argmax(-1) if rest.shape[-1] else torch.zeros_like(target)
+    energy = -logsumexp_of_sums(sums)
     known = counts & ~gap.isnan() & (maximum > -math.inf)
 
     def column(x: Tensor) -> Tensor:
@@ -161,6 +173,18 @@ def scores(logits: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype
         column(plain), column(u * torch.sqrt(1 + purity)), column(margin), column(entropy), column(energy),
         torch.where(known, runner_up, -1).to(torch.int32),
     )  # fmt: skip
+
+
+def gap_of_sums(sums: RowSums) -> Tensor:
+    """Return ``z_y - logsumexp(rest)`` of rows from their sums."""
+    return _gap(sums.z_target, sums.max.masked_fill(sums.max == -math.inf, 0.0), sums.sum_exp)
+
+
+def logsumexp_of_sums(sums: RowSums) -> Tensor:
+    """Return the logsumexp of rows from their sums."""
+    gap, total = gap_of_sums(sums), torch.where(sums.sum_exp == 0, 1.0, sums.sum_exp)
+    rest = sums.max + torch.log(total)
+    return torch.where(gap > 0, sums.z_target - logsigmoid(gap), rest - logsigmoid(-gap))
 
 
 def soft_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targets: SoftTargets) -> Tensor:

@@ -12,7 +12,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ class Exponential(_Ramp):
         super().__post_init__()
         check_number("Exponential", "k", self.k, "(-inf, inf)")
         if self.k == 0:
-            raise ValueError(f"Exponential: k must be finite and not 0, got {self.k!r}")
+            raise ValueError(f"Exponential: k must not be 0, got {self.k!r}")
 
     def factor(self, progress: float) -> float:
         return math.exp(self.k * (progress - 1)) if self.k > 0 else -math.expm1(self.k * progress)
@@ -215,9 +214,7 @@ class Scheduled(GapLoss):
         check_integer("Scheduled", "epoch", epoch, 0)
         factors = {name: schedule(epoch) for name, schedule in self.schedules.items()}
         for name, factor in factors.items():
-            if isinstance(factor, bool) or not isinstance(factor, Real):
-                came = f"{type(factor).__name__} at epoch {epoch}"
-                raise TypeError(f"Scheduled: the schedule of {name} must return a number, got {came}")
+            check_number("Scheduled", f"what the schedule of {name} returns at epoch {epoch}", factor, "(-inf, inf)")
         fields = {name: getattr(self.loss, name) * factor for name, factor in factors.items()}
         current = dataclasses.replace(self.loss, **fields)  # type: ignore[type-var]
         # a new tensor: a backward that is still to come has kept the old one

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,16 +10,26 @@ from torch.nn import _reduction
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from . import reference
+from .binary_scores import BinaryScores
 from .call import decide
-from .checks import FLOATS, check_bonus, check_reduction
+from .checks import FLOATS, by_keyword, check_bonus, check_implementation, check_reduction
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
 from .losses import ClassLoss, CrossEntropy, GapLoss
+from .number_checks import check_number
 from .ops import sigmoid
 from .schedules import KeepsEpoch
 from .watchers import is_plain_eager, is_transformed
 
-__all__ = ["BonusBCEWithLogitsLoss", "PositiveCount", "bonus_binary_cross_entropy_with_logits"]
+__all__ = [
+    "BonusBCEWithLogitsLoss",
+    "PositiveCount",
+    "binary_difficulty_scores",
+    "bonus_binary_cross_entropy_with_logits",
+    "bonus_binary_cross_entropy_with_logits_and_scores",
+]
+
+_NAME = "bonus_binary_cross_entropy_with_logits"
 
 
 def bonus_binary_cross_entropy_with_logits(
@@ -102,6 +110,71 @@ def bonus_binary_cross_entropy_with_logits(
     return sigmoid.total(of, divisor, implementation).to(dtype)
 
 
+def bonus_binary_cross_entropy_with_logits_and_scores(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    bonus: GapLoss | None = _DEFAULT_BONUS,
+    alpha: float | None = None,
+    normalizer: float | Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, BinaryScores]:
+    """Compute `bonus_binary_cross_entropy_with_logits` and the difficulty scores of every element.
+
+    Args: as in `bonus_binary_cross_entropy_with_logits`.
+
+    Returns:
+        The loss, and the `BinaryScores` shaped like ``target``, by one more read of logits and target.
+
+    Raises:
+        As `bonus_binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import bonus_binary_cross_entropy_with_logits_and_scores
+        >>> logits, target = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])
+        >>> loss, scores = bonus_binary_cross_entropy_with_logits_and_scores(logits, target)
+        >>> scores.target_prob
+        tensor([0.8808, 0.2689])
+    """
+    loss = bonus_binary_cross_entropy_with_logits(
+        input, target, weight, size_average, reduce, reduction, pos_weight, bonus=bonus, alpha=alpha,
+        normalizer=normalizer, implementation=implementation,
+    )  # fmt: skip
+    return loss, _scores(input, target)
+
+
+def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
+    """Compute the difficulty scores of every element of a sigmoid, without a gradient.
+
+    Args: as in `bonus_binary_cross_entropy_with_logits`.
+
+    Returns:
+        `BinaryScores` shaped like ``target``, detached.
+
+    Raises:
+        As `bonus_binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import binary_difficulty_scores
+        >>> binary_difficulty_scores(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])).gap
+        tensor([ 2., -1.])
+    """
+    _check_call(input, target, None, "none", None)
+    return _scores(input, target)
+
+
+def _scores(input: Tensor, target: Tensor) -> BinaryScores:
+    x, t = input.detach().to(torch.float32), target.detach()
+    return BinaryScores(torch.where(t.isnan(), t, torch.where(t > 0.5, x, -x)).to(torch.float32))
+
+
 class BonusBCEWithLogitsLoss(KeepsEpoch):
     """Binary cross-entropy with a bonus; a drop-in for `torch.nn.BCEWithLogitsLoss`.
 
@@ -110,7 +183,7 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
     The epoch of a `Scheduled` bonus is in the ``state_dict``; see there.
 
     Raises:
-        TypeError, ValueError: ``bonus`` is no `GapLoss`, or ``alpha`` out of range, at once; the rest when called.
+        TypeError, ValueError: an option of a wrong type or out of range, at once; the rest when called.
 
     Shape:
         input and target alike, any shape; output a scalar, or that shape for ``reduction="none"``.
@@ -143,10 +216,15 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
             reduction = _reduction.legacy_get_string(size_average, reduce)
         check_reduction(reduction)
         self.reduction = reduction
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
+        for name, x in (("weight", weight), ("pos_weight", pos_weight)):
+            if x is not None and not isinstance(x, Tensor):
+                came = f"{type(x).__name__}.{by_keyword(x)}"
+                raise TypeError(f"BonusBCEWithLogitsLoss: {name} must be a Tensor or None, got {came}")
+            self.register_buffer(name, x)
         _check_bonus(bonus)
         _scales(alpha)
+        _check_normalizer(normalizer, reduction)
+        check_implementation(implementation)
         self.bonus = bonus
         self.alpha = alpha
         self.normalizer = normalizer
@@ -202,13 +280,8 @@ class PositiveCount(nn.Module):
 
     def __init__(self, momentum: float = 0.9, initial: float = 100.0) -> None:
         super().__init__()
-        for name, value in (("momentum", momentum), ("initial", initial)):
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"PositiveCount: {name} must be a number, got {type(value).__name__}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"PositiveCount: momentum must be in [0, 1), got {momentum!r}")
-        if not 0 < initial < math.inf:
-            raise ValueError(f"PositiveCount: initial must be a positive finite number, got {initial!r}")
+        check_number("PositiveCount", "momentum", momentum, "[0, 1)")
+        check_number("PositiveCount", "initial", initial, "(0, inf)")
         self.momentum = float(momentum)
         self.register_buffer("average", torch.tensor(float(initial), dtype=torch.float32))
 
@@ -264,7 +337,7 @@ def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
         if x is None and not given:
             continue
         if not isinstance(x, Tensor):
-            return f"Expected {name} to be a Tensor, got {type(x).__name__}."
+            return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
         if x.layout != torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
         if x.dtype not in FLOATS if given else x.is_complex():
@@ -295,33 +368,29 @@ def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:
 
 
 def _scales(alpha: float | None) -> tuple[float, float]:
-    if alpha is None:
-        return 1.0, 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not 0 <= float(alpha) <= 1:
-        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha!r}")
-    return float(alpha), 1 - float(alpha)
+    check_number(_NAME, "alpha", alpha, "[0, 1] or None")
+    return (1.0, 1.0) if alpha is None else (float(alpha), 1 - float(alpha))
+
+
+def _check_normalizer(normalizer: Any, reduction: str) -> None:
+    if normalizer is None:
+        return
+    if reduction not in ("mean", "elementwise_mean"):
+        raise ValueError(f"normalizer is what reduction='mean' divides by, got it with reduction={reduction!r}")
+    if not isinstance(normalizer, Tensor):
+        check_number(_NAME, "normalizer", normalizer, "(0, inf) or a 0-d tensor")
+    elif normalizer.dim() > 0:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+    elif normalizer.device.type == "cpu" and is_plain_eager(normalizer):  # elsewhere a look would wait
+        check_number(_NAME, "normalizer", normalizer.item(), "(0, inf)")
 
 
 def _divisor(normalizer: Any, reduction: str, input: Tensor) -> float | Tensor:
     """Return what the sum of the losses is divided by."""
+    _check_normalizer(normalizer, reduction)
     if normalizer is None:
         return float(input.numel()) if reduction == "mean" else 1.0
-    if reduction != "mean":
-        raise ValueError(f"normalizer is what reduction='mean' divides by, got it with reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() > 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
-        known = normalizer.device.type == "cpu" and is_plain_eager(normalizer)  # elsewhere a look would wait
-        if known and not 0 < normalizer.item() < math.inf:
-            raise ValueError(f"normalizer must be a positive finite number, got {normalizer.item()!r}")
-        return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, Real):
-        raise TypeError(f"normalizer must be a number, a 0-d tensor or None, got {type(normalizer).__name__}")
-    if not 0 < float(normalizer) < math.inf:
-        raise ValueError(f"normalizer must be a positive finite number, got {normalizer!r}")
-    return float(normalizer)
+    return normalizer if isinstance(normalizer, Tensor) else float(normalizer)
 
 
 def _only_by_formula(target: Tensor) -> str | None:

@@ -157,11 +157,41 @@ def test_a_right_loss_without_a_kernel_says_that_its_formulas_run():
 class WrongKernel(LogBonus):
     """Its kernel is that of the log bonus, its formulas are twice those."""
 
+    kernel = "log_bonus"
+
     def value(self, gap):
         return 2 * super().value(gap)
 
     def slope(self, gap):
         return 2 * super().slope(gap)
+
+
+@pytest.mark.parametrize(
+    ("parent", "formulas", "own"),
+    [
+        (LogBonus, ("slope", "value"), "slope and value"),
+        (CrossEntropy, ("value",), "value"),
+        (Focal, ("slope",), "slope"),
+        (SoftmaxSquaredError, ("error",), "error"),
+    ],
+)
+def test_formulas_that_an_inherited_kernel_would_not_know_are_refused(parent, formulas, own):
+    made = {name: lambda self, gap: 2 * gap for name in formulas}
+    message = f"Mine defines {own}, but would run the kernel of {parent.__name__}, which knows nothing of it.\nExpected"
+    with pytest.raises(TypeError, match=message):
+        type("Mine", (parent,), made)
+
+
+def test_a_subclass_that_defines_no_formula_keeps_the_kernel():
+    @dataclass(frozen=True)
+    class Paper(LogBonus):
+        log_end: float = 0.5
+
+    logits, target = torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([0])
+    assert Paper.kernel == "log_bonus"
+    assert bonus_ops.bonus_cross_entropy(logits, target, bonus=Paper()) == bonus_ops.bonus_cross_entropy(
+        logits, target, bonus=LogBonus(0.5)
+    )
 
 
 def test_a_kernel_that_differs_from_the_formulas_is_told():

@@ -8,7 +8,14 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from bench import claims, claims_encouraging, claims_prioritisation, claims_separation, claims_suspects
+from bench import (
+    claims,
+    claims_calibration,
+    claims_encouraging,
+    claims_prioritisation,
+    claims_separation,
+    claims_suspects,
+)
 from bench.claims_data import EASY, HARD, NOISY
 from bench.claims_verdict import ABOVE_ZERO, NOT_REPRODUCED, ON_AVERAGE, REPRODUCED, interval, paired, verdict
 
@@ -111,6 +118,59 @@ def test_the_exact_gradient_of_cross_entropy_is_not_masked():
     assert result["under_exact_ce"] == result["under_gap"]
 
 
+def test_a_control_takes_the_larger_steps_it_is_named_for():
+    # of implementation None: a kernel of plain cross-entropy in its place would compare nothing
+    logits, labels = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([0])
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    for name, loss in claims_encouraging.CONTROLS.items():
+        torch.testing.assert_close(
+            claims_encouraging.bonus_cross_entropy(logits, labels, bonus=loss), float(name.split()[-1]) * plain
+        )
+
+
+def test_calibration_of_four_rows_by_hand():
+    # confidences .9, .9, .6, .6 in two bins; one of each pair is right: |.9 - .5| / 2 + |.6 - .5| / 2
+    p = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]])
+    labels = torch.tensor([[0, 1, 0, 1]])
+    assert claims_calibration.ece(p.log(), labels).tolist() == pytest.approx([25.0], rel=1e-5)
+    assert claims_calibration.nll(p.log(), labels).tolist() == pytest.approx(
+        [-sum(map(math.log, (0.9, 0.1, 0.6, 0.4))) / 4], rel=1e-5
+    )
+    assert claims_calibration.ece(100 * p.log(), labels).tolist() == pytest.approx([50.0])  # a confidence of 1
+
+
+def test_the_best_temperature_is_found_of_each_seed():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(2, 20000, 4, dtype=torch.float64)
+    labels = torch.stack([torch.multinomial(each.softmax(1), 1)[:, 0] for each in logits])
+    factors = torch.tensor([3.0, 0.25])
+    found = claims_calibration.best_temperature(logits * factors[:, None, None], labels)
+    torch.testing.assert_close(found.float(), factors, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(("data", "n_classes"), [("digits", 10), ("lines", 8)])
+def test_rows_of_calibration(data, n_classes):
+    n_train, n_validation, n_test = claims_calibration._PER_CLASS[data]
+    for rarest in claims_calibration.BALANCES.values():
+        rows = claims_calibration.split(data, rarest, 2)
+        for part, n in ((rows.validation, n_validation), (rows.test, n_test)):
+            assert all(labels.bincount().tolist() == [n] * n_classes for labels in part[1])
+        counts = [labels.bincount().sort().values.tolist() for labels in rows.train[1]]
+        assert counts[0] == counts[1] and len(counts[0]) == n_classes
+        assert counts[0][0] == round(n_train * rarest) and counts[0][-1] == n_train
+        assert not torch.equal(rows.train[1][0], rows.train[1][1])
+
+
+def test_a_network_learns_the_same_alone_and_among_other_seeds():
+    rows = claims_calibration.split("digits", 1.0, 2)
+    first = claims_calibration.Split(*((x[:1], y[:1]) for x, y in rows))
+    options = claims_calibration.LOSSES["LogBonus(0.75)"]
+    together = claims_calibration.train(rows, options, 2, 1)
+    alone = claims_calibration.train(first, options, 1, 1)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[:1], b)
+
+
 def test_labels_are_flipped_to_another_class():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -136,6 +196,14 @@ def test_suspects_are_counted_and_shown_worst_first():
 def as_claimed(module, job):
     """Return made-up results in which every claim of the papers and of this benchmark is true."""
     name, seed = job[0], job[-2]
+    if module is claims_calibration:
+        better = 0.01 * (0.5 - abs(float(name[9:-1]) - 0.6)) if name.startswith("LogBonus") else 0.0
+        nll = 0.1 - better
+        return {
+            key: [value + 0.001 * (i % 2) for i in range(seed)]
+            for key, value in {"accuracy": 90 + 100 * better, "nll": nll, "ece": 2 - better, "temperature": 1.5,
+                               "nll_scaled": nll, "ece_scaled": 1.0}.items()
+        }  # fmt: skip
     noise = 0.001 * seed
     if module is claims_encouraging:
         end = -1.0 if name.startswith("cross-entropy") else float(name.split()[-1])
@@ -179,7 +247,7 @@ def separable(name, seed):
     return {"accuracy": 90.0 + seed, "auroc": auroc, "kind": kind.numpy(), "features": features}
 
 
-@pytest.mark.parametrize("module", [claims_encouraging, claims_prioritisation, claims_separation, claims_suspects])
+@pytest.mark.parametrize("module", [claims._module(name) for name in claims.NAMES])
 def test_verdicts_follow_the_data(module):
     results = {job: as_claimed(module, job) for job in module.jobs(False)}
     section = module.conclude(results, False)
@@ -188,11 +256,14 @@ def test_verdicts_follow_the_data(module):
     flat = {job: without_effect(module, result) for job, result in results.items()}
     held = {v["claim"] for v in module.conclude(flat, False)["verdicts"] if v["verdict"] == REPRODUCED}
     # without any effect only claims that something stays as it is, or fails, hold
-    stays = ("within", "no masking", "clean labels: selective", "as uniform", "rescues", "fails", "does not")
+    stays = ("within", "no masking", "clean labels: selective", "as uniform", "rescues", "fails", "does not",
+             "stay as good", "repairs", "is as accurate")  # fmt: skip
     assert all(any(word in claim for word in stays) for claim in held), held
 
 
 def without_effect(module, result):
+    if module is claims_calibration:
+        return {key: [1.0] * len(values) for key, values in result.items()}
     if module is not claims_separation:
         return dict.fromkeys(result, 1.0)
     auroc = {score: dict.fromkeys(by_question, 0.5) for score, by_question in result["auroc"].items()}
@@ -222,5 +293,7 @@ def test_a_verdict_is_shown_with_its_bar():
 
 
 def test_an_unknown_claim_is_refused():
-    with pytest.raises(SystemExit, match="unknown claim x; expected encouraging, prioritisation, separation, suspects"):
+    with pytest.raises(
+        SystemExit, match="unknown claim x; expected encouraging, prioritisation, separation, suspects, c"
+    ):
         claims.main(["x"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bonus_ops import (
     BonusCrossEntropyLoss,
     CrossEntropy,
+    CrossEntropyWithSoftmax,
     Focal,
     LogBonus,
     PowerBonus,
@@ -434,6 +435,12 @@ def test_the_callers_tensors_are_never_written(implementation, reduction, place)
     bonus_cross_entropy(leaf, target, weight, reduction=reduction, implementation=implementation).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip((leaf, target, weight), before, strict=True))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip((*scores, probabilities), kept, strict=True))
+
+
+def test_with_softmax_is_a_named_tuple():
+    out = bonus_cross_entropy_with_softmax(torch.randn(2, 3), torch.tensor([0, 1]))
+    assert out._fields == ("loss", "scores", "softmax") and type(out) is CrossEntropyWithSoftmax
+    assert torch.equal(out.softmax, out[2]) and out.scores.loss.shape == (2,)
 
 
 def test_deterministic_mode_fills_nothing_that_is_read(poison):

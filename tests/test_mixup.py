@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bonus_ops import CosineBonus, Focal, LogBonus, SoftmaxSquaredError, bonus_cross_entropy, mixup_cross_entropy
+from bonus_ops import (
+    CosineBonus,
+    Focal,
+    LogBonus,
+    SoftmaxSquaredError,
+    bonus_cross_entropy,
+    difficulty_scores,
+    mixup_cross_entropy,
+    mixup_cross_entropy_with_scores,
+)
 from tests.conftest import INTERPRETED
 
 LOSSES = [None, LogBonus(), LogBonus(1.0, clamp=None), CosineBonus(), Focal(2.0)]
@@ -140,7 +149,7 @@ def test_one_graph():
 
 def test_bad_calls_say_what_was_expected():
     x, t = torch.randn(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\] or a Tensor, got 1.5"):
         mixup_cross_entropy(x, t, t, 1.5)
     with pytest.raises(TypeError, match="lam must be a number or a Tensor, got str"):
         mixup_cross_entropy(x, t, t, "half")
@@ -156,3 +165,45 @@ def test_bad_calls_say_what_was_expected():
         mixup_cross_entropy(x, t, torch.softmax(x, 1), 0.5)
     with pytest.raises(TypeError, match="bonus must be a GapLoss"):
         mixup_cross_entropy(x, t, t, 0.5, bonus=SoftmaxSquaredError())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_scores_are_those_of_either_label(path, reduction, by_row, place):
+    logits, a, b = batch(place=place)
+    a[3] = -100
+    lam = torch.linspace(0, 1, 7, device=place) if by_row else 0.3
+    out = mixup_cross_entropy_with_scores(logits, a, b, lam, reduction=reduction, implementation=path)
+    assert torch.equal(out.loss, mixup_cross_entropy(logits, a, b, lam, reduction=reduction, implementation=path))
+    for scores, target in ((out.scores_a, a), (out.scores_b, b)):
+        expected = difficulty_scores(logits, target, implementation=path)
+        torch.testing.assert_close(tuple(scores), tuple(expected), rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert torch.equal(scores.target, target) and not scores.loss.requires_grad
+    out.loss.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_both_scores_give_the_loss_of_the_mix():
+    logits, a, b = batch(dtype=torch.float64)
+    out = mixup_cross_entropy_with_scores(logits, a, b, 0.3, reduction="none", bonus=None)
+    mixed = 0.3 * F.one_hot(a, 11) + 0.7 * F.one_hot(b, 11)
+    expected = F.cross_entropy(logits, mixed.double(), reduction="none").detach()
+    torch.testing.assert_close(
+        (0.3 * out.scores_a.loss + 0.7 * out.scores_b.loss).double(), expected, rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(out.scores_a.entropy, out.scores_b.entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [0.5, torch.tensor([0.5, 0.5])], ids=["one", "a row"])
+def test_an_unknown_reduction_is_refused_however_shares_come(lam):
+    with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
+        mixup_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([1, 2]), lam, reduction="foo")
+
+
+def test_scores_of_a_mix_compile_whole():
+    logits, a, b = batch()
+    compiled = torch.compile(mixup_cross_entropy_with_scores, fullgraph=True, backend="aot_eager")
+    expected, actual = (f(logits, a, b, 0.3) for f in (mixup_cross_entropy_with_scores, compiled))
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(tuple(actual.scores_b), tuple(expected.scores_b))

@@ -43,6 +43,18 @@ def test_what_is_no_number_raises_its_type(value):
         check_integer("f", "x", value, 0)
 
 
+def test_what_else_is_taken_is_named_and_none_passes():
+    check_number("f", "x", None, "[0, 1] or None")
+    for expected, value, error, said in (
+        ("[0, 1] or None", "1", TypeError, "f: x must be a number or None, got str"),
+        ("[0, 1] or None", 2, ValueError, "f: x must be in [0, 1] or None, got 2"),
+        ("[0, 1] or a Tensor", None, TypeError, "f: x must be a number or a Tensor, got NoneType"),
+    ):
+        with pytest.raises(error) as raised:
+            check_number("f", "x", value, expected)
+        assert str(raised.value) == said
+
+
 def test_an_int_has_a_least_and_may_have_a_most():
     for value in (2, 5, np.int16(3), 10**30):
         check_integer("f", "x", value, 2)

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..number_checks import check_number
+
 __all__ = ["GapLoss", "Loss", "decode", "encode"]
 
 _CLASSES: dict[str, type[Loss]] = {}
+_FORMULAS = {"value", "slope", "excess", "class_value", "bonus", "bonus_slope", "class_bonus", "error"}
 
 
 class Loss:
@@ -29,9 +32,20 @@ class Loss:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.kernel is not None and "kernel" not in vars(cls) and (own := sorted(_FORMULAS & vars(cls).keys())):
+            parent = next(base for base in cls.__mro__ if "kernel" in vars(base))
+            raise TypeError(
+                f"{cls.__name__} defines {' and '.join(own)}, but would run the kernel of {parent.__name__}, which "
+                "knows nothing of it.\nExpected a subclass of GapLoss that defines value and slope."
+            )
         # numbered: a class defined again, in a notebook say, must not take the place of one still in use
         cls._name = f"{cls.__module__}.{cls.__qualname__}#{len(_CLASSES)}"
         _CLASSES[cls._name] = cls
+
+    def check_fields(self, **expected: str) -> None:
+        """Raise unless each field named is a number as expected, see `number_checks.check_number`."""
+        for name, interval in expected.items():
+            check_number(type(self).__name__, name, getattr(self, name), interval)
 
     def is_cross_entropy(self) -> bool:
         """Return whether nothing is added to plain cross-entropy."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .checks import check, check_numbers
 from .gap import logit
 
 __all__ = ["Bonus"]
@@ -31,11 +29,10 @@ class Bonus(GapLoss):
     abrupt: float = 1.0
 
     def __post_init__(self) -> None:
-        check_numbers(self, "clamp")
-        check(self, "strength", math.isfinite(self.strength), "finite")
-        check(self, "start", 0 <= self.start < 1, "in [0, 1)")
-        check(self, "abrupt", 0 < self.abrupt <= 1, "in (0, 1]")
-        check(self, "start", self.start < self.abrupt, f"below abrupt={self.abrupt!r}")
+        self.check_fields(strength="(-inf, inf)", start="[0, 1)", abrupt="(0, 1]")
+        if self.start >= self.abrupt:
+            name = type(self).__name__
+            raise ValueError(f"{name}: start must be below abrupt={self.abrupt!r}, got {self.start!r}")
 
     def bonus(self, gap: Tensor) -> Tensor:
         """Return b as a function of the gap."""

@@ -6,14 +6,12 @@ make of them. With ``pull_k = -p_k dc_k/dp_k`` the gradient is ``dL/dz_j = (p_j 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .base import Loss
-from .checks import check, check_numbers
 
 __all__ = ["ClassLoss", "SoftmaxAbsoluteError", "SoftmaxSquaredError"]
 
@@ -38,9 +36,7 @@ class ClassLoss(Loss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "strength", math.isfinite(self.strength), "finite")
-        check(self, "gamma", 1 <= self.gamma < math.inf, "a finite number >= 1")
+        self.check_fields(strength="(-inf, inf)", gamma="[1, inf)")
 
     def error(self, distance: Tensor) -> Tensor:
         """Return the error of a class from ``distance = p - share``."""

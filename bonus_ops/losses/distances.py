@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .checks import check, check_numbers
 
 __all__ = ["AbsoluteError", "SquaredError"]
 
@@ -24,9 +22,7 @@ class _Error(GapLoss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "strength", math.isfinite(self.strength), "finite")
-        check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+        self.check_fields(strength="(-inf, inf)", gamma="(0, inf)")
 
     def _error(self, p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} does not define _error(p, rest)")

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .checks import check, check_numbers
 
 __all__ = ["Focal", "FocalStar", "HaltedFocal"]
 
@@ -36,8 +35,7 @@ class Focal(GapLoss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+        self.check_fields(gamma="[0, inf)")
 
     def value(self, gap: Tensor) -> Tensor:
         return torch.exp(self.gamma * logsigmoid(-gap).clamp(min=-1000.0)) * -logsigmoid(gap)
@@ -72,8 +70,7 @@ class HaltedFocal(GapLoss):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "gamma", 0 <= self.gamma < math.inf, "a finite number >= 0")
+        self.check_fields(gamma="[0, inf)")
 
     def _step(self) -> float:
         return math.log(2) * -math.expm1(-self.gamma * math.log(2))
@@ -113,9 +110,7 @@ class FocalStar(GapLoss):
     beta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
-        check(self, "beta", math.isfinite(self.beta), "finite")
+        self.check_fields(gamma="(0, inf)", beta="(-inf, inf)")
 
     def value(self, gap: Tensor) -> Tensor:
         return -logsigmoid(self.gamma * gap + self.beta) / self.gamma

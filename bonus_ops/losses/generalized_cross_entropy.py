@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .checks import check, check_numbers
 
 __all__ = ["GeneralizedCrossEntropy"]
 
@@ -36,8 +35,7 @@ class GeneralizedCrossEntropy(GapLoss):
     q: float = 0.7
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "q", 0 < self.q <= 1, "in (0, 1]")
+        self.check_fields(q="(0, 1]")
 
     def value(self, gap: Tensor) -> Tensor:
         return -torch.expm1(self.q * logsigmoid(gap)) / self.q

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .bonus import Bonus
-from .checks import check
 from .gap import logit
 
 __all__ = ["LogBonus"]
@@ -29,6 +28,15 @@ class LogBonus(Bonus):
     ``log_end=1`` never turns linear: ``b(p) = log(max(1 - p, clamp))``, whose gradient stops where ``1 - p < clamp``.
     That clamp bounds the loss from below and keeps training stable; ``clamp=None`` is the exact, unbounded
     ``L = -gap`` at strength 1. ``clamp`` has no effect for ``log_end < 1``.
+
+    Which ``log_end``: the larger, the longer a sure example is pushed on, and the surer the model is where it is wrong.
+    Measured on small networks (``python -m bench claims calibration``, 10 seeds, digits and lines of text): .5 and .75
+    are equally accurate, .2 to 1.4 points above cross-entropy at the same learning rate, and not above cross-entropy at
+    twice that rate. On digits their probabilities are as good as cross-entropy's. On text whose classes overlap, the
+    negative log-likelihood rises by 26 % at .75 and by 17 % at .5; a temperature fitted on held-out rows repairs both.
+    At 1 it is 2.5 to 3 times cross-entropy's on all four tasks, and with rare classes the accuracy falls too. So take
+    .5 or .75, fit a temperature where the probabilities are used, and cross-entropy (``bonus=None``) where you cannot;
+    ``log_end=1`` is for large margins and for the paper's figures.
 
     Args:
         log_end: in [0, 1]; the paper uses .75 (images) and .5 (graphs, translation). Default .75.
@@ -60,9 +68,7 @@ class LogBonus(Bonus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "log_end", 0 <= self.log_end <= 1, "in [0, 1]")
-        if self.clamp is not None:
-            check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+        self.check_fields(log_end="[0, 1]", clamp="(0, 1) or None")
 
     def _floor(self) -> float:
         """Return the lowest log(1 - p) that is rewarded: only log_end=1 needs one."""

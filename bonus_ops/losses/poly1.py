@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .base import GapLoss
-from .checks import check, check_numbers
 
 __all__ = ["Poly1"]
 
@@ -36,8 +34,7 @@ class Poly1(GapLoss):
     epsilon: float = 1.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(self, "epsilon", -1 <= self.epsilon < math.inf, "a finite number >= -1")
+        self.check_fields(epsilon="[-1, inf)")
 
     def value(self, gap: Tensor) -> Tensor:
         return -logsigmoid(gap) + self.epsilon * torch.sigmoid(-gap)

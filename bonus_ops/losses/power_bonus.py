@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .bonus import Bonus
-from .checks import check
 
 __all__ = ["PowerBonus"]
 
@@ -38,7 +36,7 @@ class PowerBonus(Bonus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "gamma", 0 < self.gamma < math.inf, "a positive finite number")
+        self.check_fields(gamma="(0, inf)")
 
     def bonus(self, gap: Tensor) -> Tensor:
         return -torch.exp(self.gamma * logsigmoid(gap))

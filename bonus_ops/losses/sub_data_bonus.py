@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .bonus import Bonus
-from .checks import check
 
 __all__ = ["SubDataBonus"]
 
@@ -41,9 +40,7 @@ class SubDataBonus(Bonus):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "k", 0 < self.k <= 1, "in (0, 1]")
-        if self.clamp is not None:
-            check(self, "clamp", 0 < self.clamp < 1, "in (0, 1) or None")
+        self.check_fields(k="(0, 1]", clamp="(0, 1) or None")
 
     def _log_share(self, gap: Tensor) -> Tensor:
         """Return log(1 - k p), stable where p -> 1."""

@@ -71,6 +71,9 @@ class DifficultySampler(Sampler[int]):
         epoch: the epoch last begun, or the one set since.
         weight: float [num_examples] on the CPU, of the epoch last begun; before the first, of that to come.
 
+    **DataLoader.** ``DataLoader(data, batch_size, sampler=sampler)``, without ``shuffle``. It gives examples and is no
+    ``batch_sampler``: `torch.utils.data.BatchSampler` makes one of it.
+
     **Epochs.** Call `set_epoch` before every epoch, as with `DistributedSampler`. An iterator keeps the plan and the
     place it began with, whatever is set or iterated meanwhile. Until one of an epoch's iterators has given its last
     example, a further one (a look at the first batch) begins the same epoch; after that, without `set_epoch`, the next.
@@ -175,13 +178,7 @@ class DifficultySampler(Sampler[int]):
         return len(self._planned().order)
 
     def __iter__(self) -> Iterator[int]:
-        loader: Any = sys._getframe(1).f_locals.get(
-            "loader"
-        )  # torch would say that an int is not iterable, from a worker
-        if isinstance(loader, DataLoader) and id(loader.batch_sampler) == id(self):
-            raise TypeError(
-                "DifficultySampler gives examples, not batches: expected DataLoader(..., sampler=), got batch_sampler="
-            )
+        _refuse_batches(self)
         plan = self._planned()
         if plan.finished:
             plan = self._made(self.epoch + 1)  # may raise: the epoch is not begun then
@@ -298,6 +295,20 @@ class DifficultySampler(Sampler[int]):
         if len(wrong):
             raise ValueError(f"DifficultySampler: policy must return finite weights >= 0, got {float(wrong[0])}")
         return weight
+
+
+def _refuse_batches(sampler: DifficultySampler) -> None:
+    """Raise where a DataLoader asks for batches, of which torch would say, from a worker, that an int is not iterable.
+
+    A sampler is told neither which it is nor by whom it is iterated, so the DataLoader is looked for where torch has
+    it. Where it is not found, torch's own error remains. Integers that raise when iterated would need no look, but
+    pandas, and whoever else asks for ``__iter__`` first, takes them for lists.
+    """
+    loader: Any = sys._getframe(2).f_locals.get("loader")  # of the caller of __iter__
+    if isinstance(loader, DataLoader) and id(loader.batch_sampler) == id(sampler):
+        raise TypeError(
+            "DifficultySampler gives examples, not batches: expected DataLoader(..., sampler=), got batch_sampler="
+        )
 
 
 def _check_state(state: dict[str, Any]) -> None:

@@ -174,32 +174,33 @@ class Visited(NamedTuple):
 
 def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | float | None,
-    save: bool, options: Any, z_factor: float,
+    save: bool, options: Any, z_factor: float, out: Tensor | None = None,
 ) -> Visited:  # fmt: skip
     """Return the results of rows [outer, inner, C] and, for an upstream gradient, the gradient.
 
     That is a number, or one for each row [N] or for all [1] in the accumulation dtype. ``z_factor`` times the squared
-    logsumexp of every row is added to what the gradient is of; 0 leaves it out, and ``lse`` of the result too.
+    logsumexp of every row is added to what the gradient is of; 0 leaves it out, and ``lse`` of the result too. The
+    gradient is written to ``out``, where it is given: it may be the logits.
     """
     n_rows = logits.shape[0] * logits.shape[1]
     dtype = accumulation_dtype(logits.dtype)
-    out = Visited(
+    visited = Visited(
         torch.empty(n_rows, dtype=dtype, device="cpu"),
         torch.empty(n_rows, dtype=dtype, device="cpu") if z_factor else None,
         torch.empty((5, n_rows), dtype=torch.float32, device="cpu") if scores else None,
         torch.empty(n_rows, dtype=torch.int32, device="cpu") if scores else None,
         torch.empty((3, n_rows), dtype=dtype, device="cpu") if save else None,
-        None if upstream is None else _empty_like(logits),
+        None if upstream is None else _empty_like(logits) if out is None else out,
     )
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
-        numbers = (*options.numbers(), 2 * z_factor)
-        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, out, out.grad, upstream, None, False)
+        numbers, grad = (*options.numbers(), 2 * z_factor), visited.grad
+        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, visited, grad, upstream, None, False)
     else:
-        fill_ignored(out)
-        if out.lse is not None:
-            out.lse.zero_()
-    return out
+        fill_ignored(visited)
+        if visited.lse is not None:
+            visited.lse.zero_()
+    return visited
 
 
 def forward(
@@ -219,19 +220,20 @@ def forward(
 
 def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
-    loss: Any, options: Any,
+    loss: Any, options: Any, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient from what `forward` saved: one read, one write.
 
-    Upstream gradients are [N] or [1]: of the loss of each row and, where it matters, of its logsumexp.
+    Upstream gradients are [N] or [1]: of the loss of each row and, where it matters, of its logsumexp. It is written to
+    ``out``, where that is given: it may be the logits.
     """
-    grad = _empty_like(logits)
+    grad = _empty_like(logits) if out is None else out
     if logits.numel():
-        out = Visited(saved, None, None, None, saved, None)
+        known = Visited(saved, None, None, None, saved, None)
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         grad_loss, numbers = grad_loss.to(saved.dtype), (*options.numbers(), 0.0)
         of_lse = None if grad_lse is None else grad_lse.to(saved.dtype)
-        _run(again_loop, logits, target, ignore_index, columns, options, numbers, out, grad, grad_loss, of_lse, False)
+        _run(again_loop, logits, target, ignore_index, columns, options, numbers, known, grad, grad_loss, of_lse, False)
     return grad
 
 
@@ -261,7 +263,7 @@ def _run(
         kept = (tile + lanes.BETWEEN) * n_classes * (2 if options.kernel == "capped" else 1)
     else:
         tile = min(max((1 << 16) // n_classes, 1), 64)
-        in_place = int(out is not None and logits.element_size() == real_bytes)
+        in_place = int(out is not None and out.data_ptr() != logits.data_ptr() and logits.element_size() == real_bytes)
         kept = 0 if in_place else tile * n_classes
     plan = array("q", Plan(
         n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,

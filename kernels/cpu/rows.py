@@ -178,11 +178,12 @@ def write_capped(p, row, n, index, column, exps):
             for k in range(p.n_classes):
                 out[k] = narrow(0.0)
         else:
-            raw = vector(logits_at(p, row + i), p.n_classes, element)
+            raw = vector(logits_at(p, row + i), p.n_classes, element)  # which the gradient may take the place of
             e, scale = vector(exps_at(p, row, i, exps), p.n_classes, real), column[SCALE + i]
+            at_target = column[AT_TARGET + i] * SLOPE_OF_LOGIT(widen(raw[label]), options)
             for k in range(p.n_classes):
                 out[k] = narrow(e[k] * scale * SLOPE_OF_LOGIT(widen(raw[k]), options))
-            out[label] = narrow(column[AT_TARGET + i] * SLOPE_OF_LOGIT(widen(raw[label]), options))
+            out[label] = narrow(at_target)
 
 
 INFINITY = float("inf")

@@ -53,14 +53,15 @@ def backward(
 
 def visit(
     logits: Tensor, label: Tensor | None, targets: Any, ignore_index: int, loss: Any, scores: bool,
-    upstream: Tensor | None,
+    upstream: Tensor | None, out: Tensor | None = None,
 ) -> tuple[SoftResult, Any]:  # fmt: skip
     """Return loss and scores and, for an upstream gradient [N] or [1], the gradient.
 
-    ``label`` [outer, inner] is not looked at where probabilities are given: theirs is the largest.
+    It is written to ``out``, where that is given: it may be the logits, whose classes then lie side by side. ``label``
+    [outer, inner] is not looked at where probabilities are given: theirs is the largest.
     """
     result = empty_soft(logits, scores)
-    grad = None if upstream is None else torch.empty_like(logits)
+    grad = None if upstream is None else torch.empty_like(logits) if out is None else out
     n_outer, n_inner, n_classes = logits.shape
     if not logits.numel():
         fill_ignored(result)
@@ -80,7 +81,7 @@ def visit(
     terms = None if loss.is_cross_entropy() else terms_of(loss, real_of(element))
     label = None if label is None else label.reshape(-1).contiguous()
     up = None if upstream is None else upstream.to(real_dtype)
-    in_place = out is not None and logits.element_size() == real_dtype.itemsize
+    in_place = out is not None and out.data_ptr() != z.data_ptr() and logits.element_size() == real_dtype.itemsize
     tile = min(max((1 << 15) // n_classes, 1), PAD)
     plan = array("q", soft_rows.Plan(
         n_outer * n_inner, n_inner, n_classes, tile, z.data_ptr(), *z.stride()[:2],

@@ -282,12 +282,15 @@ def _launch_softmax(
 
 def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
-    loss: Any, options: Any,
+    loss: Any, options: Any, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    upstream = grad_loss, grad_loss.stride(0), None, grad_lse
-    return _launch_backward(logits, target, saved, upstream, ignore_index, loss, options)
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp.
+
+    It is written to ``out``, where that is given: it may be the logits.
+    """
+    grad = empty_at_phase(logits) if out is None else out
+    upstream = grad_loss, grad_loss.stride(0), None, None if grad_lse is None else grad_lse.contiguous()
+    return _launch_backward(logits, target, saved, upstream, ignore_index, loss, options, grad)
 
 
 def backward_mean(
@@ -296,14 +299,13 @@ def backward_mean(
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from that of the mean, 0-d and of any dtype, and what `forward_mean` saved."""
     upstream = grad_loss, 0, saved[1], None
-    return _launch_backward(logits, target, saved[0], upstream, ignore_index, loss, options)
+    return _launch_backward(logits, target, saved[0], upstream, ignore_index, loss, options, empty_at_phase(logits))
 
 
 def _launch_backward(
     logits: Tensor, target: Tensor, saved: Tensor, upstream: tuple[Any, ...], ignore_index: int, loss: Any,
-    options: Any,
+    options: Any, grad: Tensor,
 ) -> Tensor:  # fmt: skip
-    grad = empty_at_phase(logits)
     n_rows, by = logits.shape[0] * logits.shape[1], vector(logits, grad)
     if n_rows == 0:
         return grad

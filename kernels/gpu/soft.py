@@ -311,10 +311,13 @@ def forward(
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    ignore_index: int, loss: Any, options: Any = None,
+    ignore_index: int, loss: Any, out: Tensor | None = None, options: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss."""
-    grad = empty_at_phase(logits)
+    """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
+
+    It is written to ``out``, where that is given: it may be the logits.
+    """
+    grad = empty_at_phase(logits) if out is None else out
     n_rows, n_classes = runner_up.numel(), logits.shape[2]
     if grad.numel() == 0:
         return grad

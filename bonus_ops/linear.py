@@ -1,0 +1,325 @@
+"""The loss of a last layer, without its logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .checks import check_bonus, check_reduction, checked_label_smoothing
+from .functional import _DEFAULT_BONUS
+from .linear_call import LinearCall
+from .logit_options import checked_options
+from .losses import ClassLoss, GapLoss
+from .ops import linear
+from .scores import Scores
+
+__all__ = [
+    "LinearBonusCrossEntropyLoss",
+    "LinearScores",
+    "linear_bonus_cross_entropy",
+    "linear_bonus_cross_entropy_with_scores",
+    "linear_difficulty_scores",
+]
+
+
+class LinearScores(Scores):
+    """`Scores`, and of every row the norm of the gradient that its loss has for the last layer.
+
+    Attributes:
+        last_layer_grad_norm: ``||dL/d(weight, bias)||_F = ||dL/dz||_2 ||(hidden, 1)||_2``, exact, float32, [0, inf);
+            higher is harder; NaN where ignored. Of what ``reduction="none"`` returns: with class weights and
+            ``row_weight``.
+    """
+
+    last_layer_grad_norm: Tensor
+
+    def __new__(cls, *columns: Tensor, last_layer_grad_norm: Tensor, **named: Any) -> LinearScores:
+        scores = super().__new__(cls, *columns, **named)
+        scores.last_layer_grad_norm = last_layer_grad_norm
+        return scores
+
+    def _replace(self, **columns: Any) -> LinearScores:
+        own = {"last_layer_grad_norm": self.last_layer_grad_norm, "target": self.target}
+        return LinearScores(**{**self._asdict(), **own, **columns})
+
+    def _each(self, function: Any) -> LinearScores:
+        scores, norm = super()._each(function), function(self.last_layer_grad_norm)
+        return LinearScores(*scores, target=scores.target, last_layer_grad_norm=norm)
+
+    @classmethod
+    def cat(cls, batches: Iterable[Scores]) -> Scores:
+        """Join several batches as `Scores.cat` does; the norms too, where all have them."""
+        several = list(batches)
+        joined = Scores.cat(several)
+        norms = [scores.last_layer_grad_norm for scores in several if isinstance(scores, LinearScores)]
+        if len(norms) < len(several):
+            return joined
+        norm = torch.cat([x if x.dim() else x[None] for x in norms])
+        return LinearScores(*joined, target=joined.target, last_layer_grad_norm=norm)
+
+
+def linear_bonus_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    budget: int | None = None,
+    implementation: str | None = None,
+    validate: bool = False,
+) -> Tensor:
+    """Compute `bonus_cross_entropy` of a linear layer's output, without keeping that.
+
+    ``bonus_cross_entropy(linear(input, linear_weight, linear_bias), target)``. The logits, the largest tensor of a
+    language model, are made by chunks of rows and turned into gradients while they are in memory: of input, weight and
+    bias, in the forward pass, each only where it is required. Names and order are those of
+    `torch.nn.functional.linear_cross_entropy`.
+
+    Args:
+        input: what the last layer takes, [..., H], float16, bfloat16, float32 or float64.
+        linear_weight: [C, H], dtype of ``input``; it may be tied with an embedding.
+        target: class indices [...], int64 or uint8.
+        linear_bias: [C], or None.
+        weight: factor of each class, [C], as in `bonus_cross_entropy`.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The gradients of ``"none"`` wait for backward, which makes the
+            logits a second time, unless ``linear_weight`` and ``linear_bias`` require none: a ``row_weight`` that is
+            known in forward, with ``"sum"``, recomputes nothing.
+        ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
+        label_smoothing: as in `bonus_cross_entropy`.
+        bonus: as in `bonus_cross_entropy`.
+        bonus_smoothing: as in `bonus_cross_entropy`.
+        bonus_weight: as in `bonus_cross_entropy`.
+        row_weight: factor of each row's loss, shaped like ``target``; the divisor of ``"mean"`` does not know it.
+            Differentiable.
+        logit_scale: as in `bonus_cross_entropy`.
+        softcap: as in `bonus_cross_entropy`; z is what the chunks make of the layer's output.
+        z_loss: as in `bonus_cross_entropy`; a ``row_weight`` multiplies it too.
+        budget: bytes of logits that may exist at once, at least one row. None is 128 MiB and at most 512 rows on a CPU,
+            which was measured to be enough, and 1 GiB elsewhere. Not counted: the gradients, that of a weight in halves
+            as float32; 4 MiB of it widened at a time, for halves on a CPU; a few rows of work. Another budget gives the
+            same result to rounding, the same budget the same bits.
+        implementation: None chooses; ``"triton"``, ``"numba"`` and ``"reference"`` run or raise. The reference makes
+            the logits, as do `torch.func`, forward mode and gradients that are differentiated again.
+        validate: as in `bonus_cross_entropy`.
+
+    Returns:
+        Loss in nats in the dtype of ``input`` (float32 under autocast): a scalar, or shaped like ``target`` for
+        ``"none"``. Sums over rows, the weight's gradient among them, are kept in float32 (float64) and rounded once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError, NotImplementedError: as `bonus_cross_entropy`; RuntimeError
+            also for sizes of the layer that do not fit, ValueError for a ``budget`` that does not hold one row.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import linear_bonus_cross_entropy
+        >>> hidden, weight = torch.eye(2, 3), torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> linear_bonus_cross_entropy(hidden, weight, torch.tensor([0, 1]), bonus=None)
+        tensor(0.2201)
+
+    References:
+        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
+        AAAI 2022, https://arxiv.org/abs/2110.06537. Chunks: Hsu et al., Liger Kernel, 2024,
+        https://arxiv.org/abs/2410.10989; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
+        ICLR 2025, https://arxiv.org/abs/2411.09009.
+    """
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
+        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
+        implementation, validate, False, False,
+    )  # fmt: skip
+    return linear.run(call).loss
+
+
+def linear_bonus_cross_entropy_with_scores(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    budget: int | None = None,
+    implementation: str | None = None,
+    validate: bool = False,
+) -> tuple[Tensor, LinearScores]:
+    """Compute `linear_bonus_cross_entropy` and the difficulty scores of every row from the same chunks.
+
+    Args: as in `linear_bonus_cross_entropy`.
+
+    Returns:
+        The loss, and `LinearScores` shaped like ``target``: detached, of the plain softmax, NaN where ignored.
+
+    Raises:
+        As `linear_bonus_cross_entropy`.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import linear_bonus_cross_entropy_with_scores
+        >>> hidden, weight = torch.eye(2, 3), torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> _, scores = linear_bonus_cross_entropy_with_scores(hidden, weight, torch.tensor([0, 1]), bonus=None)
+        >>> scores.last_layer_grad_norm
+        tensor([0.1686, 0.3803])
+    """
+    call = LinearCall(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
+        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
+        implementation, validate, True, True,
+    )  # fmt: skip
+    loss, scores, norm = linear.run(call)
+    return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))
+
+
+def linear_difficulty_scores(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    implementation: str | None = None,
+    validate: bool = False,
+) -> Scores:
+    """Compute the difficulty scores of every row without a gradient, by tiles of classes.
+
+    Args: as in `linear_bonus_cross_entropy`.
+
+    Returns:
+        `Scores` shaped like ``target``, detached.
+
+    Raises:
+        As `linear_bonus_cross_entropy`.
+    """
+    with torch.no_grad():
+        call = LinearCall(
+            input, linear_weight, target, linear_bias, None, "none", ignore_index, 0.0, None, None, None, None,
+            checked_options(logit_scale, softcap, 0.0), None, implementation, validate, True, False,
+        )  # fmt: skip
+        return cast(Scores, linear.run(call).scores)
+
+
+class LinearBonusCrossEntropyLoss(torch.nn.Module):
+    """A last layer and its loss; a twin of `torch.nn.LinearCrossEntropyLoss`.
+
+    ``linear_weight`` [out_features, in_features] and ``linear_bias`` [out_features] are parameters, drawn as those of
+    `torch.nn.Linear`. To tie the weight with an embedding, assign it: ``head.linear_weight = embedding.weight``.
+
+    Args: ``in_features``, ``out_features``, ``bias``, ``device`` and ``dtype`` as in `torch.nn.Linear`, the others as
+        in `linear_bonus_cross_entropy`. ``weight`` and ``bonus_weight`` are buffers.
+
+    Shape:
+        input [..., in_features]; target [...]; output a scalar, or shaped like target for ``reduction="none"``.
+
+    Example:
+        >>> import torch
+        >>> from bonus_ops import LinearBonusCrossEntropyLoss
+        >>> head = LinearBonusCrossEntropyLoss(8, 1000, bias=False)
+        >>> head(torch.randn(4, 8), torch.tensor([1, 2, 3, 4])).backward()
+        >>> head.linear_weight.grad.shape
+        torch.Size([1000, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+        bonus_smoothing: float | None = None,
+        bonus_weight: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        budget: int | None = None,
+        implementation: str | None = None,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        check_bonus(bonus)
+        self.in_features, self.out_features = in_features, out_features
+        options = {"device": device, "dtype": dtype}
+        self.linear_weight = torch.nn.Parameter(torch.empty((out_features, in_features), **options))
+        self.linear_bias = torch.nn.Parameter(torch.empty(out_features, **options)) if bias else None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bonus_weight", bonus_weight)
+        self.weight: Tensor | None
+        self.bonus_weight: Tensor | None
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing = checked_label_smoothing(label_smoothing)
+        self.bonus, self.bonus_smoothing = bonus, bonus_smoothing
+        checked_options(logit_scale, softcap, z_loss)
+        self.logit_scale, self.softcap, self.z_loss = logit_scale, softcap, z_loss
+        self.budget, self.implementation, self.validate = budget, implementation, validate
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `torch.nn.Linear` does: uniform within ``1 / sqrt(in_features)``."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+        for parameter in (self.linear_weight, self.linear_bias):
+            if parameter is not None:
+                torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
+        """Return the loss of the layer's logits of ``input`` against ``target``."""
+        return linear_bonus_cross_entropy(
+            input,
+            self.linear_weight,
+            target,
+            linear_bias=self.linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            bonus=self.bonus,
+            bonus_smoothing=self.bonus_smoothing,
+            bonus_weight=self.bonus_weight,
+            row_weight=row_weight,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            budget=self.budget,
+            implementation=self.implementation,
+            validate=self.validate,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the options that differ between instances."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.linear_bias is not None}, "
+            f"bonus={self.bonus}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )

@@ -1,0 +1,138 @@
+"""A call of the linear form: what `Call` is for given logits, of logits that nobody makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .call import Call
+from .checks import FLOATS, check_call, checked_ignore_index
+from .logit_options import LogitOptions
+from .number_checks import check_integer
+from .watchers import is_transformed
+
+__all__ = ["LinearCall"]
+
+
+class LinearCall(Call):
+    """The checked arguments of `linear_bonus_cross_entropy` or a twin, and what runs."""
+
+    def __init__(
+        self, input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: str,
+        ignore_index: int, label_smoothing: float, bonus: Any, bonus_smoothing: float | None, bonus_weight: Any,
+        row_weight: Any, options: LogitOptions, budget: int | None, implementation: str | None, validate: bool,
+        scores: bool, norm: bool,
+    ) -> None:  # fmt: skip
+        _check_layer(input, linear_weight, linear_bias)
+        device = input.device.type
+        # under autocast products are made as those of a linear layer are
+        autocast = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
+        self.product_dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+        self.hidden = input.reshape(-1, input.shape[-1])
+        self.linear_weight, self.linear_bias = linear_weight, linear_bias
+        shape, n_classes = input.shape[:-1], linear_weight.shape[0]
+        labels = _flat(target, shape, n_classes)
+        # what the logits would be, as far as checks can see: one number of memory
+        logits = input.new_empty((), dtype=self.product_dtype).expand(len(self.hidden), n_classes)
+        # of one row first: torch, asked for its words, may compute on what it is shown
+        check_call(logits[:1], labels[:1] if isinstance(labels, Tensor) else labels, weight,
+                   checked_ignore_index(ignore_index), reduction, 0.0, autocast)  # fmt: skip
+        self.row_weight_given = None if row_weight is None else _checked_row_weight(row_weight, input, shape)
+        self._tensors = input, linear_weight, target, linear_bias, weight, bonus_weight, row_weight
+        super().__init__(
+            logits, labels, weight, None, ignore_index, None, reduction, label_smoothing, bonus, bonus_smoothing,
+            bonus_weight, options, implementation, validate, scores, False,
+        )  # fmt: skip
+        self.norm = norm
+        self.target_given, self.row_shape = target, shape
+        self.budget = _checked_budget(budget, device, n_classes * reference.accumulation_dtype(input.dtype).itemsize)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self._tensors
+
+    def _only_by_formula(self, implementation: str | None) -> str | None:
+        return super()._only_by_formula(implementation) or ("torch.func and forward mode" if is_transformed() else None)
+
+
+def _check_layer(input: Any, linear_weight: Any, linear_bias: Any) -> None:
+    given = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    for name, x in given.items():
+        if x is None and name == "linear_bias":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"linear_bonus_cross_entropy: expected {name} to be a Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise RuntimeError(f"expected {name} to be dense (torch.strided), got {x.layout}")
+        if x.dtype not in FLOATS:
+            raise RuntimeError(f"expected {name} of float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.device != input.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device\nExpected {name} on the device of input, "
+                f"{input.device}, got {x.device}."
+            )
+    if input.dim() == 0:
+        raise RuntimeError("expected input [..., H], got shape []")
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"expected linear_weight [C, H], got shape {list(linear_weight.shape)}")
+    (n_classes, size), n_rows = linear_weight.shape, input.shape[:-1].numel()
+    if input.shape[-1] != size:
+        raise RuntimeError(
+            f"mat1 and mat2 shapes cannot be multiplied ({n_rows}x{input.shape[-1]} and {size}x{n_classes})\nExpected "
+            f"input [..., H] and linear_weight [C, H] of one H, got {list(input.shape)} and [{n_classes}, {size}]."
+        )
+    if linear_bias is not None and list(linear_bias.shape) != [n_classes]:
+        raise RuntimeError(
+            f"expected linear_bias [{n_classes}], one number a class of linear_weight, got {list(linear_bias.shape)}"
+        )
+    if input.device.type != "meta" and torch.is_autocast_enabled(input.device.type):
+        return
+    for name, x in given.items():
+        if x is not None and x.dtype != input.dtype:
+            raise RuntimeError(f"expected m1 and m2 to have the same dtype\nExpected {name} of the dtype of input, "
+                               f"{input.dtype}, got {x.dtype}.")  # fmt: skip
+
+
+def _flat(target: Any, shape: torch.Size, n_classes: int) -> Any:
+    """Return the labels of the rows, one after another."""
+    if not isinstance(target, Tensor):
+        return target  # `check_call` has the words
+    if target.is_floating_point() and target.shape == (*shape, n_classes):
+        raise RuntimeError(
+            f"expected class indices as target, got probabilities of {target.dtype}\nShares of all classes take the "
+            "memory of the logits: bonus_cross_entropy(linear(input, linear_weight), target) has them."
+        )
+    if target.shape != shape and not (not shape and target.numel() == 1):
+        raise ValueError(
+            f"Expected input batch_size ({shape.numel()}) to match target batch_size ({target.numel()}).\nExpected "
+            f"target of shape {list(shape)} for input of shape {[*shape, 'H']}, got {list(target.shape)}."
+        )
+    return target.reshape(-1)
+
+
+def _checked_row_weight(row_weight: Any, input: Tensor, shape: torch.Size) -> Tensor:
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight must be a Tensor or None, got {type(row_weight).__name__}")
+    if row_weight.shape != shape:
+        raise RuntimeError(
+            f"row_weight must be shaped like target, {list(shape)}, one number a row, got {list(row_weight.shape)}"
+        )
+    if row_weight.dtype not in FLOATS:
+        raise RuntimeError(f"row_weight must have a floating point type, got {row_weight.dtype}")
+    if row_weight.device != input.device:
+        raise RuntimeError(f"row_weight must be on the device of input, {input.device}, got {row_weight.device}")
+    return row_weight.reshape(-1).to(reference.accumulation_dtype(input.dtype))
+
+
+def _checked_budget(budget: Any, device: str, row_bytes: int) -> int | None:
+    """Return the bytes of a chunk; None is as much as was measured to be enough."""
+    if budget is None:
+        return None
+    check_integer("linear_bonus_cross_entropy", "budget", budget, 1)
+    if budget < row_bytes:
+        raise ValueError(
+            f"linear_bonus_cross_entropy: budget must hold the logits of one row, {row_bytes} bytes, got {budget}"
+        )
+    return int(budget)
