@@ -289,8 +289,7 @@ def backward(
     It is written to ``out``, where that is given: it may be the logits.
     """
     grad = empty_at_phase(logits) if out is None else out
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    upstream = grad_loss, grad_loss.stride(0), None, grad_lse
+    upstream = grad_loss, grad_loss.stride(0), None, None if grad_lse is None else grad_lse.contiguous()
     return _launch_backward(logits, target, saved, upstream, ignore_index, loss, options, grad)
 
 
@@ -299,8 +298,8 @@ def backward_mean(
     options: Any,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from that of the mean, 0-d and of any dtype, and what `forward_mean` saved."""
-    upstream, grad = (grad_loss, 0, saved[1], None), empty_at_phase(logits)
-    return _launch_backward(logits, target, saved[0], upstream, ignore_index, loss, options, grad)
+    upstream = grad_loss, 0, saved[1], None
+    return _launch_backward(logits, target, saved[0], upstream, ignore_index, loss, options, empty_at_phase(logits))
 
 
 def _launch_backward(

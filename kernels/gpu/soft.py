@@ -311,7 +311,7 @@ def forward(
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    ignore_index: int, loss: Any, options: Any = None, out: Tensor | None = None,
+    ignore_index: int, loss: Any, out: Tensor | None = None, options: Any = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
 
