@@ -592,12 +592,12 @@ MUTANTS = (
     ),
     Mutant(
         "the columns of mapped scores are taken for the batch", "bonus_ops/ops/labels.py",
-        "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
+        "dims = (0, 0 if lse else None, 1 if scores else None,", "dims = (0, 0 if lse else None, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(
         "a step of the schedule reaches a backward under way", "bonus_ops/ops/labels.py",
-        "_Visit(call.ignore_index, cast(GapLoss, call.loss).current,", "_Visit(call.ignore_index, call.loss,",
+        "    loss = cast(GapLoss, call.loss).current\n    visit =", "    loss = cast(GapLoss, call.loss)\n    visit =",
         f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
     ),
     Mutant(
