@@ -592,7 +592,7 @@ MUTANTS = (
     ),
     Mutant(
         "the columns of mapped scores are taken for the batch", "bonus_ops/ops/labels.py",
-        "dims = (0, 0 if lse else None, 1 if scores else None,", "dims = (0, 0 if lse else None, 0 if scores else None,",
+        "0 if lse else None, 1 if scores else None,", "0 if lse else None, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(

@@ -72,6 +72,10 @@ softmax          triton      triton     triton     .          .            trito
 softmax          numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
 softmax          reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
 softmax          None        numba      numba      .          .            numba      numba      numba      numba      reference  reference  reference
+options          triton      triton     triton     .          .            triton     triton     triton     triton     none       cannot     cannot
+options          numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
+options          reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
+options          None        numba      numba      .          .            numba      numba      numba      numba      reference  reference  reference
 linear           triton      triton     triton     .          .            none       none       none       triton     none       cannot     cannot
 linear           numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
 linear           reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
@@ -150,6 +154,9 @@ KINDS: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {  # the target, and a 
     "two labels": (LABELS, lambda z, t, **k: mixup_cross_entropy(z, t, OTHERS.to(t.device), 0.3, **k)),
     "sigmoid": (PROBABILITIES, bonus_binary_cross_entropy_with_logits),
     "softmax": (LABELS, lambda z, t, **k: bonus_cross_entropy_with_softmax(z, t, **k)[0]),
+    "options": (
+        LABELS, lambda z, t, **k: bonus_cross_entropy(z, t, logit_scale=0.5, softcap=3.0, z_loss=0.1, **k)
+    ),
     "linear": (
         LABELS, lambda z, t, **k: linear_bonus_cross_entropy(z, torch.eye(3, dtype=z.dtype, device=z.device), t, **k)
     ),
