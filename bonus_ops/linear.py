@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import check_bonus, check_reduction, checked_label_smoothing
 from .functional import _DEFAULT_BONUS
 from .linear_call import LinearCall
+from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
 from .ops import linear
 from .scores import Scores
@@ -75,6 +76,9 @@ def linear_bonus_cross_entropy(
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
     row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     budget: int | None = None,
     implementation: str | None = None,
     validate: bool = False,
@@ -102,6 +106,9 @@ def linear_bonus_cross_entropy(
         bonus_weight: as in `bonus_cross_entropy`.
         row_weight: factor of each row's loss, shaped like ``target``; the divisor of ``"mean"`` does not know it.
             Differentiable.
+        logit_scale: as in `bonus_cross_entropy`.
+        softcap: as in `bonus_cross_entropy`; z is what the chunks make of the layer's output.
+        z_loss: as in `bonus_cross_entropy`; a ``row_weight`` multiplies it too.
         budget: bytes of logits that may exist at once, at least one row. None is 128 MiB and at most 512 rows on a CPU,
             which was measured to be enough, and 1 GiB elsewhere. Not counted: the gradients, that of a weight in halves
             as float32; 4 MiB of it widened at a time, for halves on a CPU; a few rows of work. Another budget gives the
@@ -133,7 +140,8 @@ def linear_bonus_cross_entropy(
     """
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
-        bonus_smoothing, bonus_weight, row_weight, budget, implementation, validate, False,
+        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
+        implementation, validate, False, False,
     )  # fmt: skip
     return linear.run(call).loss
 
@@ -152,6 +160,9 @@ def linear_bonus_cross_entropy_with_scores(
     bonus_smoothing: float | None = None,
     bonus_weight: Tensor | None = None,
     row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     budget: int | None = None,
     implementation: str | None = None,
     validate: bool = False,
@@ -176,7 +187,8 @@ def linear_bonus_cross_entropy_with_scores(
     """
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
-        bonus_smoothing, bonus_weight, row_weight, budget, implementation, validate, True,
+        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
+        implementation, validate, True, True,
     )  # fmt: skip
     loss, scores, norm = linear.run(call)
     return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))
@@ -189,6 +201,8 @@ def linear_difficulty_scores(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     implementation: str | None = None,
     validate: bool = False,
 ) -> Scores:
@@ -204,8 +218,8 @@ def linear_difficulty_scores(
     """
     with torch.no_grad():
         call = LinearCall(
-            input, linear_weight, target, linear_bias, None, "none", ignore_index, 0.0, None, None, None, None, None,
-            implementation, validate, True,
+            input, linear_weight, target, linear_bias, None, "none", ignore_index, 0.0, None, None, None, None,
+            checked_options(logit_scale, softcap, 0.0), None, implementation, validate, True, False,
         )  # fmt: skip
         return cast(Scores, linear.run(call).scores)
 
@@ -246,6 +260,9 @@ class LinearBonusCrossEntropyLoss(torch.nn.Module):
         bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
         bonus_smoothing: float | None = None,
         bonus_weight: Tensor | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
         budget: int | None = None,
         implementation: str | None = None,
         validate: bool = False,
@@ -264,6 +281,8 @@ class LinearBonusCrossEntropyLoss(torch.nn.Module):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing = checked_label_smoothing(label_smoothing)
         self.bonus, self.bonus_smoothing = bonus, bonus_smoothing
+        checked_options(logit_scale, softcap, z_loss)
+        self.logit_scale, self.softcap, self.z_loss = logit_scale, softcap, z_loss
         self.budget, self.implementation, self.validate = budget, implementation, validate
         self.reset_parameters()
 
@@ -289,6 +308,9 @@ class LinearBonusCrossEntropyLoss(torch.nn.Module):
             bonus_smoothing=self.bonus_smoothing,
             bonus_weight=self.bonus_weight,
             row_weight=row_weight,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
             budget=self.budget,
             implementation=self.implementation,
             validate=self.validate,

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .call import Call
 from .checks import FLOATS, check_call, checked_ignore_index
-from .logit_options import PLAIN
+from .logit_options import LogitOptions
 from .number_checks import check_integer
 from .watchers import is_transformed
 
@@ -23,7 +23,8 @@ class LinearCall(Call):
     def __init__(
         self, input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: str,
         ignore_index: int, label_smoothing: float, bonus: Any, bonus_smoothing: float | None, bonus_weight: Any,
-        row_weight: Any, budget: int | None, implementation: str | None, validate: bool, scores: bool,
+        row_weight: Any, options: LogitOptions, budget: int | None, implementation: str | None, validate: bool,
+        scores: bool, norm: bool,
     ) -> None:  # fmt: skip
         _check_layer(input, linear_weight, linear_bias)
         device = input.device.type
@@ -43,8 +44,9 @@ class LinearCall(Call):
         self._tensors = input, linear_weight, target, linear_bias, weight, bonus_weight, row_weight
         super().__init__(
             logits, labels, weight, None, ignore_index, None, reduction, label_smoothing, bonus, bonus_smoothing,
-            bonus_weight, PLAIN, implementation, validate, scores, False,
+            bonus_weight, options, implementation, validate, scores, False,
         )  # fmt: skip
+        self.norm = norm
         self.target_given, self.row_shape = target, shape
         self.budget = _checked_budget(budget, device, n_classes * reference.accumulation_dtype(input.dtype).itemsize)
 

@@ -496,8 +496,9 @@ def test_the_operator_keeps_its_contract(implementation, soft, request):
     for scores, gradients in ((False, [True] * 3), (True, [False, True, False])):
         smoothing = 0.1 if soft else 0.0
         parameters = (x.detach() for x in layer.parameters())
-        args = (*parameters, None, layer.target, None, None, torch.tensor(2.0), fields, name, -100, soft, smoothing,
-                smoothing, scores, gradients, torch.float32, 0, implementation)  # fmt: skip
+        args = (*parameters, None, None, layer.target, None, None, torch.tensor(2.0), fields, name, -100, soft,
+                smoothing, smoothing, 1.0, None, scores, scores, gradients, torch.float32, 0,
+                implementation)  # fmt: skip
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(operators.forward, args, test_utils=checks)
 

@@ -241,3 +241,77 @@ def test_bad_options(options, error, said):
     ):
         with pytest.raises(error, match=said):
             call()
+
+
+# --- the last layer ---------------------------------------------------------------------------------------------------
+
+
+def layer(dtype=torch.float64, n_rows=9, size=6, n_classes=70):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, size, generator=generator, dtype=dtype) * 2 for n in (n_rows, n_classes))
+    target = torch.randint(n_classes, (n_rows,), generator=generator)
+    target[3] = -100
+    return hidden, weight, torch.randn(n_classes, generator=generator, dtype=dtype), target
+
+
+@names
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("others", ["", "class weights and rows'", "smoothing"])
+@pytest.mark.parametrize("budget", [None, 3 * 128 * 8])
+def test_a_last_layer_has_them_too(options, reduction, others, budget):
+    hidden, weight, bias, target = layer()
+    named = {"label_smoothing": 0.1} if others == "smoothing" else {}
+    row_weight = None
+    if others.startswith("class"):
+        named["weight"], row_weight = torch.rand(70, dtype=torch.float64) + 0.5, torch.rand(9, dtype=torch.float64)
+    found = []
+    for ours in (True, False):
+        x, w, b = (a.clone().requires_grad_() for a in (hidden, weight, bias))
+        rw = None if row_weight is None else row_weight.clone().requires_grad_()
+        if ours:
+            loss, scores = bonus_ops.linear_bonus_cross_entropy_with_scores(
+                x, w, target, linear_bias=b, row_weight=rw, reduction=reduction, budget=budget, **named, **options
+            )
+        else:
+            z = torch.nn.functional.linear(x, w, b)
+            loss, scores = bonus_cross_entropy_with_scores(z, target, reduction="none", **named, **options)
+            loss = loss if rw is None else loss * rw
+            if reduction != "none":
+                loss = loss.sum()
+            if reduction == "mean":
+                of_class = named.get("weight")
+                counts = target != -100
+                if of_class is None:
+                    loss = loss / counts.sum()
+                else:  # cross-entropy by the weights, the z-loss by the rows
+                    cost = options.get("z_loss", 0.0) * torch.logsumexp(z_of(z, **options), 1).square() * rw
+                    cost = cost.masked_fill(~counts, 0.0).sum()
+                    loss = (loss - cost) / of_class[target[counts]].sum() + cost / counts.sum()
+        up = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape)
+        (loss * up).sum().backward()
+        found.append((loss, *(a.grad for a in (x, w, b) + ((rw,) if rw is not None else ())), *scores))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5 if one.dtype == torch.float32 else 1e-9, atol=1e-6, equal_nan=True)
+
+
+@names
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
+def test_the_norm_of_a_last_layers_gradient_is_exact_with_them(options, implementation):
+    hidden, weight, bias, target = layer()
+    _, scores = bonus_ops.linear_bonus_cross_entropy_with_scores(
+        hidden, weight, target, linear_bias=bias, implementation=implementation, reduction="none", **options
+    )
+    for i, found in enumerate(scores.last_layer_grad_norm):
+        w, b = (a.clone().requires_grad_() for a in (weight, bias))
+        one = bonus_cross_entropy(torch.nn.functional.linear(hidden[i], w, b), target[i], **options)
+        if target[i] == -100:
+            assert found.isnan()
+            continue
+        one.backward()
+        assert found == pytest.approx(torch.cat([w.grad.flatten(), b.grad]).norm().item(), rel=1e-5)
+    assert torch.allclose(
+        bonus_ops.linear_difficulty_scores(
+            hidden, weight, target, linear_bias=bias,
+            **{name: x for name, x in options.items() if name != "z_loss"},
+        ).entropy, scores.entropy, atol=1e-6, equal_nan=True,
+    )  # fmt: skip

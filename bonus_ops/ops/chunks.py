@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .. import reference, row_sums
-from ..logit_options import PLAIN
+from ..logit_options import PLAIN, LogitOptions
 from ..losses import GapLoss
 from ..row_sums import RowSums
 from ..soft_targets import SoftTargets
-from . import room
+from . import labels, room
 
 __all__ = ["Layer", "LinearResult", "Rows", "Wanted", "computed", "empty", "row_bytes"]
 
@@ -49,15 +49,34 @@ class Rows(NamedTuple):
 
     label: Tensor  # [N]
     upstream: Tensor | None  # [N], of each row's loss
+    z_upstream: Tensor | None  # [N], of the square of each row's logsumexp, undivided; None where that costs nothing
     targets: SoftTargets | None  # None for class indices
     loss: Any
     ignore_index: int
+    options: LogitOptions  # whose scale is left to the products where nothing comes between
+
+    @property
+    def folded(self) -> float:
+        """The scale, where the products take it."""
+        return self.options.scale if self.options.softcap is None else 1.0
+
+    @property
+    def of_product(self) -> LogitOptions:
+        """What is left to do to the products."""
+        return PLAIN if self.options.softcap is None else self.options
+
+    @property
+    def norm_from_scores(self) -> bool:
+        """Whether the scores know the norm of each row's gradient."""
+        hard = self.targets is None and isinstance(self.loss, GapLoss)
+        return hard and self.options.softcap is None and self.z_upstream is None
 
 
 class Wanted(NamedTuple):
     """What is asked for."""
 
     scores: bool
+    norm: bool  # of the gradient of every row's logits
     hidden: bool  # gradients
     weight: bool
     bias: bool
@@ -72,6 +91,7 @@ class LinearResult(NamedTuple):
     """What comes of it; no elements where it was not asked for. Gradients are of ``sum upstream loss / divisor``."""
 
     loss: Tensor  # [N] accumulation dtype
+    lse: Tensor  # [N] the same; where the z-loss wants it
     scores: Tensor  # [5, N] float32
     runner_up: Tensor  # [N] int32
     norm: Tensor  # [N] float32, of the last layer's gradient of upstream times loss
@@ -80,7 +100,7 @@ class LinearResult(NamedTuple):
     grad_bias: Tensor  # [C]
 
 
-def empty(layer: Layer, wanted: Wanted) -> LinearResult:
+def empty(layer: Layer, wanted: Wanted, lse: bool) -> LinearResult:
     """Return the memory of the results."""
     (n_rows, size), n_classes = layer.hidden.shape, layer.weight.shape[0]
     dtype = reference.accumulation_dtype(layer.hidden.dtype)
@@ -90,9 +110,10 @@ def empty(layer: Layer, wanted: Wanted) -> LinearResult:
 
     return LinearResult(
         made(True, n_rows),
+        made(lse, n_rows),
         made(wanted.scores, 5, n_rows, dtype=torch.float32),
         made(wanted.scores, n_rows, dtype=torch.int32),
-        made(wanted.scores, n_rows, dtype=torch.float32),
+        made(wanted.norm, n_rows, dtype=torch.float32),
         made(wanted.hidden, n_rows, size),
         made(wanted.weight, n_classes, size),
         made(wanted.bias, n_classes),
@@ -122,7 +143,7 @@ def computed(
 
     Gradients are divided by ``divisor`` on a CPU, where the products do it; elsewhere the caller does, without a wait.
     """
-    out = empty(layer, wanted)
+    out = empty(layer, wanted, rows.z_upstream is not None)
     on_cpu = layer.hidden.device.type == "cpu"
     kept = None
     if on_cpu:  # rows that teach nothing cost nothing
@@ -130,15 +151,15 @@ def computed(
         counts = rows.label != rows.ignore_index
         if not counts.all():
             kept = counts.nonzero()[:, 0]
-            for x, nothing in zip(out, (0.0, math.nan, -1, math.nan, 0.0, 0.0, 0.0), strict=True):
+            for x, nothing in zip(out, (0.0, 0.0, math.nan, -1, math.nan, 0.0, 0.0, 0.0), strict=True):  # fmt: skip
                 x.fill_(nothing)
     n_rows, n_classes = len(layer.hidden) if kept is None else len(kept), layer.weight.shape[0]
-    from_scores = wanted.scores and rows.targets is None and isinstance(rows.loss, GapLoss)
+    from_chunks = wanted.norm and not rows.norm_from_scores
     if not n_rows:
         return out._replace(grad_weight=out.grad_weight.zero_(), grad_bias=out.grad_bias.zero_())
-    if implementation == "numba" and rows.targets is None and not wanted.gradient:
+    if implementation == "numba" and rows.targets is None and not (wanted.gradient or from_chunks):
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
-    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0)
+    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
     size = _rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
@@ -150,16 +171,17 @@ def computed(
             x = torch.where((label != rows.ignore_index)[:, None], x, 0.0)
         z = buffer[: len(x), :n_classes]
         products.logits(x, z)
-        upstream = None if rows.upstream is None else rows.upstream[chunk]
-        of_chunk = rows._replace(label=label[:, None], upstream=upstream)
-        gradient = wanted.gradient or (wanted.scores and not from_scores)
-        loss, columns, runner_up = one_chunk(z[:, None], of_chunk, wanted.scores, gradient)
+        upstream, z_upstream = (None if x is None else x[chunk] for x in (rows.upstream, rows.z_upstream))
+        of_chunk = rows._replace(label=label[:, None], upstream=upstream, z_upstream=z_upstream)
+        loss, lse, columns, runner_up = one_chunk(z[:, None], of_chunk, wanted.scores, wanted.gradient or from_chunks)
         out.loss[chunk] = loss
+        if lse is not None:
+            out.lse[chunk] = lse
         if wanted.scores:
             out.scores[:, chunk] = columns
             out.runner_up[chunk] = runner_up
-            if not from_scores:
-                out.norm[chunk] = torch.linalg.vector_norm(z, dim=1).to(torch.float32)
+        if from_chunks:
+            out.norm[chunk] = torch.linalg.vector_norm(z, dim=1).to(torch.float32)
         if wanted.hidden:
             products.to_hidden(z, out.grad_hidden, chunk)
         if wanted.weight:
@@ -171,7 +193,7 @@ def computed(
 
 def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
     """Return the sums of the rows that are kept, by tiles of classes that are merged."""
-    products = _Products(layer, 1.0)
+    products = _Products(layer, 1.0, rows.folded)
     at = torch.arange(len(layer.hidden)) if kept is None else kept
     found: list[RowSums | None] = [None] * -(-len(at) // TILE[0])
     buffer = layer.hidden.new_empty(min(TILE[0], len(at)) * TILE[1], dtype=products.dtype)
@@ -180,6 +202,7 @@ def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
             chunk = at[TILE[0] * i : TILE[0] * (i + 1)]
             z = buffer[: len(chunk) * len(w)].view(len(chunk), len(w))
             products.tile(products.rows(chunk), w, classes, z)
+            z = rows.of_product.applied(z)
             sums, before = row_sums.of_logits(z, rows.label[chunk], classes.start), found[i]
             found[i] = sums if before is None else row_sums.merged([before, sums])
     known = [sums for sums in found if sums is not None]
@@ -189,6 +212,8 @@ def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
 def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult) -> LinearResult:
     at = slice(None) if kept is None else kept
     out.loss[at] = rows.loss.value(reference.gap_of_sums(sums))
+    if len(out.lse):
+        out.lse[at] = reference.logsumexp_of_sums(sums)
     if len(out.runner_up):
         *columns, runner_up = reference.scores_of_sums(sums, torch.ones_like(sums.max, dtype=torch.bool))
         out.scores[:, at] = torch.stack(columns)
@@ -199,8 +224,8 @@ def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult
 class _Products:
     """The products of a layer. On a CPU halves are widened first, the weight by tiles: theirs are not made there."""
 
-    def __init__(self, layer: Layer, factor: float) -> None:
-        self.layer, self.factor = layer, factor
+    def __init__(self, layer: Layer, factor: float, scale: float) -> None:
+        self.layer, self.factor, self.scale = layer, factor * scale, scale
         on_cpu = layer.hidden.device.type == "cpu"
         self.dtype = reference.accumulation_dtype(layer.dtype) if on_cpu else layer.dtype
         self.n_classes, size = layer.weight.shape
@@ -223,9 +248,9 @@ class _Products:
 
     def tile(self, x: Tensor, w: Tensor, classes: slice, out: Tensor) -> None:
         if self.layer.bias is None:
-            _add(out, x, w.t(), fresh=True)
+            _add(out, x, w.t(), fresh=True, factor=self.scale)
         else:
-            torch.addmm(self._wide(self.layer.bias[classes]), x, w.t(), out=out)
+            torch.addmm(self._wide(self.layer.bias[classes]), x, w.t(), beta=self.scale, alpha=self.scale, out=out)
 
     def to_hidden(self, grad: Tensor, out: Tensor, chunk: Any) -> None:
         part = out[chunk]
@@ -251,42 +276,55 @@ def _add(out: Tensor, a: Tensor, b: Tensor, fresh: bool, factor: float = 1.0) ->
     torch.addmm(out, a, b, **wide, beta=0 if fresh else 1, alpha=factor, out=out)
 
 
-# --- between the products: logits [n, 1, C] to loss, scores and runner-up, their gradient written over them -----------
+# --- between the products: logits [n, 1, C] to what is of rows, their gradient written over them ----------------------
+
+_OfChunk = tuple[Tensor, Any, Any, Any]  # loss, logsumexp, scores, runner-up; None where it was not asked for
 
 
-def _labels_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> tuple[Tensor, Any, Any]:
+def _labels_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
+    loops, row, options = room("numba", "labels"), (of.ignore_index, of.loss), of.of_product
+    if of.z_upstream is not None:  # of each row its own: the gradient takes a second visit
+        out = loops.visit(z, of.label, *row, scores, None, True, options, 1.0)
+        if gradient:
+            loops.backward(z, of.label, out.saved, _each(of, out.saved), _of_lse(of, out.lse), *row, options, out=z)
+        return out.loss, out.lse, out.scores, out.runner_up
     upstream = (1.0 if of.upstream is None else of.upstream) if gradient else None
-    out = room("numba", "labels").visit(
-        z, of.label, of.ignore_index, of.loss, scores, upstream, False, PLAIN, 0.0, out=z
-    )
-    return out.loss, out.scores, out.runner_up
+    out = loops.visit(z, of.label, *row, scores, upstream, False, options, 0.0, out=z)
+    return out.loss, None, out.scores, out.runner_up
 
 
-def _labels_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> tuple[Tensor, Any, Any]:
-    kernels = room("triton", "labels")
-    out = kernels.forward(z, of.label, of.ignore_index, of.loss, scores, False, PLAIN)
+def _labels_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
+    kernels, row, options = room("triton", "labels"), (of.ignore_index, of.loss), of.of_product
+    out, lse = kernels.forward(z, of.label, *row, scores, False, options), None
+    if of.z_upstream is not None:
+        lse = labels.logsumexp(z, of.label, out.saved, of.ignore_index, options[:2])
     if gradient:
-        each = _each(of, out.saved)
-        kernels.backward(z, of.label, out.saved, each, None, of.ignore_index, of.loss, PLAIN, out=z)
-    return out.loss, out.scores, out.runner_up
+        of_lse = None if lse is None else _of_lse(of, lse)
+        kernels.backward(z, of.label, out.saved, _each(of, out.saved), of_lse, *row, options, out=z)
+    return out.loss, lse, out.scores, out.runner_up
 
 
-def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> tuple[Tensor, Any, Any]:
+def _of_lse(of: Rows, lse: Tensor) -> Tensor:
+    assert of.z_upstream is not None
+    return 2.0 * of.z_upstream * lse
+
+
+def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
     upstream = None
     if gradient:
         upstream = torch.ones(1, dtype=reference.accumulation_dtype(z.dtype)) if of.upstream is None else of.upstream
     loops = room("numba", "soft")
     out, _ = loops.visit(z, of.label, of.targets, of.ignore_index, of.loss, scores, upstream, out=z)
-    return out.loss, out.scores, out.runner_up
+    return out.loss, None, out.scores, out.runner_up
 
 
-def _soft_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> tuple[Tensor, Any, Any]:
+def _soft_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
     kernels = room("triton", "soft")
     out = kernels.forward(z, of.label, of.targets, of.ignore_index, of.loss, scores)
     if gradient:
         kernels.backward(z, of.label, of.targets, out.saved, out.runner_up, _each(of, out.saved), of.ignore_index,
                          of.loss, out=z)  # fmt: skip
-    return out.loss, out.scores, out.runner_up
+    return out.loss, None, out.scores, out.runner_up
 
 
 def _each(of: Rows, like: Tensor) -> Tensor:

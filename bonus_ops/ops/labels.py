@@ -324,7 +324,7 @@ class _Rows(torch.autograd.Function):
     ):
         # the compiler counts the names: of `*args` it would take a context for the first
         out = forward(logits, target, fields, ignore_index, loss, *options, scores, softmax, implementation)
-        of_rows = _lse(logits, target, out[3], ignore_index, options) if lse else out[0].new_empty(0)
+        of_rows = logsumexp(logits, target, out[3], ignore_index, options) if lse else out[0].new_empty(0)
         return out[0], of_rows, *out[1:]
 
     @staticmethod
@@ -383,7 +383,7 @@ class _ForwardModeRows(_Rows):
             return of_loss, of_lse, *(None,) * 4
 
 
-def _lse(
+def logsumexp(
     logits: Tensor, target: Tensor, saved: Tensor, ignore_index: int, options: tuple[float, float | None]
 ) -> Tensor:
     """Return the logsumexp of rows [N], 0 where ignored, from the label's logit and what kernels save."""

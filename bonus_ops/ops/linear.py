@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..linear_call import LinearCall
+from ..logit_options import LogitOptions
 from ..losses import ClassLoss, GapLoss, decode, encode
 from ..scores import Scores
 from ..soft_targets import SoftTargets
@@ -46,20 +47,26 @@ class _Options(NamedTuple):
     smoothing: float
     bonus_smoothing: float
     scores: bool
+    norm: bool
     reduced: bool
+    logits: LogitOptions
     dtype: torch.dtype  # of products
     budget: int  # 0: as was measured
     implementation: str
 
 
 class _Operands(NamedTuple):
-    """The tensors of a call that are not differentiated. The loss is ``sum weight_of_row row_weight L / divisor``."""
+    """The tensors of a call that are not differentiated.
+
+    The loss is ``sum row_weight (weight_of_row L + z_upstream logsumexp^2) / divisor``.
+    """
 
     label: Tensor  # [N]
     weight_of_row: Tensor | None  # [N] by its class
     weight: Tensor | None  # [C] of soft targets
     bonus_weight: Tensor | None
     divisor: Tensor | None  # of a mean, or of a loss that is a mean over classes
+    z_upstream: Tensor | None  # 0-d; undoes the divisor, for the z-loss is divided by the rows that count
     fields: Tensor  # of the loss
 
     def targets(self, of: _Options) -> SoftTargets | None:
@@ -77,11 +84,18 @@ def _asked(call: LinearCall) -> tuple[_Operands, _Options]:
     if isinstance(call.loss, ClassLoss):
         n = call.hidden.new_full((), call.n_classes, dtype=reference.accumulation_dtype(call.hidden.dtype))
         divisor = n if divisor is None else n * divisor
+    z_upstream = None
+    if call.options.z_loss:
+        z_upstream = call.hidden.new_full(
+            (), call.options.z_loss, dtype=reference.accumulation_dtype(call.hidden.dtype)
+        )
+        if divisor is not None:
+            z_upstream = z_upstream * (divisor / (call.n_counted() if mean else 1))
     name, fields = encode(call.loss)
     tensors = (call.weight, bonus_weight) if soft else (None, None)
-    return _Operands(call.target, None if soft else weight_of_row, *tensors, divisor, fields), _Options(
-        name, call.ignore_index, soft, call.smoothing, call.bonus_smoothing, call.scores, call.reduction != "none",
-        call.product_dtype, call.budget or 0, call.implementation,
+    return _Operands(call.target, None if soft else weight_of_row, *tensors, divisor, z_upstream, fields), _Options(
+        name, call.ignore_index, soft, call.smoothing, call.bonus_smoothing, call.scores, call.norm,
+        call.reduction != "none", call.options, call.product_dtype, call.budget or 0, call.implementation,
     )  # fmt: skip
 
 
@@ -95,7 +109,8 @@ def _by_formula(call: LinearCall) -> Result:
     if call.scores:
         with torch.no_grad():
             logits = _logits(*parameters[:3], given.label, of)
-        scores = reference.scores(logits, given.label, of.ignore_index)
+        scores = reference.scores(of.logits.applied(logits), given.label, of.ignore_index)
+    if call.norm:
         norm = _norm_by_formula(logits, parameters, given, of, call.loss)
     return _result(call, loss, scores, norm)
 
@@ -108,11 +123,14 @@ def _by_chunks(call: LinearCall) -> Result:
         return _result(call, loss, None, None)
     columns, runner_up, norm = others
     scores = Scores._make((*columns.unbind(), runner_up))
-    if not of.soft:
+    rows = Rows(given.label, None, given.z_upstream, given.targets(of), call.loss, of.ignore_index, of.logits)
+    if not call.norm:
+        norm = None
+    elif rows.norm_from_scores:
         norm = _norm_from_scores(scores, parameters, given, of, cast(GapLoss, call.loss))
     else:
         norm = norm * _layer_norm(call.hidden.detach(), call.linear_bias)
-    return _result(call, loss, scores, norm)
+    return _result(call, loss, scores, norm if norm is None or rows.folded == 1.0 else norm * rows.folded)
 
 
 _WAYS = {"triton": _by_chunks, "numba": _by_chunks, "reference": _by_formula}
@@ -174,12 +192,18 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor, 
 
 
 def _rows_of(logits: Tensor, given: _Operands, of: _Options, loss: Any) -> Tensor:
-    """Return the loss of each row, times the weight of its class."""
-    targets = given.targets(of)
+    """Return the loss of each row, times the weight of its class, with what its logsumexp costs."""
+    logits, targets, lse = of.logits.applied(logits), given.targets(of), None
+    if given.z_upstream is not None:
+        lse = reference.logsumexp(logits, given.label, of.ignore_index)
     if targets is not None:
-        return reference.soft_rows(logits, given.label, of.ignore_index, loss, targets)
+        return _with_z(reference.soft_rows(logits, given.label, of.ignore_index, loss, targets), lse, given)
     rows = reference.rows(logits, given.label, of.ignore_index, loss)
-    return rows if given.weight_of_row is None else rows * given.weight_of_row
+    return _with_z(rows if given.weight_of_row is None else rows * given.weight_of_row, lse, given)
+
+
+def _with_z(rows: Tensor, lse: Tensor | None, given: _Operands) -> Tensor:
+    return rows if lse is None or given.z_upstream is None else rows + given.z_upstream * lse.square()
 
 
 def _formula(
@@ -209,18 +233,20 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden, weight, bias, row_weight, label, weight_of_row, class_weight, bonus_weight, divisor, fields, of,
-        grad_mode,
+        ctx, hidden, weight, bias, row_weight, label, weight_of_row, class_weight, bonus_weight, divisor, z_upstream,
+        fields, of, grad_mode,
     ):  # fmt: skip
-        given = _Operands(label, weight_of_row, class_weight, bonus_weight, divisor, fields)
+        given = _Operands(label, weight_of_row, class_weight, bonus_weight, divisor, z_upstream, fields)
         ctx.wanted = [grad_mode and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         ctx.later = not of.reduced and any(ctx.wanted[1:])
         asked = [False] * 3 if ctx.later else ctx.wanted
         upstream = _upstream(weight_of_row, row_weight)
-        out = _call(hidden, weight, bias, upstream, given, of, of.scores, asked)
+        z_of_rows = _z_of_rows(given, row_weight)
+        out = _call(hidden, weight, bias, upstream, z_of_rows, given, of, of.scores, asked)
         rows = out.loss if weight_of_row is None else out.loss * weight_of_row
+        rows = _with_z(rows, out.lse, given)
         loss = _reduced(rows if row_weight is None else rows * row_weight, divisor, of)
-        ctx.save_for_backward(hidden, weight, bias, row_weight, *given, rows, *out[4:])
+        ctx.save_for_backward(hidden, weight, bias, row_weight, *given, rows, *out[5:])
         ctx.of = of
         ctx.set_materialize_grads(False)
         if not of.scores:
@@ -232,19 +258,20 @@ class _Made(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         if grad_loss is None:
-            return (None,) * 12
+            return (None,) * 13
         hidden, weight, bias, row_weight, *given, rows, made_hidden, made_weight, made_bias = ctx.saved_tensors
         given, of, compiled = _Operands(*given), ctx.of, torch.compiler.is_compiling()
         if torch.is_grad_enabled() or not compiled and torch._C._functorch.is_legacy_batchedtensor(grad_loss):
-            return (*_gradients(ctx, (hidden, weight, bias, row_weight), given, grad_loss), *(None,) * 8)
+            return (*_gradients(ctx, (hidden, weight, bias, row_weight), given, grad_loss), *(None,) * 9)
         grad_row_weight = None
         if ctx.needs_input_grad[3]:
             grad_row_weight = rows * grad_loss if given.divisor is None else rows * (grad_loss / given.divisor)
         made = made_hidden, made_weight, made_bias
         factor = grad_loss
         if ctx.later:
-            upstream = _upstream(_upstream(given.weight_of_row, row_weight), grad_loss.to(rows.dtype))
-            made = _call(hidden, weight, bias, upstream, given, of, False, ctx.wanted)[4:]
+            of_row = _upstream(row_weight, grad_loss.to(rows.dtype))
+            upstream, z_of_rows = _upstream(given.weight_of_row, of_row), _z_of_rows(given, of_row)
+            made = _call(hidden, weight, bias, upstream, z_of_rows, given, of, False, ctx.wanted)[5:]
             factor = torch.ones_like(rows[:0].sum())
         if given.divisor is not None and not _divides(hidden):
             factor = factor / given.divisor
@@ -252,7 +279,7 @@ class _Made(torch.autograd.Function):
             _times(x, factor, like.dtype, compiled) if wanted else None
             for wanted, x, like in zip(ctx.wanted, made, (hidden, weight, bias), strict=True)
         ]
-        return *grads, grad_row_weight, *(None,) * 8
+        return *grads, grad_row_weight, *(None,) * 9
 
 
 def _divides(hidden: Tensor) -> bool:
@@ -288,36 +315,47 @@ def _gradients(ctx: Any, parameters: Any, given: _Operands, grad_loss: Tensor) -
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
 
 
+def _z_of_rows(given: _Operands, of_row: Tensor | None) -> Tensor | None:
+    """Return the upstream gradients [N] of the squares of logsumexps; ``of_row`` are those of rows."""
+    if given.z_upstream is None:
+        return None
+    return (given.z_upstream if of_row is None else given.z_upstream * of_row).expand(len(given.label))
+
+
 def _call(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | None, given: _Operands, of: _Options,
-    scores: bool, gradients: Any,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | None, z_upstream: Tensor | None,
+    given: _Operands, of: _Options, scores: bool, gradients: Any,
 ) -> LinearResult:  # fmt: skip
     out = forward(
-        hidden, weight, bias, upstream, given.label, given.weight, given.bonus_weight, given.divisor, given.fields,
-        of.loss, of.ignore_index, of.soft, of.smoothing, of.bonus_smoothing, scores, gradients, of.dtype, of.budget,
-        of.implementation,
+        hidden, weight, bias, upstream, z_upstream, given.label, given.weight, given.bonus_weight, given.divisor,
+        given.fields, of.loss, of.ignore_index, of.soft, of.smoothing, of.bonus_smoothing, *of.logits[:2], scores,
+        scores and of.norm, gradients, of.dtype, of.budget, of.implementation,
     )  # fmt: skip
     return LinearResult._make(out)
 
 
 @torch.library.custom_op("bonus_ops::linear_forward", mutates_args=())
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | None, label: Tensor,
-    class_weight: Tensor | None, bonus_weight: Tensor | None, divisor: Tensor | None, fields: Tensor, loss: str,
-    ignore_index: int, soft: bool, smoothing: float, bonus_smoothing: float, scores: bool, gradients: list[bool],
-    dtype: torch.dtype, budget: int, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: Tensor | None, z_upstream: Tensor | None,
+    label: Tensor, class_weight: Tensor | None, bonus_weight: Tensor | None, divisor: Tensor | None, fields: Tensor,
+    loss: str, ignore_index: int, soft: bool, smoothing: float, bonus_smoothing: float, logit_scale: float,
+    softcap: float | None, scores: bool, norm: bool, gradients: list[bool], dtype: torch.dtype, budget: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what `LinearResult` holds, with the gradients asked for: of hidden, weight and bias."""
     targets = SoftTargets(None, class_weight, bonus_weight, smoothing, bonus_smoothing) if soft else None
-    rows = Rows(label, upstream, targets, decode(loss, fields), ignore_index)
-    layer, wanted = Layer(hidden, weight, bias, dtype), Wanted(scores, *gradients)
-    out = chunks.computed(layer, rows, wanted, divisor, budget, implementation)
-    return out.loss, out.scores, out.runner_up, out.norm, out.grad_hidden, out.grad_weight, out.grad_bias
+    options = LogitOptions(logit_scale, softcap)
+    rows = Rows(label, upstream, z_upstream, targets, decode(loss, fields), ignore_index, options)
+    layer, wanted = Layer(hidden, weight, bias, dtype), Wanted(scores, norm, *gradients)
+    out: Any = tuple(chunks.computed(layer, rows, wanted, divisor, budget, implementation))
+    return out  # type: ignore[no-any-return]
 
 
 @forward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, upstream, label, class_weight, bonus_weight, divisor, fields, loss, ignore_index, soft,
-    smoothing, bonus_smoothing, scores, gradients, dtype, budget, implementation,
+    hidden, weight, bias, upstream, z_upstream, label, class_weight, bonus_weight, divisor, fields, loss, ignore_index,
+    soft, smoothing, bonus_smoothing, logit_scale, softcap, scores, norm, gradients, dtype, budget, implementation,
 ):  # fmt: skip
-    return tuple(chunks.empty(Layer(hidden, weight, bias, dtype), Wanted(scores, *gradients)))
+    return tuple(
+        chunks.empty(Layer(hidden, weight, bias, dtype), Wanted(scores, norm, *gradients), z_upstream is not None)
+    )

@@ -220,19 +220,20 @@ def forward(
 
 def backward(
     logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_lse: Tensor | None, ignore_index: int,
-    loss: Any, options: Any,
+    loss: Any, options: Any, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient from what `forward` saved: one read, one write.
 
-    Upstream gradients are [N] or [1]: of the loss of each row and, where it matters, of its logsumexp.
+    Upstream gradients are [N] or [1]: of the loss of each row and, where it matters, of its logsumexp. It is written to
+    ``out``, where that is given: it may be the logits.
     """
-    grad = _empty_like(logits)
+    grad = _empty_like(logits) if out is None else out
     if logits.numel():
-        out = Visited(saved, None, None, None, saved, None)
+        known = Visited(saved, None, None, None, saved, None)
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         grad_loss, numbers = grad_loss.to(saved.dtype), (*options.numbers(), 0.0)
         of_lse = None if grad_lse is None else grad_lse.to(saved.dtype)
-        _run(again_loop, logits, target, ignore_index, columns, options, numbers, out, grad, grad_loss, of_lse, False)
+        _run(again_loop, logits, target, ignore_index, columns, options, numbers, known, grad, grad_loss, of_lse, False)
     return grad
 
 
