@@ -133,7 +133,7 @@ class Call:
     def _only_by_formula(self) -> str | None:
         """Return what no kernel does of this call, if anything."""
         if self.options != PLAIN and self.kind != "labels":
-            return "logit options here"
+            return "logit options of soft targets"
         if self.kind == "labels":
             deep = torch.compiler.is_compiling() and is_deeply_transformed()
             return "nested transforms under torch.compile" if deep else None

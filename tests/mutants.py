@@ -520,8 +520,8 @@ MUTANTS = (
     ),
     Mutant(
         "no share of an infinite loss is NaN", "kernels/cpu/sigmoid.py",
-        "column[X + i] += 0.0 if other == 0.0 else other * column[VALUE + i]",
-        "column[X + i] += other * column[VALUE + i]",
+        "value += where(other == 0.0, 0.0, other * column[OTHER_VALUE + i])",
+        "value += other * column[OTHER_VALUE + i]",
         "tests/test_sigmoid.py::test_infinite_logits_cost_the_limit_and_nan_stays[numba]",
     ),
     Mutant(
@@ -592,12 +592,12 @@ MUTANTS = (
     ),
     Mutant(
         "the columns of mapped scores are taken for the batch", "bonus_ops/ops/labels.py",
-        "dims = (0, 1 if scores else None,", "dims = (0, 0 if scores else None,",
+        "dims = (0, 0 if lse else None, 1 if scores else None,", "dims = (0, 0 if lse else None, 0 if scores else None,",
         f"{TRANSFORMS}::test_scores_and_probabilities_come_out_batched",
     ),
     Mutant(
         "a step of the schedule reaches a backward under way", "bonus_ops/ops/labels.py",
-        "_Visit(call.ignore_index, cast(GapLoss, call.loss).current,", "_Visit(call.ignore_index, call.loss,",
+        "    loss = cast(GapLoss, call.loss).current\n    visit =", "    loss = cast(GapLoss, call.loss)\n    visit =",
         f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
     ),
     Mutant(

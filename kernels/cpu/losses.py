@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 from ..formulas import class_terms
 from ..formulas.scalar import sigmoid
 from . import stored
-from .names import numbers, real, vector
+from .names import numbers, real, vector, with_twos
 
 __all__ = ["Columns", "columns_of", "described", "probability", "terms_of", "why_not_compiled"]
 
-VALUE = SLOPE = TERMS = N_PARAMS = None  # bound by what compiles them
+VALUE = SLOPE = TERMS = N_PARAMS = TWOS = None  # bound by what compiles them
 
 
 def column(n, gap, params, value, slope):
     """Write value and slope of ``n`` gaps; all but ``n`` are addresses."""
     gap, value, slope = vector(gap, n, real), vector(value, n, real), vector(slope, n, real)
-    of_loss = numbers(params, N_PARAMS, real)
+    of_loss = with_twos(numbers(params, N_PARAMS, real), TWOS)
     for i in range(n):  # in one loop, so that what both need is computed once
         x = gap[i]
         value[i] = VALUE(x, of_loss)
@@ -54,7 +54,8 @@ def _known(loss: Any, real: str) -> Columns:
 
 def _columns_of(loss: Any, real: str) -> Columns:
     params = loss.parameters()
-    function = _compiled(*pair_of(loss), len(params), real)
+    value, slope = pair_of(loss)
+    function = _compiled(value, slope, len(params), twos_of(value, params), real)
     held = array("d" if real == "float64" else "f", params)
     return Columns(ctypes.cast(function, ctypes.c_void_p).value or 0, held.buffer_info()[0], (function, held))
 
@@ -69,16 +70,22 @@ def pair_of(loss: Any) -> tuple[Any, Any]:
     return value, slope
 
 
+def twos_of(formula: Any, params: tuple[float, ...]) -> int:
+    """Return where a formula that takes powers has a 2, as a set of bits: squares cost no exponential."""
+    takes_powers = "power" in getattr(formula, "fn", formula).__code__.co_names
+    return sum(1 << i for i, x in enumerate(params) if x == 2.0 and takes_powers)
+
+
 @functools.cache
-def _compiled(value: Any, slope: Any, n_params: int, real: str) -> Any:
+def _compiled(value: Any, slope: Any, n_params: int, twos: int, real: str) -> Any:
     def make() -> str:
         from .compile import machine_code
 
-        bound = {"VALUE": getattr(value, "fn", value), "SLOPE": getattr(slope, "fn", slope), "N_PARAMS": n_params}
-        return machine_code(column, real, bound)
+        bound = {"VALUE": getattr(value, "fn", value), "SLOPE": getattr(slope, "fn", slope)}
+        return machine_code(column, real, bound | {"N_PARAMS": n_params, "TWOS": twos})
 
     name = getattr(value, "__name__", "loss").removesuffix("_value")
-    return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {real}", make)
+    return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {twos} {real}", make)
 
 
 def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
@@ -86,7 +93,7 @@ def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
     p, rest, share = vector(p, n, real), vector(rest, n, real), vector(share, n, real)
     log_p, log_rest = vector(log_p, n, real), vector(log_rest, n, real)
     value, pull = vector(value, n, real), vector(pull, n, real)
-    of_loss = numbers(params, N_PARAMS, real)
+    of_loss = with_twos(numbers(params, N_PARAMS, real), TWOS)
     for i in range(n):
         a, b = TERMS(p[i], rest[i], log_p[i], log_rest[i], share[i], of_loss)
         value[i] = a
@@ -96,7 +103,11 @@ def terms(n, p, rest, log_p, log_rest, share, params, value, pull):
 def summed_terms(n, exps, scale, log_p, share, params, pull, sums):
     """Write the pull of ``n`` classes whose p, exponentials times the scale, are at most 1/2; add up value and pull."""
     e, log_p, share, pull = vector(exps, n, real), vector(log_p, n, real), vector(share, n, real), vector(pull, n, real)
-    of_row, of_loss, sums = vector(scale, 1, real)[0], numbers(params, N_PARAMS, real), vector(sums, 2, real)
+    of_row, of_loss, sums = (
+        vector(scale, 1, real)[0],
+        with_twos(numbers(params, N_PARAMS, real), TWOS),
+        vector(sums, 2, real),
+    )
     value = pulled = 0.0
     for i in range(n):
         p = e[i] * of_row
@@ -122,22 +133,26 @@ class Terms(NamedTuple):
 def terms_of(loss: Any, real: str) -> Terms:
     """Return the terms of a loss in an accumulation dtype."""
     kernel, few, params = class_terms.terms_of(loss)
-    functions = [_compiled_terms(*of, len(params), real) for of in ((summed_terms, few), (terms, kernel))]
+    functions = [_compiled_terms(*of, params, real) for of in ((summed_terms, few), (terms, kernel))]
     held = array("d" if real == "float64" else "f", params)
     at = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
     return Terms(at[0], at[1], few == kernel, held.buffer_info()[0], (functions, held))
 
 
+def _compiled_terms(body: Any, kernel: str, params: tuple[float, ...], real: str) -> Any:
+    of_class = getattr(class_terms, f"{kernel}_terms")
+    return _compiled_body(body, getattr(of_class, "fn", of_class), len(params), twos_of(of_class, params), real)
+
+
 @functools.cache
-def _compiled_terms(body: Any, kernel: str, n_params: int, real: str) -> Any:
+def _compiled_body(body: Any, of_class: Any, n_params: int, twos: int, real: str) -> Any:
     def make() -> str:
         from .compile import machine_code
 
-        of_class = getattr(class_terms, f"{kernel}_terms")
-        return machine_code(body, real, {"TERMS": getattr(of_class, "fn", of_class), "N_PARAMS": n_params})
+        return machine_code(body, real, {"TERMS": of_class, "N_PARAMS": n_params, "TWOS": twos})
 
-    name = f"{kernel}_{body.__name__}_{real}"
-    return stored.entry(body.__code__.co_argcount, name, f"{name} {n_params}", make)
+    name = f"{of_class.__name__}_{body.__name__}_{real}"
+    return stored.entry(body.__code__.co_argcount, name, f"{name} {n_params} {twos}", make)
 
 
 @functools.cache
@@ -145,7 +160,7 @@ def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
     """Return why Numba cannot compile the (value, slope) of a user's loss, or None if it can."""
     value, slope = kernel
     try:
-        _compiled(value, slope, n_params, "float32")
+        _compiled(value, slope, n_params, 0, "float32")
     except Exception as error:  # whatever stands in a user's body
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error).split("\n")[0])
         functions = " or ".join(getattr(x, "__name__", repr(x)) for x in kernel)

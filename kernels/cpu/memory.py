@@ -56,6 +56,20 @@ def numbers(typingctx: Any, address: Any, n: Any, kind: Any) -> Any:
     return several(types.intp, n, kind), codegen
 
 
+@intrinsic(prefer_literal=True)
+def with_twos(typingctx: Any, several: Any, places: Any) -> Any:
+    """Return a tuple of numbers, of which those in the set of bits ``places`` are known to be 2."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out = args[0]
+        for i in range(len(several)):
+            if places.literal_value >> i & 1:
+                out = builder.insert_value(out, context.get_constant(several.dtype, 2.0), i)
+        return out
+
+    return several(several, places), codegen
+
+
 @intrinsic
 def unrelated(typingctx: Any, address: Any) -> Any:
     """Return an address whose relation to others the compiler does not know, so that it checks for overlap at run time.

@@ -13,6 +13,7 @@ Of any:
     int32, int64, float32 kinds of numbers
     vector(address, n, kind), numbers(address, n, kind), record(address, kind)   what lies at an address: an array, a
                           tuple of a known length, a plan
+    with_twos(tuple, places)   numbers of which some are known to be 2, by a set of bits
     unrelated(address)    the same address, whose distance from others is not known
     call5, call8, call9   of a tuple: the address of a C function, and as many integers to call it with
 """
@@ -20,4 +21,4 @@ Of any:
 given_element = given_size = widen_given = None
 element = size = real = real_size = widen = narrow = read = exp = log = where = largest_of = None
 exp_below = bounded = exp_of_bounded = None
-int32 = int64 = float32 = vector = numbers = record = unrelated = call5 = call8 = call9 = None
+int32 = int64 = float32 = vector = numbers = record = with_twos = unrelated = call5 = call8 = call9 = None

@@ -171,12 +171,18 @@ def exp(x):
     """Return e^x within 1 unit in the last place; by two powers of 2, so that both ends of the range are reached."""
     x = f32(-104.0) if x < f32(-104.0) else x
     x = f32(89.0) if x > f32(89.0) else x
-    n = np.floor(x * f32(1.4426950408889634) + f32(0.5))
-    r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)  # ln 2 in two parts
-    k = i32(n)
+    r, k = reduced(x, f32(254.0))
     h = i32(k >> i32(1))
-    low, high = bits(i32((h + i32(127)) << i32(23))), bits(i32((k - h + i32(127)) << i32(23)))
-    return polynomial_of_exp(r) * low * high
+    return polynomial_of_exp(r) * bits(i32(h << i32(23))) * bits(i32(i32(k - h) << i32(23)))
+
+
+@_jit
+def reduced(x, bias):
+    """Return r and k with e^x = e^r 2^n, where the last 9 bits of k are ``n + bias``."""
+    shift = f32(1.5 * 2.0**23) + bias  # added, it leaves a whole number, which stands in the last bits
+    shifted = x * f32(1.4426950408889634) + shift
+    n = shifted - shift
+    return (x - n * f32(0.693359375)) + n * f32(2.12194440e-4), bits(shifted)  # ln 2 in two parts
 
 
 @_jit
@@ -196,11 +202,8 @@ def bounded_float64(x):
 
 @_jit
 def exp_of_bounded(x):
-    shift = f32(1.5 * 2.0**23 + 127.0)  # added, it leaves a whole number, whose last bits are an exponent's
-    shifted = x * f32(1.4426950408889634) + shift
-    n = shifted - shift
-    r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)
-    return polynomial_of_exp(r) * bits(i32(bits(shifted) << i32(23)))
+    r, k = reduced(x, f32(127.0))
+    return polynomial_of_exp(r) * bits(i32(k << i32(23)))
 
 
 @_jit
@@ -210,9 +213,14 @@ def exp_below(x):
 
 @_jit
 def log1p(x):
-    """Return log(1 + x) for x in [0, 1]: what is left of a power of 2 is exact."""
-    far = x > f32(0.41421356)
-    return log_near_one((x - f32(1.0)) * f32(0.5) if far else x, f32(1.0) if far else f32(0.0))
+    """Return log(1 + x) = 2 artanh(x / (2 + x)) for x in [0, 1] within 2 units in the last place."""
+    y = x / (f32(2.0) + x)
+    s = y * y
+    p = f32(0.28031275)
+    p = p * s + f32(0.27997863)
+    p = p * s + f32(0.40021771)
+    p = p * s + f32(0.66666412)
+    return y * s * p + (y + y)
 
 
 @_jit
@@ -238,6 +246,16 @@ def tiny(x):
 @_jit
 def tiny_float64(x):
     return 2.0**-1022
+
+
+@_jit
+def power(p, log_p, exponent):
+    return p * p if exponent == f32(2.0) else exp(exponent * log_p)
+
+
+@_jit
+def power_float64(p, log_p, exponent):
+    return p * p if exponent == 2.0 else math.exp(exponent * log_p)
 
 
 @_jit
@@ -310,6 +328,7 @@ def twins(element: str) -> dict[str, Any]:
         element=in_memory, widen=widen, narrow=narrow, read=widen, size=in_memory.bitwidth // 8,
         real=real, real_size=real.bitwidth // 8, int32=types.int32, int64=types.int64, float32=types.float32,
         vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
+        with_twos=memory.with_twos,
         call5=memory.call5, call8=memory.call8, call9=memory.call9,
     )  # fmt: skip
     if double:
@@ -317,6 +336,7 @@ def twins(element: str) -> dict[str, Any]:
             log=log_float64, log1p=log1p_float64, exp=exp_float64, exp_below=exp_float64, bounded=bounded_float64,
             exp_of_bounded=exp_float64, float=infinity_float64,
             reciprocal=reciprocal_float64, log_of_rest=log_of_rest_float64, tiny=tiny_float64, tanh=tanh_float64,
+            power=power_float64,
         )  # fmt: skip
     else:
         own = dict(
@@ -324,7 +344,7 @@ def twins(element: str) -> dict[str, Any]:
             exp_of_bounded=exp_of_bounded, float=infinity_float32, tiny=tiny,
             reciprocal=reciprocal,
             log_of_rest=getattr(log_of_rest_series, "fn", log_of_rest_series),
-            tanh=getattr(tanh_float32, "fn", tanh_float32),
+            tanh=getattr(tanh_float32, "fn", tanh_float32), power=power,
         )  # fmt: skip
     return both | own
 

@@ -25,6 +25,7 @@ from .names import (
     element,
     given_element,
     given_size,
+    int32,
     int64,
     narrow,
     real,
@@ -32,6 +33,7 @@ from .names import (
     record,
     size,
     vector,
+    where,
     widen,
     widen_given,
 )
@@ -40,7 +42,8 @@ from .tile import padded
 __all__ = ["backward", "forward", "visit"]
 
 CHUNK = 512  # elements
-X, T, ONE, ZERO, UPSTREAM, GAP, VALUE, SLOPE, OTHER, END = range(0, 10 * CHUNK, CHUNK)  # where columns of a chunk begin
+# where columns of a chunk begin
+T, LIKELIER, OTHER, GAP, VALUE, SLOPE, OTHER_VALUE, OTHER_SLOPE, END = range(0, 9 * CHUNK, CHUNK)
 INPUT, TARGET, WEIGHT, POS_WEIGHT, LOSS, GRADIENT, BESIDE = range(7)  # the tensors, BESIDE of them the upstream one
 
 
@@ -68,14 +71,10 @@ def visit_loop(plan, first, last, work):
         start = chunk % chunks_a_line * CHUNK
         n = min(CHUNK, p.inner - start)
         find(p, chunk // chunks_a_line, start, at)
-        load(p, n, at, tensors, column)
-        soft = weigh(n, column, scales)
-        pay(p, n, soft, column, work)
+        soft = load(p, n, at, tensors, column, scales) | weigh(p, n, at, tensors, column)
+        total = pay(p, n, soft, at, tensors, column, work)
         store(p, n, at, tensors, column)
         if p.sums:
-            total = 0.0
-            for i in range(n):
-                total += column[VALUE + i]
             vector(p.sums + chunk * real_size, 1, real)[0] = total
 
 
@@ -91,81 +90,87 @@ def find(p, line, start, at):
             at[j] += index * strides[j * p.n_axes + axis]
 
 
-def load(p, n, at, tensors, column):
+def load(p, n, at, tensors, column, scales):
+    """Find the gaps of the likelier terms, and what these and the others count; tell whether any other does."""
     strides = vector(p.strides, 7 * p.n_axes, int64)
-    s = strides[INPUT * p.n_axes + p.n_axes - 1]
+    s, of_t = strides[INPUT * p.n_axes + p.n_axes - 1], strides[TARGET * p.n_axes + p.n_axes - 1]
     x = vector(tensors[INPUT] + at[INPUT] * size, (n - 1) * s + 1, element)
-    if s == 1:
+    t = vector(tensors[TARGET] + at[TARGET] * given_size, (n - 1) * of_t + 1, given_element)
+    soft = int32(0)
+    if (s == 1) & (of_t == 1):
         for i in range(n):
-            column[X + i] = widen(x[i])
+            soft |= split(i, widen(x[i]), real(widen_given(t[i])), column, scales)
     else:
         for i in range(n):
-            column[X + i] = widen(x[i * s])
-    s = strides[TARGET * p.n_axes + p.n_axes - 1]
-    t = vector(tensors[TARGET] + at[TARGET] * given_size, (n - 1) * s + 1, given_element)
-    if s == 1:
-        for i in range(n):
-            column[T + i] = widen_given(t[i])
-    else:
-        for i in range(n):
-            column[T + i] = widen_given(t[i * s])
-    for i in range(n, padded(n)):
-        column[X + i] = column[T + i] = 0.0
-    load_numbers(p, n, at, tensors, column, WEIGHT, ZERO)
-    load_numbers(p, n, at, tensors, column, POS_WEIGHT, ONE)
-    load_numbers(p, n, at, tensors, column, BESIDE, UPSTREAM)
-
-
-def load_numbers(p, n, at, tensors, column, j, to):
-    """Fill a column with weights or upstream gradients, 1 where there are none."""
-    if tensors[j]:
-        s = vector(p.strides, 7 * p.n_axes, int64)[j * p.n_axes + p.n_axes - 1]
-        w = vector(tensors[j] + at[j] * real_size, (n - 1) * s + 1, real)
-        for i in range(n):
-            column[to + i] = w[i * s]
-    else:
-        for i in range(n):
-            column[to + i] = 1.0
-
-
-def weigh(n, column, scales):
-    """Turn weights into those of the likelier term and of the other, logits into gaps; tell whether any is soft."""
-    soft = 0
-    positive, negative = scales[0], scales[1]
-    for i in range(n):
-        t, weight = column[T + i], column[ZERO + i]
-        one, zero = t * positive * column[ONE + i] * weight, (1.0 - t) * negative * weight
-        likely = t > 0.5
-        column[GAP + i] = column[X + i] if likely else -column[X + i]
-        column[ONE + i] = one if likely else zero
-        other = zero if likely else one
-        column[OTHER + i] = other
-        soft |= other != 0.0
+            soft |= split(i, widen(x[i * s]), real(widen_given(t[i * of_t])), column, scales)
     for i in range(n, padded(n)):
         column[GAP + i] = 0.0
     return soft
 
 
-def pay(p, n, soft, column, work):
-    """Turn gaps into losses and slopes, both weighed."""
-    width = padded(n)
-    args = width, work + GAP * real_size, p.params, work + VALUE * real_size, work + SLOPE * real_size
-    call5((p.column, *args))
-    for i in range(n):
-        column[X + i] = column[ONE + i] * column[VALUE + i]
-        column[ZERO + i] = column[ONE + i] * column[SLOPE + i]
+def split(i, x, t, column, scales):
+    likely, one, zero = t > 0.5, t * scales[0], (1.0 - t) * scales[1]
+    column[T + i] = t
+    column[GAP + i] = where(likely, x, -x)
+    column[LIKELIER + i] = where(likely, one, zero)
+    other = where(likely, zero, one)
+    column[OTHER + i] = other
+    return int32(other != 0.0)
+
+
+def numbers_of(p, n, at, tensors, j):
+    """Return weights or upstream gradients, and the step from one to the next."""
+    s = vector(p.strides, 7 * p.n_axes, int64)[j * p.n_axes + p.n_axes - 1]
+    return vector(tensors[j] + at[j] * real_size, (n - 1) * s + 1, real), s
+
+
+def weigh(p, n, at, tensors, column):
+    """Multiply either term by its weights; tell whether any other than the likelier counts."""
+    soft = int32(0)
+    if tensors[POS_WEIGHT]:
+        w, s = numbers_of(p, n, at, tensors, POS_WEIGHT)
+        for i in range(n):
+            likely = column[T + i] > 0.5
+            column[LIKELIER + i] *= where(likely, w[i * s], 1.0)
+            column[OTHER + i] *= where(likely, 1.0, w[i * s])
+            soft |= int32(column[OTHER + i] != 0.0)
+    if tensors[WEIGHT]:
+        w, s = numbers_of(p, n, at, tensors, WEIGHT)
+        for i in range(n):
+            column[LIKELIER + i] *= w[i * s]
+            column[OTHER + i] *= w[i * s]
+            soft |= int32(column[OTHER + i] != 0.0)
+    return soft
+
+
+def pay(p, n, soft, at, tensors, column, work):
+    """Turn gaps into losses and gradients; return the sum of the losses."""
+    width, of_gap = padded(n), (work + GAP * real_size, p.params)
+    call5((p.column, width, *of_gap, work + VALUE * real_size, work + SLOPE * real_size))
+    given, s = numbers_of(p, n, at, tensors, BESIDE)
+    up = given[0] if tensors[BESIDE] and s == 0 else 1.0
+    total = 0.0
     if soft:
         for i in range(width):
             column[GAP + i] = -column[GAP + i]
-        call5((p.column, *args))
+        call5((p.column, width, *of_gap, work + OTHER_VALUE * real_size, work + OTHER_SLOPE * real_size))
         for i in range(n):
-            other = column[OTHER + i]  # no share costs nothing, even where the loss is infinite
-            column[X + i] += 0.0 if other == 0.0 else other * column[VALUE + i]
-            column[ZERO + i] -= other * column[SLOPE + i]
-    for i in range(n):
-        column[VALUE + i] = column[X + i]
-        slope = column[ZERO + i] * column[UPSTREAM + i]
-        column[SLOPE + i] = -slope if column[T + i] > 0.5 else slope
+            count, other = column[LIKELIER + i], column[OTHER + i]
+            value, slope = column[VALUE + i] * count, column[SLOPE + i] * count
+            value += where(other == 0.0, 0.0, other * column[OTHER_VALUE + i])  # even where the loss is infinite
+            slope -= other * column[OTHER_SLOPE + i]
+            total += value
+            column[VALUE + i], column[SLOPE + i] = value, where(column[T + i] > 0.5, -slope, slope) * up
+    else:
+        for i in range(n):
+            count = column[LIKELIER + i]
+            value, slope = column[VALUE + i] * count, column[SLOPE + i] * count
+            total += value
+            column[VALUE + i], column[SLOPE + i] = value, where(column[T + i] > 0.5, -slope, slope) * up
+    if tensors[BESIDE] and s:
+        for i in range(n):
+            column[SLOPE + i] *= given[i * s]
+    return total
 
 
 def store(p, n, at, tensors, column):

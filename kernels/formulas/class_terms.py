@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from .language import jit, tl
-from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, reciprocal, sigmoid, sin, tiny
+from .scalar import HALF_PI, PI, exp, expm1, log_of_rest, power, reciprocal, sigmoid, sin, tiny
 
 # Bonuses: params = (strength, start, bonus at start, abrupt, ...) with start and abrupt as gaps.
 
@@ -44,8 +44,8 @@ def log_bonus_below_half_terms(p, rest, log_p, log_rest, share, params):
 
 @jit
 def power_bonus_terms(p, rest, log_p, log_rest, share, params):
-    power = exp(params[4] * log_p)
-    return bonus_terms(p, rest, -power, params[4] * power, share, params)
+    powered = power(p, log_p, params[4])
+    return bonus_terms(p, rest, -powered, params[4] * powered, share, params)
 
 
 @jit
@@ -69,8 +69,9 @@ def sub_data_bonus_terms(p, rest, log_p, log_rest, share, params):
 @jit
 def focal_terms(p, rest, log_p, log_rest, share, params):
     log_rest = tl.log(tl.maximum(rest, tiny(rest)))
-    pull = exp(params[0] * log_rest) - params[0] * p * tl.maximum(log_p, -1000.0) * exp((params[0] - 1.0) * log_rest)
-    return tl.where(share == 0.0, 0.0, -share * exp(params[0] * log_rest) * log_p), share * pull
+    damping = power(rest, log_rest, params[0])
+    pull = damping - params[0] * p * tl.maximum(log_p, -1000.0) * exp((params[0] - 1.0) * log_rest)
+    return tl.where(share == 0.0, 0.0, -share * damping * log_p), share * pull
 
 
 @jit
@@ -90,8 +91,8 @@ def generalized_cross_entropy_terms(p, rest, log_p, log_rest, share, params):
 @jit
 def mirror_terms(p, rest, log_p, log_rest, share, params):
     log_rest = tl.log(tl.maximum(rest, tiny(rest)))
-    value = share * exp(params[1] * log_p) + (1.0 - share) * exp(params[1] * log_rest)
-    pull = share * exp(params[1] * log_p) - (1.0 - share) * p * exp((params[1] - 1.0) * log_rest)
+    value = share * power(p, log_p, params[1]) + (1.0 - share) * power(rest, log_rest, params[1])
+    pull = share * power(p, log_p, params[1]) - (1.0 - share) * p * exp((params[1] - 1.0) * log_rest)
     return -params[0] * value, params[0] * params[1] * pull
 
 

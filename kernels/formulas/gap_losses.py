@@ -8,7 +8,7 @@ the class's ``parameters()`` returns: run-time numbers, so that a schedule never
 from __future__ import annotations
 
 from .language import jit, tl
-from .scalar import HALF_PI, PI, exp, expm1, log_sigmoid, sigmoid, sin
+from .scalar import HALF_PI, PI, exp, expm1, log_sigmoid, power, sigmoid, sin
 
 
 @jit
@@ -55,12 +55,12 @@ def log_bonus_slope(gap, params):
 
 @jit
 def power_bonus_value(gap, params):
-    return with_bonus(gap, -exp(params[4] * log_sigmoid(gap)), params)
+    return with_bonus(gap, -power(sigmoid(gap), log_sigmoid(gap), params[4]), params)
 
 
 @jit
 def power_bonus_slope(gap, params):
-    return with_bonus_slope(gap, params[4] * exp(params[4] * log_sigmoid(gap)) * sigmoid(-gap), params)
+    return with_bonus_slope(gap, params[4] * power(sigmoid(gap), log_sigmoid(gap), params[4]) * sigmoid(-gap), params)
 
 
 @jit
@@ -103,12 +103,12 @@ def sub_data_bonus_slope(gap, params):
 
 @jit
 def focal_value(gap, params):
-    return -exp(params[0] * tl.maximum(log_sigmoid(-gap), -1000.0)) * log_sigmoid(gap)
+    return -power(sigmoid(-gap), tl.maximum(log_sigmoid(-gap), -1000.0), params[0]) * log_sigmoid(gap)
 
 
 @jit
 def focal_slope(gap, params):
-    damping = exp(params[0] * tl.maximum(log_sigmoid(-gap), -1000.0))
+    damping = power(sigmoid(-gap), tl.maximum(log_sigmoid(-gap), -1000.0), params[0])
     log_p = tl.maximum(log_sigmoid(gap), -1000.0)  # p log p is 0 at p = 0, not 0 * -inf
     return damping * (sigmoid(-gap) - params[0] * sigmoid(gap) * log_p)
 
@@ -138,23 +138,23 @@ def focal_star_slope(gap, params):
 
 @jit
 def squared_error_value(gap, params):
-    return sigmoid(-gap) * sigmoid(-gap) - params[0] * exp(params[1] * log_sigmoid(gap))
+    return sigmoid(-gap) * sigmoid(-gap) - params[0] * power(sigmoid(gap), log_sigmoid(gap), params[1])
 
 
 @jit
 def squared_error_slope(gap, params):
     rest = sigmoid(-gap)
-    return rest * (2.0 * sigmoid(gap) * rest + params[0] * params[1] * exp(params[1] * log_sigmoid(gap)))
+    return rest * (2.0 * sigmoid(gap) * rest + params[0] * params[1] * power(sigmoid(gap), log_sigmoid(gap), params[1]))
 
 
 @jit
 def absolute_error_value(gap, params):
-    return sigmoid(-gap) - params[0] * exp(params[1] * log_sigmoid(gap))
+    return sigmoid(-gap) - params[0] * power(sigmoid(gap), log_sigmoid(gap), params[1])
 
 
 @jit
 def absolute_error_slope(gap, params):
-    return sigmoid(-gap) * (sigmoid(gap) + params[0] * params[1] * exp(params[1] * log_sigmoid(gap)))
+    return sigmoid(-gap) * (sigmoid(gap) + params[0] * params[1] * power(sigmoid(gap), log_sigmoid(gap), params[1]))
 
 
 @jit

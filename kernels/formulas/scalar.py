@@ -88,6 +88,12 @@ def sigmoid(x):
 
 
 @jit
+def power(p, log_p, exponent):
+    """Return p^exponent; a CPU squares by a product."""
+    return exp(exponent * log_p)
+
+
+@jit
 def expm1(x):
     """Return e^x - 1 for x <= 0: by its series near 0, where the difference would cancel."""
     y = 1.0
