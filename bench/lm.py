@@ -28,7 +28,7 @@ from .lm_text import N_PIECES, text
 from .record import commit, environment, plain, progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIZES, QUICK = Sizes(N_PIECES, 64, 2, 128, 16, 600), Sizes(512, 16, 1, 16, 4, 6)
+SIZES, QUICK = Sizes(N_PIECES, 64, 2, 128, 16, 500), Sizes(512, 16, 1, 16, 4, 6)
 QUICK_FILES, ROUNDS = 20, 9
 RUNS = (PLAIN, BONUS)
 HARDEST, BEFORE, SHOWN = 12, 12, 600  # rows of the table, pieces before each, pieces drawn

@@ -499,6 +499,16 @@ MUTANTS = (
         f"{LOOPS}::test_layouts_threads_and_unwritten_memory_change_nothing[one thread-sum-dtype0-65-transposed]",
     ),
     Mutant(
+        "a tile numbers its classes from 0", "kernels/cpu/sums.py",
+        "k = p.first_class + k if", "k = k if",
+        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
+    ),
+    Mutant(
+        "sums forget the tiles before", "kernels/cpu/sums.py",
+        "merge(before, RestStats(m, k, s, s2, sz))", "RestStats(m, k, s, s2, sz)",
+        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
+    ),
+    Mutant(
         "a loop charges ignored rows", "kernels/cpu/tile.py",
         "loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]", "loss[i] = column[VALUE + i]",
         "tests/test_functional.py::test_ignored_rows_cost_nothing_whatever_they_hold[mean-numba]",

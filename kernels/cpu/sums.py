@@ -45,9 +45,10 @@ class Plan(NamedTuple):
 def add_loop(plan, first, last, work):
     """Add the classes of a tile to the sums of rows ``first`` to ``last``."""
     p = record(plan, Plan)
-    e, target, argmax = vector(work, p.n_classes, real), vector(p.target, p.n_rows, int64), column(p, p.argmax, int32)
-    z_target, maximum = column(p, p.z_target, real), column(p, p.max, real)
-    sum_exp, sum_exp2, sum_exp_z = column(p, p.sum_exp, real), column(p, p.sum_exp2, real), column(p, p.sum_exp_z, real)
+    e, target = vector(work, p.n_classes, real), vector(p.target, p.n_rows, int64)
+    z_target, maximum = vector(p.z_target, p.n_rows, real), vector(p.max, p.n_rows, real)
+    sum_exp, sum_exp2 = vector(p.sum_exp, p.n_rows, real), vector(p.sum_exp2, p.n_rows, real)
+    sum_exp_z, argmax = vector(p.sum_exp_z, p.n_rows, real), vector(p.argmax, p.n_rows, int32)
     for row in range(first, last):
         z = source(vector(p.logits + row * p.row_stride * size, p.n_classes, real), e, options_of(p))
         label = target[row] - p.first_class
@@ -62,10 +63,6 @@ def add_loop(plan, first, last, work):
         both = merge(before, RestStats(m, k, s, s2, sz))
         maximum[row], argmax[row] = both.max, both.argmax
         sum_exp[row], sum_exp2[row], sum_exp_z[row] = both.sum_exp, both.sum_exp2, both.sum_exp_z
-
-
-def column(p, address, kind):
-    return vector(address, p.n_rows, kind)
 
 
 @functools.cache
