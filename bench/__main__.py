@@ -5,6 +5,7 @@ python -m bench report              the tables, the pictures and the README's ag
 python -m bench codegen [--gate]    machine code of the kernels, compiled offline
 python -m bench gpu                 everything that needs a GPU: tests, times, goals
 python -m bench claims [name ...]   what the papers claim, with verdicts from the data
+python -m bench lm [name ...]       a language model trained without its logits
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, digits, host, plots, report, sigmoid, soft, speed, tracker
+from . import accuracy, digits, host, linear, plots, report, sigmoid, soft, speed, tracker
 from .record import ROOT, commit, environment, plain, progress
 
 SECTIONS = {
@@ -28,6 +29,7 @@ SECTIONS = {
     "speed": speed.run,
     "soft": soft.run,
     "sigmoid": sigmoid.run,
+    "linear": linear.run,
     "host": host.run,
     "tracker": tracker.run,
     "digits": digits.run,
@@ -48,6 +50,10 @@ def main(arguments: list[str]) -> None:
         from . import claims
 
         return claims.main(arguments[1:])
+    if arguments[:1] == ["lm"]:
+        from . import lm
+
+        return lm.main(arguments[1:])
     options = _parser().parse_args(arguments)
     device = options.device
     if device == "cpu":

@@ -34,18 +34,25 @@ def keep_memory() -> bool:
 
 
 def time_ms(step: Step, on_gpu: bool) -> float:
-    step.prepare()
+    """Return the time of a step: on a GPU that of its kernels, queued while it slept."""
     if not on_gpu:
+        step.prepare()
         start = time.perf_counter()
         step.run()
         return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000)  # about 1 ms in which Python queues the launches, so that kernels are timed, not it
-    begin.record()
-    step.run()
-    end.record()
-    torch.cuda.synchronize()
+    sleep_ms, host_ms = 0.0, 2.0  # what Python takes to queue the launches; asked anew of a step that takes longer
+    while sleep_ms <= host_ms:
+        sleep_ms = 2 * host_ms
+        step.prepare()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(sleep_ms * 2_000_000))  # at 2 GHz or less
+        start = time.perf_counter()
+        begin.record()
+        step.run()
+        end.record()
+        host_ms = (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize()
     return begin.elapsed_time(end)
 
 

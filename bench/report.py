@@ -27,6 +27,7 @@ def markdown(results: dict[str, Any], pictures: Iterable[str] = ()) -> str:
         "speed": ("Speed and memory", _speed),
         "soft": ("Soft targets", _soft),
         "sigmoid": ("Sigmoid family", _sigmoid),
+        "linear": ("The last layer without its logits", _linear),
         "host": ("Host time on a GPU, launches mocked", _host),
         "tracker": ("Example tracker", _tracker),
         "digits": ("Digits", _digits),
@@ -283,6 +284,33 @@ def _sigmoid(section: dict[str, Any]) -> str:
 
 def _elements(case: dict[str, Any]) -> str:
     return f"{case['case']} {'x'.join(map(str, case['shape']))} {case['dtype']}"
+
+
+def _linear(section: dict[str, Any]) -> str:
+    cases, mib = section["cases"], 1 << 20
+    names, peaks = (list(dict.fromkeys(n for c in cases for n in c[key])) for key in ("time_ms", "peaks"))
+    labels = list(dict.fromkeys(label for case in cases for label in case["ratios"]))
+
+    def by_case(header: list[str], cell: Callable[[dict[str, Any], str], str], *more: str) -> str:
+        rows = ([_layer(c), *(_number(c[key] / mib) for key in more), *(cell(c, n) for n in header)] for c in cases)
+        return _table(["rows x hidden x classes", *more, *header], rows)
+
+    return "\n".join([
+        '"ours" is `linear_bonus_cross_entropy_with_scores` with `LogBonus(0.75)`, forward and backward; "scores '
+        'alone" is `linear_difficulty_scores`. Bare products are written into outputs made beforehand: three give '
+        'logits and both gradients. "chunked" is torch\'s with its `LinearCrossEntropyOptions()`, run once.\n',
+        _verdicts(section["bounds"]),
+        "Ratio of times, median over the rounds:\n",
+        by_case(labels, _ratio),
+        "Time in ms, median and half the interquartile range:\n",
+        by_case(names, lambda c, n: _time({"time_ms": c["time_ms"][n]}) if n in c["time_ms"] else "-"),
+        "Peak extra memory in MiB, and what of it gradients take:\n",
+        by_case(peaks, lambda c, n: _number(c["peaks"][n] / mib) if n in c["peaks"] else "-", "gradients"),
+    ])  # fmt: skip
+
+
+def _layer(case: dict[str, Any]) -> str:
+    return f"{case['case']} {case['n_rows']}x{case['hidden']}x{case['n_classes']}"
 
 
 def _host(section: dict[str, Any]) -> str:

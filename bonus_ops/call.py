@@ -133,8 +133,8 @@ class Call:
     def _only_by_formula(self, implementation: str | None) -> str | None:
         """Return what no kernel does of this call, if anything."""
         by_loops = implementation != "triton" and self.input.device.type == "cpu"
-        if self.options != PLAIN and not by_loops:
-            return "logit options here"
+        if self.options != PLAIN and self.kind != "labels" and not by_loops:
+            return "logit options of soft targets"
         if self.kind == "labels":
             deep = torch.compiler.is_compiling() and is_deeply_transformed()
             return "nested transforms under torch.compile" if deep else None

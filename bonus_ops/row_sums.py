@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NO_CLASS", "RowSums", "merged", "of_logits"]
+__all__ = ["NO_CLASS", "RowSums", "merged", "of_logits", "of_nothing"]
 
 NO_CLASS = 2**31 - 1
 LOWEST = -1000.0  # e^d d is 0 below: bounding d keeps 0 * -inf from becoming NaN
@@ -27,6 +27,13 @@ class RowSums(NamedTuple):
     sum_exp2: Tensor
     sum_exp_z: Tensor  # of e (z - max)
     argmax: Tensor  # int32, the first of all classes; `NO_CLASS` where there is none
+
+
+def of_nothing(n_rows: int, dtype: torch.dtype, device: torch.device) -> RowSums:
+    """Return the sums of no classes, which `merged` with any others are these."""
+    lowest, zero = (torch.full((2, n_rows), x, dtype=dtype, device=device) for x in (-math.inf, 0.0))
+    argmax = torch.full((n_rows,), NO_CLASS, dtype=torch.int32, device=device)
+    return RowSums(lowest[0], lowest[1], zero[0], zero[1], zero.new_zeros(n_rows), argmax)
 
 
 def of_logits(logits: Tensor, label: Tensor, first_class: int) -> RowSums:

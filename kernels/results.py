@@ -63,3 +63,27 @@ def fill_ignored(result: Any) -> None:
     for column, nothing in ((result.scores, torch.nan), (result.runner_up, -1), (result.saved, 0)):
         if column is not None:
             column.fill_(nothing)
+
+
+def empty_at_phase(logits: Tensor) -> Tensor:
+    """Return memory like the logits' where every row starts as far from a 16-byte boundary as theirs.
+
+    Then vectors of both can be walked from one common head. Less than 16 bytes lie between rows, or before the first.
+    """
+    at, size = logits.storage_offset(), logits.itemsize
+    if at * size % 16 == 0 and logits.is_contiguous():
+        return torch.empty_like(logits)
+    shape, strides = logits.shape, torch.empty_like(logits).stride()
+    if strides != logits.stride():  # rows with gaps between them
+        if logits.stride(2) != 1:
+            return torch.empty_like(logits)
+        inner = _at_least(shape[2], logits.stride(1), 16 // size)
+        strides = _at_least(shape[1] * inner, logits.stride(0), 16 // size), inner, 1
+    before = at % (16 // size)
+    n = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if logits.numel() else 0
+    return logits.new_empty(before + n).as_strided(shape, strides, before)
+
+
+def _at_least(least: int, like: int, vector: int) -> int:
+    """Return the smallest stride from ``least`` on that leaves a boundary as ``like`` does."""
+    return least + (like - least) % vector

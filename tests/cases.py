@@ -128,7 +128,7 @@ CLASS_COUNTS = (
 )
 MULTI_TILE = 5003  # 19 full tiles, a partial one, misaligned rows; one program a row
 SPLIT_FORWARD = 16391  # 2 programs a row forward
-SPLIT_BOTH = 32779  # a tail; 4 programs a row forward, 2 backward
+SPLIT_BOTH = 65551  # a tail; 8 programs a row forward, 2 backward
 EMPTY_PART = 67595  # 34 tiles over 8 programs a row: the last one has none
 
 

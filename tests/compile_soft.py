@@ -41,7 +41,7 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     before = len(BUILT)
     out = soft.forward(logits, label, targets, -100, loss, True)
     upstream = torch.ones(n_rows, dtype=out.loss.dtype)
-    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, None, -100, loss)
+    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
     for found in BUILT[before:]:
         found["case"] = " ".join(str(x) for x in what if x is not None)

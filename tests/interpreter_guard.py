@@ -54,12 +54,14 @@ class Launch:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         for name, valid in self._valid.items():
-            at = np.searchsorted(valid, addresses).clip(max=len(valid) - 1)
-            if size == self._size(name) and (valid[at] == addresses).all():
+            within = np.arange(0, size, self._size(name))  # a word may hold several elements
+            elements = (addresses[:, None] + within).ravel()
+            at = np.searchsorted(valid, elements).clip(max=len(valid) - 1)
+            if size % self._size(name) == 0 and (valid[at] == elements).all():
                 if program is None:
-                    self._read[name].append(addresses)
+                    self._read[name].append(elements)
                 else:
-                    self._written[name].append((addresses, hash(program)))
+                    self._written[name].append((elements, hash(program)))
                 return
         what = "load" if program is None else "store"
         raise AssertionError(f"{self.kernel}: {what} out of bounds by program {interpreter_builder.grid_idx}")

@@ -58,8 +58,8 @@ MUTANTS = (
     # devices, and what is timed on them
     Mutant(
         "backward waits for the GPU", "kernels/gpu/labels.py",
-        "    kernel, how = gap_kernel(loss), launch.backward(",
-        "    grad_loss.sum().item()\n    kernel, how = gap_kernel(loss), launch.backward(",
+        "    upstream = grad_loss, 0, saved[1], None\n",
+        "    upstream = grad_loss, 0, saved[1], None\n    grad_loss.sum().item()\n",
         "tests/test_gpu_rehearsal.py::test_steps_of_the_gpu_tests",
     ),
     Mutant(
@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "a step is timed after it was launched", "bench/measure.py",
-        "    begin.record()\n    step.run()", "    step.run()\n    begin.record()",
+        "        begin.record()\n        step.run()", "        step.run()\n        begin.record()",
         "tests/test_gpu_clock.py::test_a_step_is_timed_without_what_prepares_it",
     ),
     Mutant(
@@ -85,16 +85,16 @@ MUTANTS = (
     # which classes are read
     Mutant(
         "the last class is dropped", "kernels/gpu/sweep.py",
-        "tl.where(part == 0, n_classes, 0)", "tl.where(part == 0, n_classes - 1, 0)", path("fp32-typical-3"),
+        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part == 0, rows.n_classes - 1, 0)", path("fp32-typical-3"),
     ),
     Mutant(
-        "the bound of a tile is one chunk too far", "kernels/gpu/sweep.py",
-        "(chunk < rows.n_chunks[:, None]) & rows.active", "(chunk <= rows.n_chunks[:, None]) & rows.active",
+        "the bound of a tile is one chunk too far", "kernels/gpu/rows.py",
+        "(chunk < rows.n_chunks[:, None]) & where", "(chunk <= rows.n_chunks[:, None]) & where",
         path("fp32-typical-63"),
     ),
     Mutant(
         "every program of a split row counts the edge", "kernels/gpu/sweep.py",
-        "tl.where(part == 0, n_classes, 0)", "tl.where(part >= 0, n_classes, 0)", path("fp32-uniform-16391"),
+        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part >= 0, rows.n_classes, 0)", path("fp32-uniform-16391"),
     ),
     Mutant(
         "the label is counted among the rest", "kernels/gpu/sweep.py",
@@ -102,8 +102,8 @@ MUTANTS = (
         path("fp32-confident-10"),
     ),
     Mutant(
-        "the tile that holds the label is summed without masking it", "kernels/gpu/sweep.py",
-        "tile = i + tl.where(i >= target_tile, held, 0)", "tile = i", path("fp32-typical-5003"),
+        "the tile that holds the label is summed without masking it", "kernels/gpu/tiles.py",
+        "tile += tl.where(tile >= tiles.apart[j], 1, 0)", "tile += 0", path("fp32-typical-5003"),
     ),
     Mutant(
         "a row's alignment is that of the first row", "kernels/gpu/launching.py",
@@ -165,7 +165,7 @@ MUTANTS = (
     ),
     Mutant(
         "the runner-up stays a chunk", "kernels/gpu/sweep.py",
-        "rest = exact_argmax(across(rest), rows, class_stride)", "rest = across(rest)", path("fp32-ties-10"),
+        "rest = exact_argmax(across(rest), rows, options, LOGIT)", "rest = across(rest)", path("fp32-ties-10"),
     ),
     Mutant(
         "the runner-up is counted from the first vector", "kernels/gpu/sweep.py",
@@ -200,7 +200,7 @@ MUTANTS = (
     ),
     Mutant(
         "parameters of a float64 loss are float32", "kernels/gpu/params.py",
-        "params[i] + low[i],)", "params[i],)", f"{KERNELS}::test_every_loss[log_bonus_half-fp64]",
+        "halves[0][i] + halves[1][i],)", "halves[0][i],)", f"{KERNELS}::test_every_loss[log_bonus_half-fp64]",
     ),
     Mutant(
         "probabilities leave out the label's share", "kernels/gpu/labels.py",
@@ -228,7 +228,8 @@ MUTANTS = (
     # the gradient
     Mutant(
         "the label's entry is that of any class", "kernels/gpu/spread.py",
-        "return tl.where(classes == rows.target[:, None], at_target[:, None], x)", "return x", path("fp32-typical-10"),
+        "return tl.where(classes == along(rows.target, x), along(spread.at_target, x), x)",
+        "return x", path("fp32-typical-10"),
     ),
     Mutant(
         "ignored rows pass on what they hold", "kernels/gpu/labels.py",
@@ -238,12 +239,13 @@ MUTANTS = (
     ),
     Mutant(
         "the tail is not written", "kernels/gpu/spread.py",
-        "mask = (classes < n_classes) & inside", "mask = (classes < n_classes - 1) & inside", path("fp32-typical-10"),
+        "mask = (classes < rows.n_classes) & inside",
+        "mask = (classes < rows.n_classes - 1) & inside", path("fp32-typical-10"),
     ),
     Mutant(
-        "every program of a split row writes the edge", "kernels/gpu/labels.py",
-        "part == 0, ROWS, LANES, VECTOR", "True, ROWS, LANES, VECTOR",
-        f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[1-32779-offset_1-fp32]",
+        "every program of a split row writes the edge", "kernels/gpu/spread.py",
+        "if (part == 0) & (n_edge > 0):", "if n_edge > 0:",
+        f"{TRAFFIC}::test_backward_reads_and_writes_each_logit_once[1-65551-offset_1-fp32]",
     ),
     Mutant(
         "the upstream gradient is taken as contiguous", "kernels/gpu/labels.py",
@@ -253,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient is written over the logits", "kernels/gpu/labels.py",
-        "    grad = torch.empty_like(logits)\n    n_outer", "    grad = logits.detach()\n    n_outer",
+        "ignore_index, loss, options, empty_at_phase(logits))", "ignore_index, loss, options, logits.detach())",
         f"{KERNELS}::test_arguments_are_not_written",
         seen_in="linkedin/Liger-Kernel #272, unslothai/unsloth #5002",
     ),
@@ -289,29 +291,29 @@ MUTANTS = (
     ),
     # seen in peers
     Mutant(
-        "the stride of rows is the number of classes", "kernels/gpu/labels.py",
-        "strides=logits.stride(), ignore_index",
-        "strides=(n_classes, n_classes, 1), ignore_index",
+        "the stride of rows is the number of classes", "kernels/gpu/launching.py",
+        "return Array(tensor, n_inner, n_classes, *tensor.stride())",
+        "return Array(tensor, n_inner, n_classes, n_classes, n_classes, 1)",
         f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
         "logits that are not contiguous get themselves as gradient", "kernels/gpu/labels.py",
-        "    grad = torch.empty_like(logits)\n    n_outer",
-        "    grad = torch.empty_like(logits)\n    if logits.stride(2) > 1:\n        return logits + 0\n    n_outer",
+        "vector(logits, grad)\n",
+        "vector(logits, grad)\n    if logits.stride(2) > 1:\n        return logits + 0\n",
         f"{KERNELS}::test_every_layout[fp32-transposed-10]",
         seen_in="linkedin/Liger-Kernel 0.8.5: requires_grad is read after contiguous()",
     ),
     Mutant(
         "the upstream gradient of each row is ignored", "kernels/gpu/labels.py",
-        "widen(loss_params[0], loss_params[1], gap)) * grad_loss", "widen(loss_params[0], loss_params[1], gap))",
+        "widen(numbers.loss, gap)) * grad_loss", "widen(numbers.loss, gap))",
         path("fp32-typical-10"), seen_in="linkedin/Liger-Kernel #678: reduction='none'",
     ),
     Mutant(
         "probabilities are exp(z - lse)", "kernels/gpu/labels.py",
-        "    part, n_parts =",
+        "    if grad_lse_ptr is not None:",
         "    total = tl.where(sum_exp == 0.0, 1.0, sum_exp)\n"
-        "    rest_max, scale = rest_max + tl.log(total), scale * total\n    part, n_parts =",
+        "    rest_max, scale = rest_max + tl.log(total), scale * total\n    if grad_lse_ptr is not None:",
         path("fp32-shifted-10"), seen_in="flash-attention: gradient off by 5.5e-5 at an offset of 1e4",
     ),
     Mutant(
@@ -321,8 +323,8 @@ MUTANTS = (
     ),
     Mutant(
         "the label's gradient is taken from a rounded probability", "kernels/gpu/labels.py",
-        "rest_max, scale, at_target,",
-        "rest_max, scale, (1.0 + at_target).to(grad_ptr.dtype.element_ty).to(gap.dtype) - 1.0,",
+        "Spread(rest_max, scale, at_target)",
+        "Spread(rest_max, scale, (1.0 + at_target).to(grad.ptr.dtype.element_ty).to(gap.dtype) - 1.0)",
         path("fp16-confident-10"), seen_in="apple/ml-cross-entropy #14: bfloat16 gradients differ",
     ),
     Mutant(
@@ -465,8 +467,8 @@ MUTANTS = (
     ),
     Mutant(
         "probabilities are walked as the logits are", "kernels/gpu/soft_targets.py",
-        "rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR)",
-        "rest = load_chunks(target.rows, chunk, mask, 1, VECTOR)",
+        "array.class_stride,",
+        "1,",
         "tests/test_soft.py::test_every_layout_in_kernels[transposed]",
     ),
     # bits that tell the batch
@@ -495,6 +497,16 @@ MUTANTS = (
         "lanes forget the block of classes before", "kernels/cpu/lanes.py",
         "column[SUM_EXP + i] += column[PART + i]", "column[SUM_EXP + i] = column[PART + i]",
         f"{LOOPS}::test_layouts_threads_and_unwritten_memory_change_nothing[one thread-sum-dtype0-65-transposed]",
+    ),
+    Mutant(
+        "a tile numbers its classes from 0", "kernels/cpu/sums.py",
+        "k = p.first_class + k if", "k = k if",
+        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
+    ),
+    Mutant(
+        "sums forget the tiles before", "kernels/cpu/sums.py",
+        "merge(before, RestStats(m, k, s, s2, sz))", "RestStats(m, k, s, s2, sz)",
+        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
     ),
     Mutant(
         "a loop charges ignored rows", "kernels/cpu/tile.py",
@@ -596,7 +608,7 @@ MUTANTS = (
     ),
     Mutant(
         "a step of the schedule reaches a backward under way", "bonus_ops/ops/labels.py",
-        "_Visit(call.ignore_index, cast(GapLoss, call.loss).current,", "_Visit(call.ignore_index, call.loss,",
+        "    loss = cast(GapLoss, call.loss).current\n    visit =", "    loss = cast(GapLoss, call.loss)\n    visit =",
         f"{SCHEDULES}::test_a_step_before_backward_does_not_reach_it",
     ),
     Mutant(

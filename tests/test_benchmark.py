@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import __main__, gpu, measure, plots, report, soft, speed
+from bench import __main__, gpu, linear, measure, plots, report, soft, speed
 from bench.gpu import goals, peers
 from bench.gpu import report as gpu_report
 from bench.gpu import steps as gpu_steps
@@ -176,7 +176,7 @@ def quick(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "keep_memory", lambda: False)  # it is for the whole process
         patch.setattr(plots, "why_not", lambda: "no pictures are tested here")
-        __main__.main(["soft", "sigmoid", "tracker", "--quick", "--device", "cpu", "--out", str(folder)])
+        __main__.main(["soft", "sigmoid", "tracker", "linear", "--quick", "--device", "cpu", "--out", str(folder)])
     return json.loads((folder / "cpu.json").read_text()), (folder / "cpu.md").read_text()
 
 
@@ -189,11 +189,58 @@ def test_a_quick_run_measures_every_case_and_judges_none(quick):
     for case in results["soft"]["cases"]:
         assert all(each["median"] > 0 for each in case["ratios"].values())
         assert all(each["peak_gradients"] > 1 for each in case["providers"].values())
-    assert all(results[name]["quick"] and results[name]["bounds"] == [] for name in ("soft", "sigmoid", "tracker"))
-    for title in ("Soft targets", "Sigmoid family", "Example tracker"):
+    assert all(
+        results[name]["quick"] and results[name]["bounds"] == [] for name in ("soft", "sigmoid", "tracker", "linear")
+    )
+    for title in ("Soft targets", "Sigmoid family", "Example tracker", "The last layer without its logits"):
         assert f"## {title}\n" in text
     assert "| detection 1x80x6400 bfloat16 | Focal(2), alpha |" in text
     assert "| beside index_add_ | all fields |" in text
+
+
+def test_the_linear_form_is_measured_beside_all_that_bounds_it(quick):
+    cases = quick[0]["linear"]["cases"]
+    assert [case["case"] for case in cases] == list(linear.SHAPES)
+    for case in cases:
+        beside = {linear.OURS, linear.BARE, linear.ONE, linear.ALONE, linear.TORCH, linear.CHUNKED, linear.EAGER}
+        assert beside <= set(case["time_ms"]) and all(x["median"] > 0 for x in case["time_ms"].values())
+        assert case["peaks"][linear.OURS] > case["gradients"] > 0
+    assert linear.OURS_BF16 in cases[0]["time_ms"]
+
+
+def test_the_linear_form_is_judged_by_what_issue_bounds():
+    ratios = {"ours / three bare products": 1.16, "F.linear_cross_entropy / three bare products": 1.15,
+              "the same, chunked / three bare products": 2.0, "scores alone / one bare product": 1.45,
+              "ours, bfloat16 / ours": 1.4}  # fmt: skip
+    peaks = {"ours": 165 * linear.MiB, "scores alone": 17 * linear.MiB}
+    case = {"case": "llama2-vocab", "dtype": "float32", "gradients": 20 * linear.MiB, "peaks": peaks,
+            "ratios": {label: {"median": x} for label, x in ratios.items()}}  # fmt: skip
+    found = {bound["bound"]: bound["passed"] for bound in linear.verdicts([case], "avx2")}
+    assert found == {
+        "ours / three bare products <= 1.15": False, "ours / F.linear_cross_entropy <= 1": False,
+        "ours / the same, chunked <= 1": True, "memory beyond gradients and budget, MiB <= 16": False,
+        "scores alone / one bare product <= 1.45": True, "memory of scores alone, MiB <= 16": False,
+        "ours, bfloat16 / ours <= 1.5": True,
+    }  # fmt: skip
+    (wide,) = (b for b in linear.verdicts([case | {"case": "llama3-vocab"}], "avx512") if "three" in b["bound"])
+    assert wide["bound"].endswith("<= 1.35") and wide["passed"]
+
+
+@pytest.mark.parametrize("name", ["loss", "el2n", "gradient of hidden", "gradient of weight"])
+def test_check_refuses_a_wrong_linear_form(monkeypatch, name):
+    case, right = linear.Case(FEW, 8, 100), linear.linear_bonus_cross_entropy_with_scores
+    linear.check(case)
+
+    def wrong(hidden, weight, target, bonus):
+        loss, scores = right(hidden, weight, target, bonus=bonus)
+        if name == "el2n":
+            return loss, scores._replace(el2n=scores.el2n * 1.001)
+        moved = {"gradient of hidden": hidden, "gradient of weight": weight}.get(name)
+        return (loss * 1.001 if moved is None else loss + (moved - moved.detach()).sum() / 1000), scores
+
+    monkeypatch.setattr(linear, "linear_bonus_cross_entropy_with_scores", wrong)
+    with pytest.raises(WrongResult, match=name):
+        linear.check(case)
 
 
 def test_the_five_numbers_name_what_is_not_measured(quick):
@@ -211,7 +258,8 @@ def test_each_of_the_five_numbers_has_its_bound():
     ]
     for bound, passed in zip(bounds, (True, False, False), strict=True):
         bound["passed"] = passed
-    row = report.readme_block({"environment": results["environment"], "speed": {"bounds": bounds}}).splitlines()[4]
+    block = report.readme_block({"environment": results["environment"], "speed": {"bounds": bounds}})
+    (row,) = (line for line in block.splitlines() if line.startswith("| loss, gradient"))
     assert row.endswith("| 0.5 to 0.8 | <= 0.6 (float32), <= 0.7 (bfloat16) | **missed** |")
 
 

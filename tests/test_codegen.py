@@ -89,6 +89,7 @@ FAULTS = {
     gates.one_exponential_a_logit: lambda x: x["loops"][0].update(exp=16),
     gates.no_barrier_in_a_loop: lambda x: x["loops"][0].update(barriers=1),
     gates.instructions_keep_up: lambda x: x["loops"][0].update(instructions=105),
+    gates.loads_run_ahead: lambda x: x["loops"][0].update(ahead=3),
 }
 
 
@@ -138,14 +139,17 @@ def test_a_streaming_row_is_bound_by_memory(committed):
 
 
 def test_work_of_a_launch_by_hand():
-    """100 outside, 10 a full tile, 20 a masked one: 5 chunks over 2 lanes are 2 full tiles, one the label's, and 1."""
+    """100 outside, 10 a full tile, 20 a masked one: 7 chunks over 2 lanes are 3 full tiles, one the label's, and 1.
+
+    The last full one is loaded ahead of the masked ones and goes with them.
+    """
     loops = [{"instructions": 10, "special": 1}, {"instructions": 20, "special": 2}]
     build = {"kernel": "forward_kernel", "constants": {"ROWS": 1, "LANES": 2}, "loops": loops,
              "instructions": 130, "special": 3}  # fmt: skip
     launch = {"programs": 3, "threads": 32, "constants": build["constants"]}
-    done = roofline.work(build, launch, n_rows=3, n_classes=40)
-    assert done.instructions == 3 * 32 * (100 + 1 * 10 + 2 * 20)
-    assert done.special == 3 * 32 * (1 * 1 + 2 * 2)
+    done = roofline.work(build, launch, n_rows=3, n_classes=56)
+    assert done.instructions == 3 * 32 * (100 + 1 * 10 + 3 * 20)
+    assert done.special == 3 * 32 * (0 + 1 * 1 + 3 * 2)
 
 
 def test_a_machine_is_the_product_of_its_units():

@@ -24,6 +24,7 @@ from bonus_ops import (
     bonus_cross_entropy_with_softmax,
     call,
     difficulty_scores,
+    linear_bonus_cross_entropy,
     mixup_cross_entropy,
 )
 from bonus_ops.kernels.cpu import threads
@@ -71,6 +72,14 @@ softmax          triton      triton     triton     .          .            trito
 softmax          numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
 softmax          reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
 softmax          None        numba      numba      .          .            numba      numba      numba      numba      reference  reference  reference
+options          triton      triton     triton     .          .            triton     triton     triton     triton     none       cannot     cannot
+options          numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
+options          reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
+options          None        numba      numba      .          .            numba      numba      numba      numba      reference  reference  reference
+linear           triton      triton     triton     .          .            none       none       none       triton     none       cannot     cannot
+linear           numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
+linear           reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
+linear           None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference
 own pair         triton      triton     triton     .          .            triton     triton     triton     triton     none       cannot     cannot
 own pair         numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
 own pair         reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
@@ -145,6 +154,12 @@ KINDS: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {  # the target, and a 
     "two labels": (LABELS, lambda z, t, **k: mixup_cross_entropy(z, t, OTHERS.to(t.device), 0.3, **k)),
     "sigmoid": (PROBABILITIES, bonus_binary_cross_entropy_with_logits),
     "softmax": (LABELS, lambda z, t, **k: bonus_cross_entropy_with_softmax(z, t, **k)[0]),
+    "options": (
+        LABELS, lambda z, t, **k: bonus_cross_entropy(z, t, logit_scale=0.5, softcap=3.0, z_loss=0.1, **k)
+    ),
+    "linear": (
+        LABELS, lambda z, t, **k: linear_bonus_cross_entropy(z, torch.eye(3, dtype=z.dtype, device=z.device), t, **k)
+    ),
     "own pair": (LABELS, lambda z, t, **k: bonus_cross_entropy(z, t, bonus=Pair(), **k)),
     "own pair, sigmoid": (
         PROBABILITIES, lambda z, t, **k: bonus_binary_cross_entropy_with_logits(z, t, bonus=Pair(), **k)

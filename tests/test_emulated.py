@@ -7,7 +7,7 @@ import collections
 import pytest
 import torch
 
-from bonus_ops import bonus_cross_entropy_with_scores
+from bonus_ops import bonus_binary_cross_entropy_with_logits, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from tests.conftest import EMULATED
 
 if not EMULATED:
@@ -66,6 +66,52 @@ def test_logits_are_moved_by_whole_sectors(n_rows, n_classes, dtype):
     # the forward of float32 reads a sector by halves, one right after the other
     halves = dtype == torch.float32
     assert moved["logits"]["sectors loaded"] * 32 <= (2 * 1.15 + halves) * size
+
+
+def sectors_of(step, *tensors):
+    """Return bytes of the sectors that a step asks for, loads and stores, over the bytes of each tensor."""
+    with launching.watched() as machines:
+        others = step()
+    found = []
+    for tensor in (*tensors, *others):
+        regions = [r for m in machines for r in m.memory.regions if r.begin == tensor.data_ptr()]
+        moved = sum((r.traffic for r in regions), collections.Counter())
+        n_bytes = tensor.numel() * tensor.itemsize
+        found.append(32 * (moved["sectors loaded"] + moved["sectors stored"]) / n_bytes)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("shape", "most"), [((2, 21, 64, 64), 1.2), ((1, 150, 32, 32), 1.2), ((1, 21, 65, 65), 1.6)], ids=str
+)
+def test_classes_apart_are_moved_by_whole_sectors(shape, most, dtype):
+    """A thread a pixel: what lies side by side in memory is asked for side by side."""
+    logits = torch.randn(shape).to(dtype).requires_grad_()
+    target = torch.randint(shape[1], shape[:1] + shape[2:])
+    loss = []
+    forward = sectors_of(
+        lambda: loss.extend(bonus_cross_entropy_with_scores(logits, target, implementation="triton")[:1]) or (), logits
+    )
+    backward = sectors_of(lambda: torch.autograd.grad(loss[0], logits), logits)
+    assert max(*forward, *backward) <= most, (forward, backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["smoothing", "probabilities", "sigmoid"])
+def test_classes_apart_of_other_targets_are_moved_by_whole_sectors(kind, dtype):
+    logits = torch.randn(2, 21, 32, 32).to(dtype).requires_grad_()
+    given = torch.randn(2, 21, 32, 32).softmax(1).to(dtype)
+    target = torch.randint(21, (2, 32, 32)) if kind == "smoothing" else given
+    options = {"label_smoothing": 0.1} if kind == "smoothing" else {}
+    loss_of = bonus_binary_cross_entropy_with_logits if kind == "sigmoid" else bonus_cross_entropy
+    loss = []
+    forward = sectors_of(lambda: loss.append(loss_of(logits, target, implementation="triton", **options)) or (), logits)
+    backward = sectors_of(lambda: torch.autograd.grad(loss[0], logits), logits)
+    sweeps = 1 if kind == "sigmoid" else 2
+    halves = 2 if kind == "sigmoid" and dtype == torch.float32 else 1
+    print(kind, dtype, forward, backward)
+    assert forward[0] / sweeps / halves <= 1.2 and max(backward) / halves <= 1.2, (forward, backward)
 
 
 @pytest.mark.parametrize(("n_classes", "dtype"), [(10, torch.bfloat16), (50257, torch.float32)])

@@ -20,7 +20,8 @@ from tests.cuda_stand_in import MS
 from tests.toy_gpu import Toy
 
 
-def test_a_step_is_timed_without_what_prepares_it(cuda):
+def test_a_step_is_timed_without_what_prepares_it(cuda, monkeypatch):
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 0.0)  # a slow host would have it run again
     x = torch.zeros(3, device="cuda")
     prepared, run = [], []
 
@@ -32,11 +33,24 @@ def test_a_step_is_timed_without_what_prepares_it(cuda):
 
     step = measure.Step(prepare, twice)
     assert measure.time_ms(step, True) == pytest.approx(2 * MS)
-    times = Toy().interleave({"twice": step, "once": measure.Step(prepare, lambda: x + 1)}, 0.0)
+    times = Toy().interleave({"twice": step, "once": measure.Step(prepare, lambda: x + 1)}, -1.0)
     assert {name: len(values) for name, values in times.items()} == {"twice": 7, "once": 7}
     assert statistics.median(times["twice"]) == pytest.approx(2 * MS)
     assert statistics.median(times["once"]) == pytest.approx(MS)
     assert len(prepared) == 1 + 2 * 9 and len(run) == 1 + 9  # two rounds that nobody times
+
+
+def test_a_gpu_that_woke_before_the_launches_were_queued_is_timed_again(cuda, monkeypatch):
+    """Else the time of Python would be taken for that of kernels."""
+    now, slept, took = [0.0], [], iter((0.005, 0.005))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: slept.append(cycles / 2e6))
+
+    def slow():
+        now[0] += next(took)
+
+    measure.time_ms(measure.Step(lambda: None, slow), True)
+    assert slept == pytest.approx([4.0, 10.0])
 
 
 def test_the_device_is_asked_what_it_is(cuda):

@@ -23,6 +23,9 @@ def test_a_lane_is_a_thread(warp_size):
         for shape in (launch.forward, launch.backward):
             for n_rows in (1, 64, 65536):
                 how = shape(n_rows, n_classes, warp_size)
-                assert how.rows * how.lanes == how.num_warps * warp_size, (shape, n_classes, how)
+                two = 1 + (shape is launch.backward and n_classes >= 2048)  # chunks a thread
+                assert how.rows * how.lanes == two * how.num_warps * warp_size, (shape, n_classes, how)
+                apart = shape(n_rows, n_classes, warp_size, 0)
+                assert apart.rows == warp_size and apart.lanes == apart.num_warps
                 assert all(x & (x - 1) == 0 for x in (how.rows, how.lanes, how.num_warps))
                 assert how.parts >= 1 and (how.rows == 1 or how.parts == 1)

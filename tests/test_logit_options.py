@@ -16,6 +16,8 @@ from bonus_ops import (
     mixup_cross_entropy,
 )
 from bonus_ops.causal_lm import causal_lm_loss
+from tests.cases import SPLIT_FORWARD
+from tests.conftest import INTERPRETED
 
 OPTIONS = [
     {"logit_scale": 0.5},
@@ -55,17 +57,49 @@ def truth(input, target, reduction, options, **others):
 
 
 @names
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500), (2, SPLIT_FORWARD)])
+@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+def test_kernels_compute_the_definition(options, reduction, shape):
+    """Several rows a program, one, a row by several programs, rows side by side."""
+    test_loss_and_gradient_are_those_of_the_definition(options, "labels", reduction, shape, "triton")
+
+
+@names
+@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4), (2, 2500)])
+@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
+    input, target, _ = case("labels", shape)
+    z = z_of(input, **options)
+    _, scores, softmax = bonus_cross_entropy_with_softmax(input, target, implementation="triton", **options)
+    _, expected, of_z = bonus_cross_entropy_with_softmax(z, target, implementation="reference")
+    for one, other in zip(scores, expected, strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert torch.allclose(softmax.double(), of_z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+def test_a_cap_lifts_no_masked_lane():
+    """cap tanh(-inf) is finite: what a kernel loads past the end of a row, or instead of the label, must stay -inf."""
+    for shape in ((3, 10), (2, 21, 2), (1, 2051)):
+        input = torch.full(shape, -200.0)
+        target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+        loss = bonus_cross_entropy(input, target, bonus=None, softcap=2.0, implementation="triton")
+        assert loss == pytest.approx(math.log(shape[1]), rel=1e-6)
+
+
+@names
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4)])
-def test_loss_and_gradient_are_those_of_the_definition(options, kind, reduction, shape):
+def test_loss_and_gradient_are_those_of_the_definition(options, kind, reduction, shape, implementation=None):
     input, target, others = case(kind, shape)
     exact = input.double().clone().requires_grad_()
     expected = truth(exact, target, reduction, options, **others)
     up = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).reshape(expected.shape)
     (expected * up).sum().backward()
     x = input.clone().requires_grad_()
-    loss = bonus_cross_entropy(x, target, reduction=reduction, **others, **options)
+    loss = bonus_cross_entropy(x, target, reduction=reduction, implementation=implementation, **others, **options)
     (loss * up.float()).sum().backward()
     assert torch.allclose(loss.double(), expected, rtol=3e-6, atol=3e-6)
     assert (x.grad - exact.grad).abs().max() < 2e-6 * exact.grad.abs().max()
@@ -86,7 +120,7 @@ def test_other_dtypes_are_rounded_once(dtype, options):
     assert (x.grad.double() - exact.grad).abs().max() <= 4 * eps * exact.grad.abs().max()
 
 
-@pytest.mark.parametrize("implementation", ["numba", "reference"])
+@pytest.mark.parametrize("implementation", ["numba", "reference", *(["triton"] if INTERPRETED else [])])
 def test_gradient_is_exact_where_the_cap_has_saturated(implementation):
     input = torch.tensor([[60.0, 120.0, 300.0, 200.0, -150.0]], requires_grad=True)
     bonus_cross_entropy(input, torch.tensor([0]), softcap=30.0, implementation=implementation).backward()
@@ -143,8 +177,6 @@ def test_z_loss_counts_rows_and_not_class_weights():
 @pytest.mark.parametrize("kind", TARGETS)
 @names
 def test_derivatives_of_first_and_second_order(implementation, kind, options):
-    if implementation == "numba" and kind != "labels":
-        implementation = None
     input, target, others = case(kind, (3, 5), torch.float64)
 
     def f(x):

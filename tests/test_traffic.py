@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 
 import bonus_ops
+from bonus_ops.call import as_rows
 from bonus_ops.kernels.gpu import labels, launch, launching
+from bonus_ops.kernels.results import empty_at_phase
 from bonus_ops.logit_options import PLAIN
 from tests.cases import EMPTY_PART, LAYOUTS, MULTI_TILE, SPLIT_BOTH, SPLIT_FORWARD, generator, typical
 from tests.conftest import INTERPRETED
@@ -77,7 +79,7 @@ def observe(n_rows, n_classes, layout, dtype):
 
 
 def reads(launched):
-    return launched.times_read("logits_ptr")[:, 0]
+    return launched.times_read("logits[0]")[:, 0]
 
 
 def body_of(row, aligned=True):
@@ -108,8 +110,15 @@ def sweep_reads(row, y, first_chunk, last_chunk, edge, aligned):
     return times
 
 
+def by_planes(logits):
+    """Return whether a thread has a row, so that label and max are not read again."""
+    return launching.vector(logits[:, None]) == 0
+
+
 def forward_reads(logits, target, parts, lanes, aligned=True):
     """Return how often forward, label's gather aside, must read each logit."""
+    if by_planes(logits):
+        return np.ones(logits.shape, int) * (target != -100).numpy().astype(int)[:, None]
     n_tiles = -(-(logits.shape[1] // CHUNK) // lanes)
     share = -(-n_tiles // parts) * lanes
     times = np.zeros(logits.shape, int)
@@ -138,7 +147,7 @@ def seen(logits, times):
 @over_cases
 def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
     logits, target, launches = observe(n_rows, n_classes, layout, dtype)
-    how = launch.forward(n_rows, n_classes)
+    how = launch.forward(n_rows, n_classes, vector=launching.vector(logits[:, None]))
     assert [x.kernel for x in launches] == (
         ["forward_kernel", "backward_kernel"] if how.parts == 1 else
         ["partial_kernel", "merge_kernel", "backward_kernel"]
@@ -148,16 +157,17 @@ def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
     size, n_counted = logits.element_size(), int((target != -100).sum())
 
     if how.parts == 1:
+        label = label * (not by_planes(logits))
         np.testing.assert_array_equal(reads(first), seen(logits, sweep + label))
-        assert first.bytes_read() == {"logits_ptr": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
+        assert first.bytes_read() == {"logits[0]": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
     else:
         np.testing.assert_array_equal(reads(first), seen(logits, sweep))
         np.testing.assert_array_equal(reads(last), label)
         shares = n_rows * how.parts
-        assert first.bytes_read() == {"logits_ptr": int(sweep.sum()) * size, "target_ptr": 8 * shares}
-        assert first.bytes_written() == {"sums_ptr": 16 * shares, "argmax_ptr": 4 * shares}
+        assert first.bytes_read() == {"logits[0]": int(sweep.sum()) * size, "target_ptr": 8 * shares}
+        assert first.bytes_written() == {"parts[0]": 16 * shares, "parts[1]": 4 * shares}
         assert last.bytes_read() == {
-            "logits_ptr": n_rows * size, "target_ptr": 8 * n_rows, "sums_ptr": 16 * shares, "argmax_ptr": 4 * shares,
+            "logits[0]": n_rows * size, "target_ptr": 8 * n_rows, "parts[0]": 16 * shares, "parts[1]": 4 * shares,
         }  # fmt: skip
     assert int((sweep + label).sum()) <= n_counted * (n_classes + 1 + CHUNK * how.parts)
     # loss, five scores, runner-up, (gap, max, sum_exp)
@@ -168,15 +178,15 @@ def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
 @over_cases
 def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dtype):
     logits, target, (*_, backward) = observe(n_rows, n_classes, layout, dtype)
-    parts = launch.backward(n_rows, n_classes).parts
+    parts = launch.backward(n_rows, n_classes, vector=launching.vector(logits[:, None])).parts
     counted = (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
     np.testing.assert_array_equal(reads(backward), seen(logits, counted))
-    assert (backward.times_written("grad_ptr") == 1).all()
+    assert (backward.times_written("grad[0]") == 1).all()
     assert backward.bytes_read() == {
-        "logits_ptr": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
-        "saved_ptr": 12 * n_rows * parts, "grad_loss_ptr": 4 * n_rows * parts,
+        "logits[0]": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
+        "saved_ptr": 12 * n_rows * parts, "upstream[0]": 4 * n_rows * parts,
     }  # fmt: skip
-    assert backward.bytes_written() == {"grad_ptr": logits.numel() * logits.element_size()}
+    assert backward.bytes_written() == {"grad[0]": logits.numel() * logits.element_size()}
 
 
 @over_dtypes
@@ -197,8 +207,9 @@ def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, aligned,
     (only,) = launches
     counted = (target != -100).numpy().astype(int)[:, None]
     sweep = forward_reads(logits, target, 1, launch.forward(n_rows, n_classes).lanes, aligned)
-    np.testing.assert_array_equal(reads(only), seen(logits, sweep + label_reads(logits, target) + counted))
-    assert (only.times_written("softmax_ptr") == 1).all()
+    label = label_reads(logits, target) * (not by_planes(logits))
+    np.testing.assert_array_equal(reads(only), seen(logits, sweep + label + counted))
+    assert (only.times_written("softmax[0]") == 1).all()
 
 
 def test_loss_alone_writes_no_scores():
@@ -238,12 +249,33 @@ def test_vectors_of_logits_and_output_start_on_16_bytes(layout, n_classes, dtype
     size = logits.element_size()
     for out in (logits, torch.empty_like(logits), torch.empty(5, n_classes + 1, dtype=dtype)[:, None, :n_classes]):
         vector = launching.vector(logits, out)
-        assert vector in (1, 16 // size)
+        assert vector in (0, 1, 16 // size)
         for row in range(5 if vector > 1 else 0):
             start = logits[row].data_ptr()
             head = -start % 16 // size
             assert (start + head * size) % 16 == (out[row].data_ptr() + head * size) % 16 == 0
-    assert launching.vector(logits) == (16 // size if logits.stride(2) == 1 else 1)
+    apart = 0 if logits.stride(0) == 1 else 1
+    assert launching.vector(logits) == (16 // size if logits.stride(2) == 1 else apart)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [torch.zeros(5, 50257)[:, :-1], torch.zeros(5, 1008)[:, :1003], torch.zeros(7, 1003)[1:], torch.zeros(2, 7, 3, 5)],
+    ids=["all but the last", "padded", "from the second row", "classes apart"],
+)
+@over_dtypes
+def test_gradients_start_where_their_logits_do(logits, dtype):
+    """Else backward would read and write single elements."""
+    logits = (
+        torch.empty_strided(logits.shape, logits.stride(), dtype=dtype)
+        if logits.storage_offset() == 0
+        else (torch.zeros(7, 1003, dtype=dtype)[1:])
+    )
+    rows = as_rows(logits)
+    grad = empty_at_phase(rows)
+    assert grad.shape == rows.shape
+    assert launching.vector(rows, grad) == launching.vector(rows) != 1
+    assert grad.untyped_storage().nbytes() <= 16 * (len(rows) + 1) + logits.numel() * logits.element_size()
 
 
 @triton.jit

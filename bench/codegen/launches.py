@@ -259,6 +259,8 @@ def launches(case: Case) -> list[Launch]:
     def record(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
         threads = kwargs["num_warps"] * TARGETS[case.target].warp_size
         constants = {name: x for name, x in kwargs.items() if name.isupper() and isinstance(x, int)}
+        if tile := kwargs.get("TILE"):
+            constants |= {name.upper(): n for name, n in tile._asdict().items()}
         found.append(Launch(kernel.__name__, _key(kernel, args, kwargs), math.prod(grid) * scale, threads, constants))
 
     with caught(case.target, lambda *_: None):

@@ -14,6 +14,11 @@ import triton
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
+class Instruction(NamedTuple):
+    opcode: str
+    operands: str
+
+
 class Isa(NamedTuple):
     """How to read one assembly language: line patterns with the groups named in `parse`, opcode patterns."""
 
@@ -69,11 +74,32 @@ def inspect(built: Any, target: str, element: int) -> dict[str, Any]:
     amd = target.startswith("gfx")
     isa, text = (AMD, built.asm["amdgcn"]) if amd else (NVIDIA, _said_of(built.asm["cubin"], "nvdisasm", "-c"))
     needs = resources(built, target)
-    opcodes, loops, shortest = parse(text, isa)
-    found = describe(opcodes, isa, element)
+    code, spans, shortest = parse(text, isa)
+    found = describe(code, isa, element)
     found["spills"] += needs.pop("spills")
-    loops = [describe(body, isa, element) | {"shortest": n} for body, n in zip(loops, shortest, strict=True)]
+    loops = []
+    for (first, last), n in zip(spans, shortest, strict=True):
+        body = code[first : last + 1]
+        ahead = None if amd else instructions_ahead(body, isa)
+        loops.append(describe(body, isa, element) | {"shortest": n, "ahead": ahead})
     return found | needs | {"shared": built.metadata.shared, "loops": loops}
+
+
+def instructions_ahead(body: list[Instruction], isa: Isa) -> int:
+    """Return how many instructions pass, round the loop, from a load to the first that reads what it loads.
+
+    The fewest of its loads; a move to another register reads too.
+    """
+
+    def first_use(at: int) -> int:
+        opcode, operands = body[at]
+        first = int(re.match(r"R(\d+)", operands)[1])  # type: ignore[index]
+        loaded = {str(first + i) for i in range(-(-width(opcode) // 4))}
+        after = [*body[at + 1 :], *body[: at + 1]]
+        uses = (i for i, x in enumerate(after, 1) if loaded & set(re.findall(r"(?<!U)R(\d+)", x.operands)))
+        return next(uses, len(body))
+
+    return min(first_use(i) for i, x in enumerate(body) if re.match(isa.load, x.opcode))
 
 
 def resources(built: Any, target: str) -> dict[str, int]:
@@ -95,13 +121,13 @@ def _said_of(cubin: bytes, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]], list[int]]:
-    """Return all opcodes and those of every loop that streams logits: from a label to the last branch back to it.
+def parse(text: str, isa: Isa) -> tuple[list[Instruction], list[tuple[int, int]], list[int]]:
+    """Return all instructions and every loop that streams logits: from a label to the last branch back to it.
 
     And how many of these a turn executes that takes every branch ahead within the loop. Code moved behind its use is
     reached by a backward branch too: a loop must load and exponentiate, and hold no other.
     """
-    opcodes: list[str] = []
+    code: list[Instruction] = []
     labels: dict[str, int] = {}
     loops: dict[int, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -109,18 +135,18 @@ def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]], list[int]]:
         if re.search(r"\bNOP\b|\bs_nop\b|\bs_code_end\b", line):
             continue  # padding
         if label := re.match(isa.label, line):
-            labels[label[1]] = len(opcodes)
+            labels[label[1]] = len(code)
         elif instruction := re.match(isa.instruction, line):
             branch = re.match(isa.branch, " ".join(instruction.groups()))
             if branch and branch[1] in labels:
-                loops[labels[branch[1]]] = len(opcodes)
+                loops[labels[branch[1]]] = len(code)
             elif branch:
-                jumps.append((len(opcodes), branch[1]))
-            opcodes.append(instruction[1])
+                jumps.append((len(code), branch[1]))
+            code.append(Instruction(*instruction.groups()))
 
     def streams(first: int, last: int) -> bool:
-        body = opcodes[first : last + 1]
-        return all(any(re.match(pattern, op) for op in body) for pattern in (isa.load, isa.exp))
+        body = code[first : last + 1]
+        return all(any(re.match(pattern, x.opcode) for x in body) for pattern in (isa.load, isa.exp))
 
     spans = [span for span in sorted(loops.items()) if streams(*span)]
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
@@ -133,21 +159,21 @@ def parse(text: str, isa: Isa) -> tuple[list[str], list[list[str]], list[int]]:
                 here, n = to, n - (to - at - 1)
         return n
 
-    return opcodes, [opcodes[first : last + 1] for first, last in inner], [shortest(*span) for span in inner]
+    return code, inner, [shortest(*span) for span in inner]
 
 
-def describe(opcodes: list[str], isa: Isa, element: int) -> dict[str, Any]:
+def describe(code: list[Instruction], isa: Isa, element: int) -> dict[str, Any]:
     """Count what matters; ``logits`` are those a lane loads if every load is of logits, widths are bits to numbers."""
 
     def count(pattern: str) -> int:
-        return sum(bool(re.match(pattern, op)) for op in opcodes)
+        return sum(bool(re.match(pattern, x.opcode)) for x in code)
 
     def widths(pattern: str) -> dict[str, int]:
-        return dict(collections.Counter(str(8 * width(op)) for op in opcodes if re.match(pattern, op)))
+        return dict(collections.Counter(str(8 * width(x.opcode)) for x in code if re.match(pattern, x.opcode)))
 
     loads = widths(isa.load)
     return {
-        "instructions": len(opcodes),
+        "instructions": len(code),
         "exp": count(isa.exp),
         "special": count(isa.special),
         "loads": loads,

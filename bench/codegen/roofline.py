@@ -34,10 +34,10 @@ READS_TWO = ("probabilities", "sigmoid")  # targets are one more
 # the last of one row, all tiles of several), `all` tiles. A kernel not named here streams all tiles in each loop.
 PASSES = {
     "forward_kernel": ("full", "masked"),
-    "forward_softmax_kernel": ("full", "masked", "all"),
+    "forward_softmax_kernel": ("full", "masked", "full", "masked"),
     "partial_kernel": ("full", "masked"),
     "merge_kernel": (),
-    "backward_kernel": ("all",),
+    "backward_kernel": ("full", "masked"),
     "soft_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
     "soft_backward_kernel": ("full", "masked"),
 }
@@ -78,15 +78,26 @@ def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes:
     n_chunks = n_classes // CHUNK
     tiles, full = -(-n_chunks // lanes), n_chunks // lanes
     names = passes(build)
-    # the label's tile leaves the full ones, and that of the runner-up or a second label
+    # the label's tile leaves the full ones, and that of the runner-up or a second label; the last of them goes with the
+    # masked ones, since its turn loads the first of these
     held = min(1 + build["kernel"].startswith("soft"), full)
     copies = names.count("masked") / max(names.count("full"), 1)
-    per_row = {
-        "full": full - held,
-        "masked": tiles if rows > 1 else (held + tiles - full) / max(copies, 1),
-        "all": tiles,
+    plain = max((full - held) / n_parts - 1, 0)
+    per_program = {
+        "full": plain,
+        "masked": tiles / n_parts if rows > 1 else (tiles / n_parts - plain) / max(copies, 1),
+        "all": tiles / n_parts,
     }
-    return [per_row[name] / n_parts for name in names]
+    return [per_program[name] for name in names]
+
+
+def turn(build: dict[str, Any], loop: dict[str, Any], n: float, key: str) -> float:
+    """Return what ``n`` turns of a loop execute; of several rows a program only the tiles with a label mask one."""
+    rows = build["constants"].get("ROWS", 1)
+    if key != "instructions" or rows == 1:
+        return n * float(loop[key])
+    masked = min(rows, n)
+    return masked * float(loop[key]) + (n - masked) * float(loop.get("shortest", loop[key]))
 
 
 def work(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: int) -> Work:
@@ -95,7 +106,7 @@ def work(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: 
 
     def total(key: str) -> float:
         outside = build[key] - sum(loop[key] for loop in loops)
-        return lanes * (outside + sum(n * loop[key] for n, loop in zip(counts, loops, strict=True)))
+        return lanes * (outside + sum(turn(build, loop, n, key) for n, loop in zip(counts, loops, strict=True)))
 
     names = passes(build)
     most = max(range(len(loops)), key=lambda i: counts[i] * loops[i]["instructions"], default=None)

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bonus_ops.kernels.formulas.logits import as_given_slope
 from bonus_ops.kernels.formulas.scores import pulls
 from bonus_ops.kernels.gpu import launch
-from bonus_ops.kernels.gpu.labels import finish
-from bonus_ops.kernels.gpu.launching import WARP_SIZE, device_guard, gap_kernel, vector
+from bonus_ops.kernels.gpu.labels import Numbers, finish, options_of, summary
+from bonus_ops.kernels.gpu.launching import WARP_SIZE, array, device_guard, gap_kernel, logit_kernel, vector
 from bonus_ops.kernels.gpu.params import widen
-from bonus_ops.kernels.gpu.rows import CHUNK, row_index, row_ptr, rows_at
-from bonus_ops.kernels.gpu.spread import write_rows
-from bonus_ops.kernels.gpu.sweep import sweep
+from bonus_ops.kernels.gpu.rows import row_index, row_ptr, rows_at
+from bonus_ops.kernels.gpu.spread import Spread, write_rows
 
 from .peers import BONUS
 
@@ -32,20 +32,18 @@ SCALED = 4096  # elements a program
 
 @triton.jit
 def forward_gradient_kernel(
-    logits_ptr, target_ptr, grad_ptr, outputs, n_rows, shape, strides, grad_strides, ignore_index, loss_params,
-    upstream,
-    VALUE: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, target_ptr, grad, outputs, n_rows, ignore_index, numbers, upstream,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, LOGIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, then a second sweep of the same rows, still in cache, writes their gradient."""
-    row = row_index(ROWS)
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
-    rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    gap = finish(rest, rows, row, n_rows, strides[2], outputs, loss_params, VALUE, False)
-    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * upstream
+    row, options = row_index(TILE.rows), options_of(numbers, logits)
+    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
+    rest, z_target = summary(rows, options, LOGIT, TILE)
+    gap = finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE, False)
+    slope = SLOPE(gap, widen(numbers.loss, gap)) * upstream
     scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), rest.sum_exp)
-    out = row_ptr(grad_ptr, row, shape[0], grad_strides)
-    write_rows(out, rows, row < n_rows, shape[1], strides[2], grad_strides[2], rest.max, scale, at_target,
-               0, tl.cdiv(shape[1] // CHUNK, LANES), True, ROWS, LANES, VECTOR)  # fmt: skip
+    out = row_ptr(grad, row), grad.class_stride
+    write_rows(out, rows, row < n_rows, Spread(rest.max, scale, at_target), 0, 1, options, LOGIT, as_given_slope, TILE)
 
 
 @triton.jit
@@ -76,14 +74,13 @@ class InForward(torch.autograd.Function):
         z, grad = logits[:, None], torch.empty_like(logits)[:, None]
         loss = logits.new_empty(n_rows, dtype=torch.float32)
         scores, runner_up = loss.new_empty(5, n_rows), target.new_empty(n_rows, dtype=torch.int32)
-        kernel = gap_kernel(BONUS)
-        how = launch_of(n_rows, n_classes)
+        kernel, made, how = gap_kernel(BONUS), logit_kernel(None), launch_of(n_rows, n_classes)
         with device_guard(logits):
             forward_gradient_kernel[(-(-n_rows // how.rows),)](
-                logits_ptr=z, target_ptr=target, grad_ptr=grad, outputs=(loss, scores, runner_up, None),
-                n_rows=n_rows, shape=(1, n_classes), strides=z.stride(), grad_strides=grad.stride(), ignore_index=-100,
-                loss_params=kernel.params, upstream=1.0 / n_rows, VALUE=kernel.value, SLOPE=kernel.slope,
-                ROWS=how.rows, LANES=how.lanes, VECTOR=vector(z, grad), num_warps=how.num_warps,
+                logits=array(z), target_ptr=target, grad=array(grad), outputs=(loss, scores, runner_up, None),
+                n_rows=n_rows, ignore_index=-100, numbers=Numbers(kernel.params, made.options), upstream=1.0 / n_rows,
+                VALUE=kernel.value, SLOPE=kernel.slope, LOGIT=made.value, TILE=how.tile(vector(z, grad)),
+                num_warps=how.num_warps,
             )  # fmt: skip
         ctx.grad = grad[:, 0]
         return loss.mean().to(logits.dtype)

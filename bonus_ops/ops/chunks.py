@@ -192,21 +192,20 @@ def computed(
 
 
 def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
-    """Return the sums of the rows that are kept, by tiles of classes that are merged."""
+    """Return the sums of the rows that are kept, added up by tiles of classes."""
     products = _Products(layer, 1.0, rows.folded)
-    at = torch.arange(len(layer.hidden)) if kept is None else kept
-    found: list[RowSums | None] = [None] * -(-len(at) // TILE[0])
-    buffer = layer.hidden.new_empty(min(TILE[0], len(at)) * TILE[1], dtype=products.dtype)
+    n_rows = len(layer.hidden) if kept is None else len(kept)
+    sums = row_sums.of_nothing(n_rows, products.dtype, layer.hidden.device)
+    buffer = layer.hidden.new_empty(min(TILE[0], n_rows) * TILE[1], dtype=products.dtype)
     for classes, w in products.tiles(TILE[1]):
-        for i in range(len(found)):
-            chunk = at[TILE[0] * i : TILE[0] * (i + 1)]
-            z = buffer[: len(chunk) * len(w)].view(len(chunk), len(w))
-            products.tile(products.rows(chunk), w, classes, z)
-            z = rows.of_product.applied(z)
-            sums, before = row_sums.of_logits(z, rows.label[chunk], classes.start), found[i]
-            found[i] = sums if before is None else row_sums.merged([before, sums])
-    known = [sums for sums in found if sums is not None]
-    return RowSums._make(map(torch.cat, zip(*known, strict=True)))
+        for first in range(0, n_rows, TILE[0]):
+            part = slice(first, min(first + TILE[0], n_rows))
+            chunk = part if kept is None else kept[part]
+            x, some = products.rows(chunk), RowSums._make(x[part] for x in sums)
+            z = buffer[: len(x) * len(w)].view(len(x), len(w))
+            products.tile(x, w, classes, z)
+            room("numba", "sums").add(some, z, rows.label[chunk], classes.start, rows.of_product)
+    return sums
 
 
 def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult) -> LinearResult:
@@ -313,8 +312,8 @@ def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChun
     upstream = None
     if gradient:
         upstream = torch.ones(1, dtype=reference.accumulation_dtype(z.dtype)) if of.upstream is None else of.upstream
-    loops = room("numba", "soft")
-    out, _ = loops.visit(z, of.label, of.targets, of.ignore_index, of.loss, scores, upstream, out=z)
+    row = (of.ignore_index, of.loss, scores, upstream, of.of_product)
+    out = room("numba", "soft").visit(z, of.label, of.targets, *row, out=z).result
     return out.loss, None, out.scores, out.runner_up
 
 

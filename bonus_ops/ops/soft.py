@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, as_input
-from ..kernels.results import SoftResult, empty_soft
+from ..kernels.results import SoftResult, empty_at_phase, empty_soft
 from ..logit_options import LogitOptions
 from ..losses import ClassLoss, Loss, decode, encode
 from ..soft_targets import SoftTargets
@@ -256,8 +256,8 @@ def backward(
     """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp."""
     targets = SoftTargets(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     grad: Tensor = room(implementation, "soft").backward(
-        logits, label, targets, saved, runner_up, grad_loss, grad_lse, ignore_index, decode(loss, fields),
-        LogitOptions(logit_scale, softcap),
+        logits, label, targets, saved, runner_up, grad_loss, ignore_index, decode(loss, fields),
+        options=LogitOptions(logit_scale, softcap), **({} if grad_lse is None else {"grad_lse": grad_lse}),
     )  # fmt: skip
     return grad
 
@@ -267,7 +267,7 @@ def _(  # type: ignore[no-untyped-def]
     logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, grad_lse, smoothing,
     bonus_smoothing, ignore_index, loss, logit_scale, softcap, implementation,
 ):  # fmt: skip
-    return torch.empty_like(logits)
+    return empty_at_phase(logits) if implementation == "triton" else torch.empty_like(logits)
 
 
 class _OperatorRows(torch.autograd.Function):

@@ -61,7 +61,8 @@ def _compared(sign: str) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             x, y = (context.cast(builder, v, t, number) for v, t in zip(args, signature.args, strict=True))
-            return builder.select(builder.fcmp_ordered(sign, x, y), x, y)
+            compared = builder.icmp_signed if isinstance(number, types.Integer) else builder.fcmp_ordered
+            return builder.select(compared(sign, x, y), x, y)
 
         return number(a, b), codegen
 

@@ -55,8 +55,8 @@ def forward(
 
 
 def backward(
-    logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    grad_lse: Tensor | None, ignore_index: int, loss: Any, options: Any,
+    logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor, ignore_index: int,
+    loss: Any, options: Any, grad_lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient from the upstream gradients [N] or [1] of loss and logsumexp, by another visit."""
     row = (ignore_index, loss, False, grad_loss, options)

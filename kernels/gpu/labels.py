@@ -2,6 +2,8 @@
 
     A = slope(gap) grad_loss        grad_y = -A        grad_k = A exp(z_k - max) / sum_exp
 
+Logits are what `formulas.logits` makes of what is stored, and the gradient of one is times its slope.
+
 Traffic a row of V logits of b bytes. Forward reads V b + b (the label's logit, masked in the sweep, fetched apart)
 + CHUNK b a part (the runner-up's chunk again, from cache) + the target index; writes 4 bytes a requested column.
 Backward reads V b + 3 saved columns + target and upstream gradient, writes V b.
@@ -9,38 +11,53 @@ Backward reads V b + 3 saved columns + target and upstream gradient, writes V b.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formulas.rest import RestStats
+from ..formulas.logits import as_given_slope
+from ..formulas.rest import NO_CLASS, RestStats
 from ..formulas.scalar import sigmoid
-from ..formulas.scores import gap_of, pulls
-from ..results import LabelResult, accumulation_dtype, empty_labels
+from ..formulas.scores import gap_of, pulls, pulls_of_lse
+from ..results import LabelResult, accumulation_dtype, empty_at_phase, empty_labels
 from . import launch
-from .launching import FEW_VARIANTS, WARP_SIZE, device_guard, gap_kernel, vector
+from .launching import (
+    FEW_VARIANTS,
+    WARP_SIZE,
+    array,
+    device_guard,
+    gap_kernel,
+    logit_kernel,
+    vector,
+)
 from .params import widen
 from .rest import across
-from .rows import CHUNK, load, row_index, row_ptr, rows_at
+from .rows import accumulable, load_label, row_index, row_ptr, rows_at
 from .scores import store_scores
-from .spread import write_rows
-from .sweep import sweep
+from .spread import Spread, write_rows
+from .sweep import sweep, sweep_planes
+
+
+class Numbers(NamedTuple):
+    """Run-time numbers of the loss and of the logit options, each by its two halves."""
+
+    loss: tl.tuple
+    logits: tl.tuple
 
 
 @triton.jit
-def finish(rest, rows, row, n_rows, class_stride, outputs, loss_params, VALUE: tl.constexpr, COUNTED: tl.constexpr):
+def finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE: tl.constexpr, COUNTED: tl.constexpr):
     """Store loss, scores and saved columns of each row, with COUNTED also whether it counts; returns the gap."""
     loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
-    z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
     gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
     missing = tl.where(rows.active, 0.0, float("nan"))
     inside = row < n_rows
 
     # an ignored row costs nothing; a label out of range leaves NaN
-    loss = tl.where(rows.ignored, 0.0, VALUE(gap, widen(loss_params[0], loss_params[1], gap)))
+    loss = tl.where(rows.ignored, 0.0, VALUE(gap, widen(numbers.loss, gap)))
     tl.store(loss_ptr + row, loss, inside)
     if COUNTED:
         tl.store(loss_ptr + n_rows + row, tl.where(rows.ignored, 0.0, 1.0), inside)
@@ -55,101 +72,120 @@ def finish(rest, rows, row, n_rows, class_stride, outputs, loss_params, VALUE: t
     return gap
 
 
+@triton.jit
+def summary(rows, options, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """Return RestStats and the label's logit of whole rows."""
+    if TILE.vector == 0:
+        return sweep_planes(rows, 0, 1, options, LOGIT, TILE)
+    else:
+        return sweep(rows, 0, 1, options, LOGIT, TILE), load_label(rows, options, LOGIT)
+
+
 @triton.jit(**FEW_VARIANTS)
 def forward_kernel(
-    logits_ptr, target_ptr, outputs, n_rows, shape, strides, ignore_index, loss_params,
-    VALUE: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, target_ptr, outputs, n_rows, ignore_index, numbers,
+    VALUE: tl.constexpr, LOGIT: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, several a program: sweep, finish."""
-    row = row_index(ROWS)
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
-    rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    finish(rest, rows, row, n_rows, strides[2], outputs, loss_params, VALUE, COUNTED)
+    row = row_index(TILE.rows)
+    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
+    rest, z_target = summary(rows, options_of(numbers, logits), LOGIT, TILE)
+    finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE, COUNTED)
 
 
 @triton.jit(**FEW_VARIANTS)
 def forward_softmax_kernel(
-    logits_ptr, target_ptr, softmax_ptr, outputs, n_rows, shape, strides, softmax_strides,
-    ignore_index, loss_params,
-    VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, target_ptr, softmax, outputs, n_rows, ignore_index, numbers,
+    VALUE: tl.constexpr, LOGIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, then a second sweep of the same rows, still in cache, writes their probabilities."""
-    row = row_index(ROWS)
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
-    rest = sweep(rows, shape[1], strides[2], 0, 1, ROWS, LANES, VECTOR)
-    gap = finish(rest, rows, row, n_rows, strides[2], outputs, loss_params, VALUE, False)
+    row, options = row_index(TILE.rows), options_of(numbers, logits)
+    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
+    rest, z_target = summary(rows, options, LOGIT, TILE)
+    gap = finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE, False)
     scale = sigmoid(-gap) / tl.where(rest.sum_exp == 0.0, 1.0, rest.sum_exp)
     scale, at_target = tl.where(rows.ignored, 0.0, scale), tl.where(rows.ignored, 0.0, sigmoid(gap))
-    out = row_ptr(softmax_ptr, row, shape[0], softmax_strides)
-    n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
-    write_rows(out, rows, row < n_rows, shape[1], strides[2], softmax_strides[2], rest.max, scale, at_target,
-               0, n_tiles, True, ROWS, LANES, VECTOR)  # fmt: skip
+    out = row_ptr(softmax, row), softmax.class_stride
+    write_rows(out, rows, row < n_rows, Spread(rest.max, scale, at_target), 0, 1, options, LOGIT, as_given_slope, TILE)
 
 
 @triton.jit(**FEW_VARIANTS)
-def partial_kernel(
-    logits_ptr, target_ptr, sums_ptr, argmax_ptr, n_rows, shape, strides, ignore_index,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """A share of one row: sweep, store its RestStats in [4, n_rows, n_parts] and [n_rows, n_parts]."""
-    row, part, n_parts = row_index(1), tl.program_id(1), tl.num_programs(1)
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
-    rest = sweep(rows, shape[1], strides[2], part, n_parts, 1, LANES, VECTOR)
-    at = row * n_parts + part
-    column = n_rows * n_parts
-    tl.store(sums_ptr + at, rest.max)
-    tl.store(sums_ptr + at + column, rest.sum_exp)
-    tl.store(sums_ptr + at + 2 * column, rest.sum_exp2)
-    tl.store(sums_ptr + at + 3 * column, rest.sum_exp_z)
-    tl.store(argmax_ptr + at, rest.argmax)
+def partial_kernel(logits, target_ptr, parts, n_rows, ignore_index, numbers, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """A share of some rows: sweep, store its RestStats in [4, n_rows, n_parts] and [n_rows, n_parts]."""
+    row, part, n_parts = row_index(TILE.rows), tl.program_id(1), tl.num_programs(1)
+    rows, options = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector), options_of(numbers, logits)
+    if TILE.vector == 0:
+        rest, _ = sweep_planes(rows, part, n_parts, options, LOGIT, TILE)
+    else:
+        rest = sweep(rows, part, n_parts, options, LOGIT, TILE)
+    sums_ptr, argmax_ptr = parts
+    at, column, inside = row * n_parts + part, n_rows * n_parts, row < n_rows
+    tl.store(sums_ptr + at, rest.max, inside)
+    tl.store(sums_ptr + at + column, rest.sum_exp, inside)
+    tl.store(sums_ptr + at + 2 * column, rest.sum_exp2, inside)
+    tl.store(sums_ptr + at + 3 * column, rest.sum_exp_z, inside)
+    tl.store(argmax_ptr + at, rest.argmax, inside)
 
 
 @triton.jit(**FEW_VARIANTS)
 def merge_kernel(
-    logits_ptr, target_ptr, sums_ptr, argmax_ptr, outputs, n_rows, shape, strides, ignore_index,
-    loss_params, VALUE: tl.constexpr, COUNTED: tl.constexpr, PARTS: tl.constexpr,
+    logits, target_ptr, parts, outputs, n_rows, ignore_index, numbers,
+    VALUE: tl.constexpr, LOGIT: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row from its parts: merge by a fixed tree, finish."""
-    row = row_index(1)
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, 1)
-    at = row[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
-    column = n_rows * PARTS
+    """Some rows from their parts, as many as the tile has lanes: merge by a fixed tree, finish."""
+    row = row_index(TILE.rows)
+    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, 1)
+    at = row[:, None] * TILE.lanes + tl.arange(0, TILE.lanes)[None, :]
+    sums_ptr, argmax_ptr = parts
+    column, inside = n_rows * TILE.lanes, (row < n_rows)[:, None]
     rest = RestStats(
-        tl.load(sums_ptr + at),
-        tl.load(argmax_ptr + at),
-        tl.load(sums_ptr + at + column),
-        tl.load(sums_ptr + at + 2 * column),
-        tl.load(sums_ptr + at + 3 * column),
+        tl.load(sums_ptr + at, inside, -float("inf")),
+        tl.load(argmax_ptr + at, inside, NO_CLASS),
+        tl.load(sums_ptr + at + column, inside, 0.0),
+        tl.load(sums_ptr + at + 2 * column, inside, 0.0),
+        tl.load(sums_ptr + at + 3 * column, inside, 0.0),
     )
-    finish(across(rest), rows, row, n_rows, strides[2], outputs, loss_params, VALUE, COUNTED)
+    z_target = load_label(rows, options_of(numbers, logits), LOGIT)
+    finish(across(rest), z_target, rows, row, n_rows, outputs, numbers, VALUE, COUNTED)
 
 
 @triton.jit(**FEW_VARIANTS)
 def backward_kernel(
-    logits_ptr, target_ptr, saved_ptr, grad_loss_ptr, grad_ptr, count_ptr, n_rows, shape, strides,
-    grad_strides, grad_loss_stride, ignore_index, loss_params,
-    SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, target_ptr, saved_ptr, upstream, grad, n_rows, ignore_index, numbers,
+    SLOPE: tl.constexpr, LOGIT: tl.constexpr, LOGIT_SLOPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Some rows (axis 0) and a share of their tiles (axis 1); of a mean, whose rows ``count_ptr`` counts, or None."""
-    row = row_index(ROWS)
+    """Some rows (axis 0) and a share of their tiles (axis 1).
+
+    ``upstream`` are the gradients of losses and their stride, the number of rows that a mean divided by or None, and
+    the gradients of logsumexps or None.
+    """
+    row = row_index(TILE.rows)
     inside = row < n_rows
-    rows = rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR)
+    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
     gap = tl.load(saved_ptr + row, inside, 0.0)
     rest_max = tl.load(saved_ptr + row + n_rows, inside, 0.0)
     sum_exp = tl.load(saved_ptr + row + n_rows + n_rows, inside, 1.0)
+    grad_loss_ptr, grad_loss_stride, count_ptr, grad_lse_ptr = upstream
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride, inside, 0.0).to(gap.dtype)
     if count_ptr is not None:
         grad_loss = over(grad_loss, tl.load(count_ptr))
 
-    slope = SLOPE(gap, widen(loss_params[0], loss_params[1], gap)) * grad_loss
+    slope = SLOPE(gap, widen(numbers.loss, gap)) * grad_loss
     # an ignored row teaches nothing whatever it holds
     scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), sum_exp)
-    part, n_parts = tl.program_id(1), tl.num_programs(1)
-    n_tiles = tl.cdiv(shape[1] // CHUNK, LANES)
-    share = tl.cdiv(n_tiles, n_parts)
-    out = row_ptr(grad_ptr, row, shape[0], grad_strides)
-    write_rows(out, rows, inside, shape[1], strides[2], grad_strides[2], rest_max, scale, at_target,
-               part * share, tl.minimum(part * share + share, n_tiles), part == 0, ROWS, LANES, VECTOR)  # fmt: skip
+    if grad_lse_ptr is not None:
+        grad_lse = tl.where(rows.ignored, 0.0, tl.load(grad_lse_ptr + row, inside, 0.0).to(gap.dtype))
+        more, more_at_target = pulls_of_lse(tl.where(rows.ignored, 0.0, gap), grad_lse, sum_exp)
+        scale, at_target = scale + more, at_target + more_at_target
+    out = row_ptr(grad, row), grad.class_stride
+    write_rows(out, rows, inside, Spread(rest_max, scale, at_target), tl.program_id(1), tl.num_programs(1),
+               options_of(numbers, logits), LOGIT, LOGIT_SLOPE, TILE)  # fmt: skip
+
+
+@triton.jit
+def options_of(numbers, logits):
+    """Return the numbers of the logit options in the dtype that logits are counted in."""
+    return widen(numbers.logits, accumulable(tl.zeros((), logits.ptr.dtype.element_ty)))
 
 
 @triton.jit
@@ -171,9 +207,9 @@ def forward(
     out = empty_labels(logits, scores, softmax)
     outputs = out.loss, *((out.scores, out.runner_up) if scores else (None, None)), out.saved
     if softmax:
-        _launch_softmax(logits, target, ignore_index, loss, outputs, out.softmax)
+        _launch_softmax(logits, target, ignore_index, loss, options, outputs, out.softmax)
     else:
-        _launch(logits, target, ignore_index, loss, outputs, counted=False)
+        _launch(logits, target, ignore_index, loss, options, outputs, counted=False)
     return out
 
 
@@ -189,53 +225,58 @@ def forward_mean(
     saved = losses.new_empty((3, n_rows))
     columns = losses.new_empty((5, n_rows), dtype=torch.float32) if scores else None
     runner_up = losses.new_empty(n_rows, dtype=torch.int32) if scores else None
-    _launch(logits, target, ignore_index, loss, (losses, columns, runner_up, saved), counted=True)
+    _launch(logits, target, ignore_index, loss, options, (losses, columns, runner_up, saved), counted=True)
     total, count = losses.sum(1).unbind()
     return total / count, columns, runner_up, (saved, count)
 
 
 def _launch(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, outputs: tuple[Tensor | None, ...], counted: bool
-) -> None:
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = n_outer * n_inner
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, options: Any, outputs: tuple[Tensor | None, ...],
+    counted: bool,
+) -> None:  # fmt: skip
+    n_rows, by = logits.shape[0] * logits.shape[1], vector(logits)
     if n_rows == 0:
         return
-    kernel, how = gap_kernel(loss), launch.forward(n_rows, n_classes, WARP_SIZE)
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.forward(n_rows, logits.shape[2], WARP_SIZE, by),
+    )
     rows = dict(
-        logits_ptr=logits, target_ptr=_in_order(target), n_rows=n_rows, shape=(n_inner, n_classes),
-        strides=logits.stride(), ignore_index=ignore_index,
+        logits=array(logits), target_ptr=_in_order(target), n_rows=n_rows, ignore_index=ignore_index,
+        numbers=Numbers(kernel.params, made.options), LOGIT=made.value,
     )  # fmt: skip
-    of_loss = dict(outputs=outputs, loss_params=kernel.params, VALUE=kernel.value, COUNTED=counted)
+    of_loss = dict(outputs=outputs, VALUE=kernel.value, COUNTED=counted)
+    grid = -(-n_rows // how.rows)
     with device_guard(logits):
         if how.parts == 1:
-            forward_kernel[(-(-n_rows // how.rows),)](
-                **rows, **of_loss, ROWS=how.rows, LANES=how.lanes, VECTOR=vector(logits), num_warps=how.num_warps
-            )
+            forward_kernel[(grid,)](**rows, **of_loss, TILE=how.tile(by), num_warps=how.num_warps)
             return
         sums = outputs[0].new_empty(4, n_rows, how.parts)
-        argmax = logits.new_empty((n_rows, how.parts), dtype=torch.int32)
-        parts = dict(sums_ptr=sums, argmax_ptr=argmax)
-        partial_kernel[(n_rows, how.parts)](
-            **rows, **parts, LANES=how.lanes, VECTOR=vector(logits), num_warps=how.num_warps
-        )
-        merge_kernel[(n_rows,)](**rows, **parts, **of_loss, PARTS=how.parts, num_warps=1)
+        parts = sums, logits.new_empty((n_rows, how.parts), dtype=torch.int32)
+        partial_kernel[(grid, how.parts)](**rows, parts=parts, TILE=how.tile(by), num_warps=how.num_warps)
+        how = launch.merge(how.parts, WARP_SIZE)
+        grid = -(-n_rows // how.rows)
+        merge_kernel[(grid,)](**rows, **of_loss, parts=parts, TILE=how.tile(1), num_warps=how.num_warps)
 
 
 def _launch_softmax(
-    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, outputs: tuple[Tensor | None, ...], softmax: Tensor
-) -> None:
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = n_outer * n_inner
+    logits: Tensor, target: Tensor, ignore_index: int, loss: Any, options: Any, outputs: tuple[Tensor | None, ...],
+    softmax: Tensor,
+) -> None:  # fmt: skip
+    n_rows, by = logits.shape[0] * logits.shape[1], vector(logits, softmax)
     if n_rows == 0:
         return
-    kernel, how = gap_kernel(loss), launch.forward(n_rows, n_classes, WARP_SIZE)
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.forward(n_rows, logits.shape[2], WARP_SIZE, by),
+    )
     with device_guard(logits):
         forward_softmax_kernel[(-(-n_rows // how.rows),)](
-            logits_ptr=logits, target_ptr=_in_order(target), softmax_ptr=softmax, outputs=outputs, n_rows=n_rows,
-            shape=(n_inner, n_classes), strides=logits.stride(), softmax_strides=softmax.stride(),
-            ignore_index=ignore_index, loss_params=kernel.params, VALUE=kernel.value, ROWS=how.rows, LANES=how.lanes,
-            VECTOR=vector(logits, softmax), num_warps=how.num_warps,
+            logits=array(logits), target_ptr=_in_order(target), softmax=array(softmax), outputs=outputs,
+            n_rows=n_rows, ignore_index=ignore_index, numbers=Numbers(kernel.params, made.options),
+            VALUE=kernel.value, LOGIT=made.value, TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
 
 
@@ -247,8 +288,9 @@ def backward(
 
     It is written to ``out``, where that is given: it may be the logits.
     """
-    grad = torch.empty_like(logits) if out is None else out
-    return _launch_backward(logits, target, saved, grad_loss, grad_loss.stride(0), None, ignore_index, loss, grad)
+    grad = empty_at_phase(logits) if out is None else out
+    upstream = grad_loss, grad_loss.stride(0), None, None if grad_lse is None else grad_lse.contiguous()
+    return _launch_backward(logits, target, saved, upstream, ignore_index, loss, options, grad)
 
 
 def backward_mean(
@@ -256,26 +298,27 @@ def backward_mean(
     options: Any,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from that of the mean, 0-d and of any dtype, and what `forward_mean` saved."""
-    grad = torch.empty_like(logits)
-    return _launch_backward(logits, target, saved[0], grad_loss, 0, saved[1], ignore_index, loss, grad)
+    upstream = grad_loss, 0, saved[1], None
+    return _launch_backward(logits, target, saved[0], upstream, ignore_index, loss, options, empty_at_phase(logits))
 
 
 def _launch_backward(
-    logits: Tensor, target: Tensor, saved: Tensor, grad_loss: Tensor, grad_loss_stride: int, count: Tensor | None,
-    ignore_index: int, loss: Any, grad: Tensor,
+    logits: Tensor, target: Tensor, saved: Tensor, upstream: tuple[Any, ...], ignore_index: int, loss: Any,
+    options: Any, grad: Tensor,
 ) -> Tensor:  # fmt: skip
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows = n_outer * n_inner
+    n_rows, by = logits.shape[0] * logits.shape[1], vector(logits, grad)
     if n_rows == 0:
         return grad
-    kernel, how = gap_kernel(loss), launch.backward(n_rows, n_classes, WARP_SIZE)
+    kernel, made, how = (
+        gap_kernel(loss),
+        logit_kernel(options),
+        launch.backward(n_rows, logits.shape[2], WARP_SIZE, by),
+    )
     with device_guard(logits):
         backward_kernel[(-(-n_rows // how.rows), how.parts)](
-            logits_ptr=logits, target_ptr=_in_order(target), saved_ptr=saved, grad_loss_ptr=grad_loss, grad_ptr=grad,
-            count_ptr=count, n_rows=n_rows, shape=(n_inner, n_classes), strides=logits.stride(),
-            grad_strides=grad.stride(), grad_loss_stride=grad_loss_stride, ignore_index=ignore_index,
-            loss_params=kernel.params, SLOPE=kernel.slope, ROWS=how.rows, LANES=how.lanes, VECTOR=vector(logits, grad),
-            num_warps=how.num_warps,
+            logits=array(logits), target_ptr=_in_order(target), saved_ptr=saved, upstream=upstream, grad=array(grad),
+            n_rows=n_rows, ignore_index=ignore_index, numbers=Numbers(kernel.params, made.options),
+            SLOPE=kernel.slope, LOGIT=made.value, LOGIT_SLOPE=made.slope, TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..formulas import gap_losses
+from ..formulas import gap_losses, logits
 from .params import halved
+from .rows import Array
 
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -59,8 +60,33 @@ def gap_kernel(loss: Any) -> GapKernel:
     return GapKernel(kernel[0], kernel[1], halved(loss.parameters()))
 
 
+class LogitKernel(NamedTuple):
+    """What becomes of a logit, as kernels take it."""
+
+    value: Any  # jit functions
+    slope: Any
+    options: Halves
+
+
+@functools.lru_cache(maxsize=256)
+def logit_kernel(options: Any) -> LogitKernel:
+    """Return the jit functions and numbers of logit options; None are none."""
+    name, numbers = ("as_given", (1.0, 1.0)) if options is None else (options.kernel, options.numbers())
+    return LogitKernel(getattr(logits, name), getattr(logits, f"{name}_slope"), halved(numbers))
+
+
+def array(tensor: Tensor) -> Array:
+    """Return a tensor [outer, inner, C] as a kernel takes it."""
+    _, n_inner, n_classes = tensor.shape
+    return Array(tensor, n_inner, n_classes, *tensor.stride())
+
+
 def vector(*tensors: Tensor) -> int:
-    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
+    """Return how chunks of [outer, inner, C] are read: see ``rows``.
+
+    Elements in 16 bytes if all tensors can be walked by such vectors from one common head; 0 where all have their rows
+    side by side and their classes apart; else 1.
+    """
     first = tensors[0]
     return _vector(first.shape, first.itemsize, *[(t.stride(), t.data_ptr() % 16) for t in tensors])
 
@@ -68,10 +94,12 @@ def vector(*tensors: Tensor) -> int:
 @functools.lru_cache(maxsize=1024)
 def _vector(shape: tuple[int, ...], size: int, *layouts: tuple[tuple[int, ...], int]) -> int:
     strides, phase = layouts[0]
+    axes = [d for d in (0, 1) if shape[d] > 1]
+    if axes and all(s[axes[-1]] == 1 != s[2] for s, _ in layouts) and shape[2] > 1:
+        return 0
     if any(s[2] != 1 or start != phase for s, start in layouts) or phase % size:
         return 1
     # rows must leave a 16-byte boundary alike
-    axes = [d for d in (0, 1) if shape[d] > 1]
     if any((s[d] - strides[d]) * size % 16 for s, _ in layouts for d in axes):
         return 1
     return 16 // size
@@ -84,4 +112,6 @@ def device_guard(tensor: Tensor) -> Any:
     """Return a context that launches on the device of the tensor."""
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
-    return torch.xpu.device_of(tensor) if tensor.is_xpu else _NO_GUARD
+    if tensor.device.type == "cpu":
+        return _NO_GUARD
+    return torch.get_device_module(tensor.device).device(tensor.device.index)

@@ -21,9 +21,9 @@ def _halves(x):
 
 
 @triton.jit
-def widen(params, low, like):
-    """Return run-time parameters in the dtype of ``like``: two float32 halves restore a float64."""
+def widen(halves, like):
+    """Return run-time numbers in the dtype of ``like``: two float32 halves restore a float64."""
     wide = ()
-    for i in tl.static_range(len(params)):
-        wide = wide + (tl.zeros((), like.dtype) + params[i] + low[i],)
+    for i in tl.static_range(len(halves[0])):
+        wide = wide + (tl.zeros((), like.dtype) + halves[0][i] + halves[1][i],)
     return wide

@@ -2,8 +2,12 @@
 
 A row may start at any address. Its classes up to the first 16-byte boundary are the head, then come chunks of `CHUNK`
 classes read as whole vectors, then the tail. Head and tail are fewer than 2 * CHUNK classes and form the edge. Every
-class is in one part, so each is read once and nothing outside the row is touched. With VECTOR = 1 (classes not
-contiguous) there is no head and classes are read one by one, `class_stride` apart.
+class is in one part, so each is read once and nothing outside the row is touched.
+
+``VECTOR`` says how chunks are read: 16 bytes at a time where it is above 1; class by class, `class_stride` apart, where
+it is 1; by planes where it is 0, since rows and not classes lie side by side, see `planes`. The last two have no head.
+
+Tiles are loaded raw by `fetch`, a turn before `logits_of` makes logits of them: memory works while the loop computes.
 """
 
 from typing import NamedTuple
@@ -11,11 +15,27 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(8)
+from ..formulas.logits import capped
+from .planes import CHUNK, fetch_planes, store_planes
+
+# two -inf in a word
+LOWEST_BFLOAT16 = tl.constexpr(0xFF80FF80 - 2**32)
+LOWEST_FLOAT16 = tl.constexpr(0xFC00FC00 - 2**32)
+
+
+class Array(NamedTuple):
+    """A tensor [outer, inner, C] as a kernel takes it."""
+
+    ptr: tl.tensor
+    inner: tl.tensor
+    n_classes: tl.tensor
+    outer_stride: tl.tensor
+    row_stride: tl.tensor
+    class_stride: tl.tensor
 
 
 class Rows(NamedTuple):
-    """A block of rows; every field is [ROWS]."""
+    """A block of rows; the first six are [ROWS]."""
 
     ptr: tl.tensor  # class 0
     head: tl.tensor  # classes before the first vector
@@ -23,6 +43,8 @@ class Rows(NamedTuple):
     target: tl.tensor  # the label, -1 where not active
     active: tl.tensor  # in the batch, not ignored, label in range
     ignored: tl.tensor
+    n_classes: tl.tensor
+    class_stride: tl.tensor
 
 
 @triton.jit
@@ -32,47 +54,73 @@ def row_index(ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_ptr(ptr, row, inner, strides):
-    """Return the address of class 0; rows count over two axes, the inner one ``inner`` long."""
-    at = ptr + (row // inner) * strides[0] + (row % inner) * strides[1]
+def row_ptr(array, row):
+    """Return the address of class 0; rows count over two axes."""
+    at = array.ptr + (row // array.inner) * array.outer_stride + (row % array.inner) * array.row_stride
     # through an integer: for AMD the compiler splits pointers into base and offset and loses that vectors are aligned
-    return at.to(tl.int64).to(ptr.dtype)
+    return at.to(tl.int64).to(array.ptr.dtype)
 
 
 @triton.jit
-def rows_at(logits_ptr, target_ptr, row, n_rows, shape, strides, ignore_index, VECTOR: tl.constexpr):
-    """Return the Rows of numbers ``row``; ``shape`` is that of the inner axis and the classes."""
-    inner, n_classes = shape[0], shape[1]
-    ptr = row_ptr(logits_ptr, row, inner, strides)
+def rows_at(logits, target_ptr, row, n_rows, ignore_index, VECTOR: tl.constexpr):
+    """Return the Rows of numbers ``row``."""
+    ptr, n_classes = row_ptr(logits, row), logits.n_classes
     target = tl.load(target_ptr + row, row < n_rows, 0).to(tl.int64)
     ignored = target == ignore_index
     active = (row < n_rows) & (target >= 0) & (target < n_classes) & (target != ignore_index)
     if VECTOR > 1:
-        ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
+        ELEMENT: tl.constexpr = logits.ptr.dtype.element_ty.primitive_bitwidth // 8
         past_boundary = ((ptr.to(tl.int64) % 16) // ELEMENT).to(tl.int32)
         head = tl.minimum((VECTOR - past_boundary) % VECTOR, n_classes)
     else:
         head = (row * 0).to(tl.int32)
     label = tl.where(active, target, -1).to(tl.int32)
-    return Rows(ptr, head, (n_classes - head) // CHUNK, label, active, ignored)
-
-
-@triton.jit
-def load(ptr, mask):
-    """Load in the accumulation dtype: float64 stays, the rest becomes float32; masked lanes are -inf."""
-    if mask is None:
-        z = tl.load(ptr)
-    else:
-        z = tl.load(ptr, mask, -float("inf"))
-    return accumulable(z)
+    n_chunks = (n_classes - head + (CHUNK - 1 if VECTOR == 0 else 0)) // CHUNK
+    return Rows(ptr, head, n_chunks, label, active, ignored, n_classes, logits.class_stride)
 
 
 @triton.jit
 def accumulable(z):
+    """Convert to the accumulation dtype: float64 stays, the rest becomes float32."""
     if z.dtype == tl.float64:
         return z
     else:
         return z.to(tl.float32)
+
+
+@triton.jit
+def zeros(rows, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """Return a number for each lane of each row, in the accumulation dtype."""
+    return accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty))
+
+
+@triton.constexpr_function
+def may_lift(LOGIT):
+    """Return whether -inf does not stay so."""
+    return LOGIT is capped
+
+
+@triton.jit
+def numbers_of(raw, rows):
+    """Return what was loaded from ``rows`` in the accumulation dtype, words of two numbers taken apart."""
+    if raw.dtype == tl.int32:
+        if rows.ptr.dtype.element_ty == tl.bfloat16:
+            low, high = (raw << 16).to(tl.float32, bitcast=True), (raw & -65536).to(tl.float32, bitcast=True)
+        else:
+            low = raw.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (raw >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return tl.reshape(tl.join(low, high), [raw.shape[0], raw.shape[1], CHUNK])
+    else:
+        return accumulable(raw)
+
+
+@triton.jit
+def logits_of(raw, rows, mask, options, LOGIT: tl.constexpr):
+    """Return logits of what was loaded, in the accumulation dtype; masked ones, -inf there, stay so."""
+    z = LOGIT(numbers_of(raw, rows), options)
+    if mask is not None and may_lift(LOGIT):
+        z = tl.where(mask, z, -float("inf"))
+    return z
 
 
 @triton.jit
@@ -82,26 +130,59 @@ def chunk_classes(rows, chunk):
 
 
 @triton.jit
-def chunk_mask(rows, chunk, where):
-    """Return whether chunks [1, LANES] are in the row, of rows ``where`` alone: [ROWS, LANES, 1]."""
-    return ((chunk < rows.n_chunks[:, None]) & where[:, None])[:, :, None]
+def chunk_mask(rows, chunk, where, VECTOR: tl.constexpr):
+    """Return whether chunks [1, LANES] are in the row, of rows ``where`` alone: [ROWS, LANES, 1], of planes a class."""
+    if VECTOR == 0 or VECTOR == 2:  # where threads share a chunk, a mask of chunks would be shuffled to their classes
+        offset = (chunk * CHUNK)[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+        end = rows.n_classes if VECTOR == 0 else (rows.n_chunks * CHUNK)[:, None, None]
+        return (offset < end) & where[:, None, None]
+    else:
+        return ((chunk < rows.n_chunks[:, None]) & where[:, None])[:, :, None]
 
 
 @triton.constexpr_function
 def is_spread(VECTOR):
     """Return whether the classes of a chunk lie in several threads."""
-    return VECTOR < 4
+    return 0 < VECTOR < 4
 
 
 @triton.jit
-def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
-    """Load [ROWS, LANES, CHUNK] logits: chunk number ``chunk`` [1, LANES] of every row."""
-    if VECTOR == 1:
-        ptr = rows.ptr[:, None, None] + (chunk * CHUNK)[:, :, None].to(tl.int64) * class_stride
-        return load(ptr + tl.arange(0, CHUNK)[None, None, :].to(tl.int64) * class_stride, mask)
-    body = tl.multiple_of(rows.ptr + rows.head, 16)
-    ptr = body[:, None, None] + (chunk * CHUNK)[:, :, None]
-    if VECTOR == 4:
+def load(ptr, mask):
+    """Load raw; masked lanes are -inf."""
+    if mask is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask, -float("inf"))
+
+
+@triton.jit
+def fetch(rows, chunk, where, VECTOR: tl.constexpr):
+    """Load [ROWS, LANES, CHUNK] raw: chunk number ``chunk`` [1, LANES] of every row.
+
+    Of rows ``where`` [ROWS] and of chunks in the row, else -inf; without ``where`` all must be there.
+    """
+    if VECTOR == 0:
+        return fetch_planes(rows, chunk, where)
+    else:
+        mask = None if where is None else chunk_mask(rows, chunk, where, VECTOR)
+        if VECTOR == 1:
+            ptr = rows.ptr[:, None, None] + (chunk * CHUNK)[:, :, None].to(tl.int64) * rows.class_stride
+            return load(ptr + tl.arange(0, CHUNK)[None, None, :].to(tl.int64) * rows.class_stride, mask)
+        else:
+            ptr = tl.multiple_of(rows.ptr + rows.head, 16)[:, None, None] + (chunk * CHUNK)[:, :, None]
+            return fetch_vectors(ptr, mask, VECTOR)
+
+
+@triton.jit
+def fetch_vectors(ptr, mask, VECTOR: tl.constexpr):
+    """Load a chunk at each of ``ptr`` [ROWS, LANES, 1], multiples of 16 bytes."""
+    if VECTOR == 8:  # words of two numbers: half the registers while they wait
+        words = ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)[None, None, :]
+        if mask is None:
+            return tl.load(words)
+        else:
+            return tl.load(words, mask, LOWEST_BFLOAT16 if ptr.dtype.element_ty == tl.bfloat16 else LOWEST_FLOAT16)
+    elif VECTOR == 4:
         # two vectors a chunk, side by side in one thread: a plain load would spread them over two
         half = tl.arange(0, 4)[None, None, :]
         low, high = load(ptr + half, mask), load(ptr + (4 + half), mask)
@@ -111,16 +192,21 @@ def load_chunks(rows, chunk, mask, class_stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def store_chunks(out_ptr, rows, chunk, x, mask, out_class_stride, VECTOR: tl.constexpr):
-    """Store [ROWS, LANES, CHUNK]; with VECTOR > 1 the rows of ``out_ptr`` are as aligned as the logits'."""
+def store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, VECTOR: tl.constexpr):
+    """Store [ROWS, LANES, CHUNK]; with VECTOR > 1 the rows of ``out_ptr`` are as aligned as the logits'.
+
+    ``mask`` is None, or as `chunk_mask` returns it; of planes it is the rows [ROWS] to write.
+    """
     x = x.to(out_ptr.dtype.element_ty)
     first = (chunk * CHUNK)[:, :, None]
-    if VECTOR == 1:
+    if VECTOR == 0:
+        store_planes(out_ptr, out_class_stride, rows, chunk, x, mask)
+    elif VECTOR == 1:
         at = (first + tl.arange(0, CHUNK)[None, None, :]).to(tl.int64) * out_class_stride
         tl.store(out_ptr[:, None, None] + at, x, mask)
     else:
         out = tl.multiple_of(out_ptr + rows.head, 16)[:, None, None] + first
-        if VECTOR == 4:  # as `load_chunks`
+        if VECTOR == 4:  # as `fetch`
             halves = tl.permute(tl.reshape(x, [x.shape[0], x.shape[1], 2, 4]), (0, 1, 3, 2))
             low, high = tl.split(halves)
             half = tl.arange(0, 4)[None, None, :]
@@ -139,6 +225,13 @@ def edge_classes(rows):
 
 
 @triton.jit
-def load_classes(rows, classes, mask, class_stride):
-    """Load the logits of ``classes`` [ROWS, n]."""
-    return load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
+def load_classes(rows, classes, mask):
+    """Load ``classes`` [ROWS, n], raw."""
+    return load(rows.ptr[:, None] + classes.to(tl.int64) * rows.class_stride, mask)
+
+
+@triton.jit
+def load_label(rows, options, LOGIT: tl.constexpr):
+    """Return the label's logit [ROWS], -inf where not active."""
+    raw = load(rows.ptr + rows.target.to(tl.int64) * rows.class_stride, rows.active)
+    return logits_of(raw, rows, rows.active, options, LOGIT)

@@ -81,7 +81,7 @@ def store(ptr, index, x, mask, shape, strides, NUMBER: tl.constexpr, WIDE: tl.co
 def load_elements(operands, index, mask, shape, strides, scales, WIDE: tl.constexpr):
     t = load(operands[1], index, mask, shape, strides, 1, WIDE)
     x = load(operands[0], index, mask, shape, strides, 0, WIDE) + tl.zeros((), t.dtype)  # float64 if t is
-    scales = widen(scales[0], scales[1], x)
+    scales = widen(scales, x)
     one, zero = t * scales[0], (1.0 - t) * scales[1]
     if operands[3] is not None:
         one *= load(operands[3], index, mask, shape, strides, 3, WIDE)
@@ -100,7 +100,7 @@ def any_soft(elements):
 @triton.jit
 def loss_of(operands, index, mask, shape, strides, loss_params, scales, VALUE: tl.constexpr, WIDE: tl.constexpr):
     e = load_elements(operands, index, mask, shape, strides, scales, WIDE)
-    numbers = widen(loss_params[0], loss_params[1], e.gap)
+    numbers = widen(loss_params, e.gap)
     loss = e.share * VALUE(e.gap, numbers)
     if any_soft(e):
         # no share costs nothing, even where the loss is infinite
@@ -111,7 +111,7 @@ def loss_of(operands, index, mask, shape, strides, loss_params, scales, VALUE: t
 @triton.jit
 def gradient_of(operands, index, mask, shape, strides, loss_params, scales, SLOPE: tl.constexpr, WIDE: tl.constexpr):
     e = load_elements(operands, index, mask, shape, strides, scales, WIDE)
-    numbers = widen(loss_params[0], loss_params[1], e.gap)
+    numbers = widen(loss_params, e.gap)
     slope = e.share * SLOPE(e.gap, numbers)
     if any_soft(e):
         slope -= e.other * SLOPE(-e.gap, numbers)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,19 +31,28 @@ from ..formulas.soft_targets import (
     of_runner_up,
     softmax_of,
 )
-from ..results import SoftResult, empty_soft, fill_ignored
+from ..results import SoftResult, empty_at_phase, empty_soft, fill_ignored
 from . import class_sums, launch
 from .apart import apart
-from .launching import FEW_VARIANTS, WARP_SIZE, Halves, device_guard, once_a_loss, vector
+from .launching import (
+    FEW_VARIANTS,
+    WARP_SIZE,
+    Halves,
+    array,
+    device_guard,
+    logit_kernel,
+    once_a_loss,
+    vector,
+)
 from .params import halved, widen
 from .probabilities import along, probabilities
 from .rows import (
+    accumulable,
     chunk_classes,
     chunk_mask,
     edge_classes,
-    load,
-    load_chunks,
     load_classes,
+    numbers_of,
     row_index,
     row_ptr,
     rows_at,
@@ -52,31 +60,50 @@ from .rows import (
 )
 from .scores import store_scores
 from .soft_sweeps import first_sweep, power_sums, second_sweep
-from .soft_targets import Target, rows_of, shares_at, shares_in_chunks
-from .tiles import masked, n_masked, n_segments, needs_no_mask, segment, tiles_of_program
+from .soft_targets import Target, fetch_both, rows_of, shares_at, shares_in_chunks
+from .tiles import chunks_of, n_all, n_plain, needs_no_mask, tiles_of_part
+
+
+class Targets(NamedTuple):
+    """What turns the labels of rows into shares, as kernels take it; probabilities and weights may be None."""
+
+    label_ptr: tl.tensor
+    probabilities: tl.tensor  # an Array
+    weight_ptr: tl.tensor
+    bonus_weight_ptr: tl.tensor
+
+
+class Numbers(NamedTuple):
+    """Run-time numbers of the loss, the shares and the logit options, each by its two halves."""
+
+    loss: tl.tuple
+    shares: tl.tuple
+    logits: tl.tuple
+
+
+@triton.jit
+def target_of(targets, rows, row, numbers, like):
+    """Return the Target of rows."""
+    given = targets.probabilities
+    return Target(
+        rows_of(given, rows, row), given, targets.weight_ptr, targets.bonus_weight_ptr, widen(numbers.shares, like)
+    )
 
 
 @triton.jit(**FEW_VARIANTS)
 def soft_forward_kernel(
-    logits_ptr, targets, outputs, n_rows, shape, strides, ignore_index, loss_params,
-    TERMS: tl.constexpr, SUMS: tl.constexpr, POWER: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, targets, outputs, n_rows, ignore_index, numbers,
+    TERMS: tl.constexpr, SUMS: tl.constexpr, LOGIT: tl.constexpr, POWER: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows, several a program: sweep, again unless POWER says that the bonus is ``-p^gamma``, finish.
-
-    ``targets`` are label, probabilities, weight, bonus weight, strides of the probabilities and the params of shares.
-    """
-    n_classes, class_stride = shape[1], strides[2]
-    row = row_index(ROWS)
-    rows = rows_at(logits_ptr, targets[0], row, n_rows, shape, strides, ignore_index, VECTOR)
-    z_target = load(rows.ptr + rows.target.to(tl.int64) * class_stride, rows.active)
-    params = widen(loss_params[0], loss_params[1], z_target)
-    share_params = widen(targets[5][0], targets[5][1], z_target)
-    of_target = rows_of(targets[1], rows, row, shape[0], targets[4])
-    target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
+    """Whole rows, several a program: sweep, again unless POWER says that the bonus is ``-p^gamma``, finish."""
+    row = row_index(TILE.rows)
+    rows = rows_at(logits, targets.label_ptr, row, n_rows, ignore_index, TILE.vector)
+    like = accumulable(tl.zeros((), logits.ptr.dtype.element_ty))
+    params, options = widen(numbers.loss, like), widen(numbers.logits, like)
+    target = target_of(targets, rows, row, numbers, like)
     gamma = params[4] if POWER else None
 
-    rest, paid = first_sweep(rows, target, n_classes, class_stride, gamma, ROWS, LANES, VECTOR)
+    rest, paid, z_target = first_sweep(rows, target, gamma, options, LOGIT, TILE)
     gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
     softmax = softmax_of(gap, rest)
     inside, missing = row < n_rows, tl.where(rows.active, 0.0, float("nan"))
@@ -84,7 +111,7 @@ def soft_forward_kernel(
     # stored first: what a second sweep need not keep
     if scores_ptr is not None:
         store_scores(scores_ptr, row, n_rows, z_target, gap, rest, missing)
-    known = rows.active & (rest.argmax >= 0) & (rest.argmax < n_classes)
+    known = rows.active & (rest.argmax >= 0) & (rest.argmax < rows.n_classes)
     runner_up = tl.where(known, rest.argmax, 0)
     tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
     column = saved_ptr + row
@@ -95,13 +122,18 @@ def soft_forward_kernel(
     if POWER:
         sums = power_sums(paid, rest, softmax, params[0], gamma)
     else:
-        sums = second_sweep(
-            rows, target, rest.argmax, softmax, n_classes, class_stride, params, TERMS, SUMS, ROWS, LANES, VECTOR
-        )
+        sums = second_sweep(rows, target, rest.argmax, softmax, params, options, TERMS, SUMS, LOGIT, TILE)
     of_label = apart(rows.target, rows.active, gap, target, params, TERMS)
     gap = gap_of_runner_up(z_target, rest, sums.exp)
     of_other = apart(runner_up, known, gap, target, params, TERMS)
     of_other = of_runner_up(known, of_other, of_label, softmax)
+    store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, (loss_ptr, column), missing, POWER)
+
+
+@triton.jit
+def store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, pointers, missing, POWER: tl.constexpr):
+    """Store the loss, and the last three saved columns."""
+    inside = row < n_rows
     loss = cross_entropy_of(paid, softmax.log_scale) + cross_entropy_apart(of_label)
     loss += sums.value + of_label.value
     mass = paid.total - of_other.share + sums.pull
@@ -110,6 +142,7 @@ def soft_forward_kernel(
     else:
         loss += of_other.value
 
+    loss_ptr, column = pointers
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
     mass_of_row = mass + (of_label.pull + of_label.share) + (of_other.pull + of_other.share)
     column += n_rows
@@ -150,63 +183,73 @@ def load_saved(saved, row, n_rows):
 
 @triton.jit(**FEW_VARIANTS)
 def soft_backward_kernel(
-    logits_ptr, targets, saved, grad_ptr, n_rows, shape, strides, grad_strides, ignore_index,
-    loss_params,
-    TERMS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits, targets, saved, grad, n_rows, ignore_index, numbers,
+    TERMS: tl.constexpr, LOGIT: tl.constexpr, LOGIT_SLOPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Some rows (axis 0) and a share of their tiles (axis 1)."""
-    n_classes = shape[1]
-    row = row_index(ROWS)
-    inside = row < n_rows
-    rows = rows_at(logits_ptr, targets[0], row, n_rows, shape, strides, ignore_index, VECTOR)
+    row, part, n_parts = row_index(TILE.rows), tl.program_id(1), tl.num_programs(1)
+    rows = rows_at(logits, targets.label_ptr, row, n_rows, ignore_index, TILE.vector)
     saved = load_saved(saved, row, n_rows)
-    params = widen(loss_params[0], loss_params[1], saved.mass)
-    share_params = widen(targets[5][0], targets[5][1], saved.mass)
-    of_target = rows_of(targets[1], rows, row, shape[0], targets[4])
-    target = Target(of_target, targets[1], targets[4][2], targets[2], targets[3], share_params)
-    out = row_ptr(grad_ptr, row, shape[0], grad_strides)
+    params, options = widen(numbers.loss, saved.mass), widen(numbers.logits, saved.mass)
+    target = target_of(targets, rows, row, numbers, saved.mass)
+    out_ptr, out_class_stride = row_ptr(grad, row), grad.class_stride
+    inside = row < n_rows
+    LANES: tl.constexpr = TILE.lanes
 
-    tiles = tiles_of_program(rows, (rows.target, saved.runner_up), n_classes, ROWS, LANES, VECTOR)
-    lane, class_strides = tl.arange(0, LANES)[None, :], (strides[2], grad_strides[2])
-    if needs_no_mask(ROWS, VECTOR):
-        for i in range(n_segments(tiles)):
-            start, stop = segment(tiles, i)
-            for tile in range(start, stop):
-                write_tile(out, rows, target, saved, inside, tile * LANES + lane, class_strides, params, TERMS,
-                           False, VECTOR)  # fmt: skip
-    for i in range(n_masked(tiles)):
-        chunk = masked(tiles, i) * LANES + lane
-        write_tile(out, rows, target, saved, inside, chunk, class_strides, params, TERMS, True, VECTOR)
-    if tl.program_id(1) == 0:
-        classes = edge_classes(rows)
-        mask = (classes < n_classes) & inside[:, None]
-        z = load_classes(rows, classes, mask & rows.active[:, None], strides[2])
-        t, v = shares_at(target, classes, mask & rows.active[:, None], z)
-        x = with_apart(gradient_of_others(z, t, v, saved, params, TERMS), classes, rows, saved)
-        tl.store(out[:, None] + classes.to(tl.int64) * grad_strides[2], x.to(grad_ptr.dtype.element_ty), mask)
+    tiles = tiles_of_part(rows, (rows.target, saved.runner_up), part, n_parts, TILE, needs_no_mask(TILE))
+    read = rows.active & inside
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, read & (n > 0), TILE.vector)
+    start = 0
+    if needs_no_mask(TILE):
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
+            x = numbers_of(raw, rows)
+            shares = shares_in_chunks(target, given, chunk, None, x)
+            x = gradient_of_others(x, shares, saved, params, options, TERMS, LOGIT) * LOGIT_SLOPE(x, options)
+            store_chunks(out_ptr, out_class_stride, rows, chunk, x, None, TILE.vector)
+            raw, given, chunk = raw_ahead, given_ahead, after
+
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, read & (i + 1 < n), TILE.vector)
+        mask = chunk_mask(rows, chunk, read, TILE.vector)
+        x = numbers_of(raw, rows)
+        shares, slope = shares_in_chunks(target, given, chunk, mask, x), LOGIT_SLOPE(x, options)
+        x = gradient_of_others(x, shares, saved, params, options, TERMS, LOGIT)
+        x = with_apart(x, chunk_classes(rows, chunk), rows, saved) * slope
+        mask = inside if TILE.vector == 0 else chunk_mask(rows, chunk, inside, TILE.vector)
+        store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, TILE.vector)
+        raw, given, chunk = raw_ahead, given_ahead, after
+
+    if TILE.vector > 0:
+        if part == 0:
+            write_edge((out_ptr, out_class_stride), rows, target, saved, inside, params, options,
+                       TERMS, LOGIT, LOGIT_SLOPE)  # fmt: skip
 
 
 @triton.jit
-def write_tile(
-    out, rows, target, saved, inside, chunk, class_strides, params, TERMS: tl.constexpr, MASKED: tl.constexpr,
-    VECTOR: tl.constexpr,
+def write_edge(
+    out, rows, target, saved, inside, params, options,
+    TERMS: tl.constexpr, LOGIT: tl.constexpr, LOGIT_SLOPE: tl.constexpr,
 ):  # fmt: skip
-    class_stride, out_class_stride = class_strides
-    mask, active = None, None
-    if MASKED:
-        mask, classes = chunk_mask(rows, chunk, inside), chunk_classes(rows, chunk)
-        active = mask & rows.active[:, None, None]
-    z = load_chunks(rows, chunk, active, class_stride, VECTOR)
-    t, v = shares_in_chunks(target, chunk, active, z, VECTOR)
-    x = gradient_of_others(z, t, v, saved, params, TERMS)
-    if MASKED:
-        x = with_apart(x, classes, rows, saved)
-    store_chunks(out, rows, chunk, x, mask, out_class_stride, VECTOR)
+    out_ptr, out_class_stride = out
+    classes = edge_classes(rows)
+    mask = (classes < rows.n_classes) & inside[:, None]
+    x = accumulable(load_classes(rows, classes, mask & rows.active[:, None]))
+    shares, slope = shares_at(target, classes, mask & rows.active[:, None], x), LOGIT_SLOPE(x, options)
+    x = with_apart(gradient_of_others(x, shares, saved, params, options, TERMS, LOGIT), classes, rows, saved) * slope
+    at = out_ptr[:, None] + classes.to(tl.int64) * out_class_stride
+    tl.store(at, x.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def gradient_of_others(z, t, v, saved, params, TERMS: tl.constexpr):
-    """Return the gradient of classes [ROWS, ...] that are neither label nor runner-up."""
+def gradient_of_others(raw, shares, saved, params, options, TERMS: tl.constexpr, LOGIT: tl.constexpr):
+    """Return dL/dz of raw numbers [ROWS, ...] that are of neither label nor runner-up."""
+    z = LOGIT(raw, options)
+    t, v = shares
     _, p, log_p = probabilities(saved.softmax, z, None)
     _, pull = TERMS(p, 1.0 - p, log_p, log_p, v, params)
     return p * along(saved.mass, z) - along(saved.grad_loss, z) * (t + pull)
@@ -249,65 +292,65 @@ def class_kernel(loss: Any) -> ClassKernel:
 def forward(
     logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any = None
 ) -> SoftResult:
-    """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares.
-
-    ``options`` are those of logits as they are: `Call` sends no others here.
-    """
+    """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares."""
     out = empty_soft(logits, scores)
     n_rows, n_classes = out.loss.numel(), logits.shape[2]
     if n_rows == 0 or n_classes == 0:
         fill_ignored(out)
         return out
-    kernel, how = class_kernel(loss), launch.soft_forward(n_classes, WARP_SIZE)
+    kernel, by = class_kernel(loss), _vector(targets, logits)
+    how = launch.soft_forward(n_classes, WARP_SIZE, by)
     with device_guard(logits):
         soft_forward_kernel[(-(-n_rows // how.rows),)](
-            **_rows(logits, label, targets, ignore_index, loss),
-            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), loss_params=kernel.params,
-            TERMS=kernel.terms, SUMS=kernel.sums, POWER=kernel.is_power, ROWS=how.rows, LANES=how.lanes,
-            VECTOR=_vector(targets, logits), num_warps=how.num_warps,
+            **_rows(logits, label, targets, ignore_index, loss, options),
+            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=kernel.terms,
+            SUMS=kernel.sums, POWER=kernel.is_power, TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
     return out
 
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    grad_lse: None, ignore_index: int, loss: Any, options: Any = None, out: Tensor | None = None,
+    ignore_index: int, loss: Any, out: Tensor | None = None, options: Any = None,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
 
     It is written to ``out``, where that is given: it may be the logits.
     """
-    grad = torch.empty_like(logits) if out is None else out
+    grad = empty_at_phase(logits) if out is None else out
     n_rows, n_classes = runner_up.numel(), logits.shape[2]
     if grad.numel() == 0:
         return grad
-    kernel, how = class_kernel(loss), launch.soft_backward(n_classes, WARP_SIZE)
+    kernel, by = class_kernel(loss), _vector(targets, logits, grad)
+    how = launch.soft_backward(n_classes, WARP_SIZE, by)
+    from_forward = saved, runner_up, grad_loss.contiguous()
     with device_guard(logits):
         soft_backward_kernel[(-(-n_rows // how.rows), how.parts)](
-            **_rows(logits, label, targets, ignore_index, loss), saved=(saved, runner_up, grad_loss.contiguous()),
-            grad_ptr=grad, grad_strides=grad.stride(), loss_params=kernel.params, TERMS=kernel.terms_below_half,
-            ROWS=how.rows, LANES=how.lanes, VECTOR=_vector(targets, logits, grad), num_warps=how.num_warps,
+            **_rows(logits, label, targets, ignore_index, loss, options), saved=from_forward,
+            grad=array(grad), TERMS=kernel.terms_below_half, LOGIT_SLOPE=logit_kernel(options).slope,
+            TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 
 
-def _rows(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any) -> dict[str, Any]:
+def _rows(logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, options: Any) -> dict[str, Any]:
     """Return the arguments that both kernels take."""
-    n_outer, n_inner, n_classes = logits.shape
-    given = targets.probabilities
+    n_classes, given, made = logits.shape[2], targets.probabilities, logit_kernel(options)
     t, v = targets.of_cross_entropy(n_classes), targets.of_bonus(n_classes)
     of_t = (t.keep, t.off) if loss.adds_to_cross_entropy else (0.0, 0.0)
     weights = (None if w is None else w.contiguous() for w in (t.weight, v.weight))
-    strides = logits.stride() if given is None else given.stride()
+    shares = halved((*of_t, v.keep, v.off))
     return dict(
-        logits_ptr=logits, targets=(label.contiguous(), given, *weights, strides, halved((*of_t, v.keep, v.off))),
-        n_rows=n_outer * n_inner, shape=(n_inner, n_classes), strides=logits.stride(), ignore_index=ignore_index,
+        logits=array(logits), targets=Targets(label.contiguous(), None if given is None else array(given), *weights),
+        n_rows=logits.shape[0] * logits.shape[1], ignore_index=ignore_index,
+        numbers=Numbers(class_kernel(loss).params, shares, made.options), LOGIT=made.value,
     )  # fmt: skip
 
 
 def _vector(targets: Any, *tensors: Tensor) -> int:
-    """Return elements in 16 bytes if all tensors can be walked by such vectors from one common head, else 1."""
+    """Return how chunks of all tensors are read, see `vector`."""
     given = targets.probabilities
     if given is not None and given.dtype != tensors[0].dtype:
-        return 1
+        by = vector(*tensors), vector(given)
+        return 0 if by == (0, 0) else 1
     return vector(*tensors) if given is None else vector(*tensors, given)

@@ -13,44 +13,81 @@ from ..formulas.scalar import exp
 from .paid import Paid, paid_by_row, pay, unpaid
 from .probabilities import probabilities
 from .rest import absorb, across, empty
-from .rows import accumulable, chunk_classes, chunk_mask, edge_classes, is_spread, load_chunks, load_classes
-from .soft_targets import shares_at, shares_in_chunks
-from .sweep import absorb_in_any_order, exact_argmax
-from .tiles import all_tiles, masked, n_masked, n_segments, needs_no_mask, segment
+from .rows import (
+    chunk_classes,
+    chunk_mask,
+    edge_classes,
+    is_spread,
+    load_classes,
+    load_label,
+    logits_of,
+    zeros,
+)
+from .soft_targets import fetch_both, shares_at, shares_in_chunks
+from .sweep import absorb_in_any_order, exact_argmax, largest_class
+from .tiles import chunks_of, n_all, n_plain, needs_no_mask, tiles_of_part
 
 
 @triton.constexpr_function
-def may_be_spread(ROWS, VECTOR):
+def may_be_spread(TILE):
     """Return whether the classes of a chunk may lie in several threads: short rows have more threads than chunks."""
-    return ROWS > 1 or is_spread(VECTOR)
+    return TILE.vector > 0 and (TILE.rows > 1 or is_spread(TILE.vector))
 
 
 @triton.jit
-def first_sweep(
-    rows, target, n_classes, class_stride, gamma, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Return RestStats and Paid of all classes but the label, each [ROWS]."""
-    lane = tl.arange(0, LANES)[None, :]
-    zero = accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty))
-    lanes, paid = empty(zero), unpaid(zero)
-    tiles = all_tiles(rows, (rows.target, rows.target), ROWS, LANES, VECTOR)
-    if needs_no_mask(ROWS, VECTOR):
-        for i in range(n_segments(tiles)):
-            start, stop = segment(tiles, i)
-            for tile in range(start, stop):
-                chunk = tile * LANES + lane
-                lanes, paid = pay_tile(lanes, paid, rows, target, chunk, class_stride, gamma, False, False, VECTOR)
-    for i in range(n_masked(tiles)):
-        chunk = masked(tiles, i) * LANES + lane
-        lanes, paid = pay_tile(
-            lanes, paid, rows, target, chunk, class_stride, gamma, True, may_be_spread(ROWS, VECTOR), VECTOR
-        )
-    rest = exact_argmax(across(lanes), rows, class_stride)
-    paid = paid_by_row(paid, lanes.max, rest.max, gamma)
+def first_sweep(rows, target, gamma, options, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """Return RestStats and Paid of all classes but the label, and the label's logit, each [ROWS]."""
+    LANES: tl.constexpr = TILE.lanes
+    zero = zeros(rows, TILE.rows, LANES)
+    lanes, paid, z_target = empty(zero), unpaid(zero), zero
+    tiles = tiles_of_part(rows, (rows.target,), 0, 1, TILE, needs_no_mask(TILE))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), TILE.vector)
+    start = 0
+    if needs_no_mask(TILE):
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
+            before = lanes.max
+            z = logits_of(raw, rows, None, options, LOGIT)
+            t, v = shares_in_chunks(target, given, chunk, None, z)
+            lanes = absorb(lanes, z, chunk)
+            paid = pay(paid, before, lanes.max, z, t, v, None, gamma, False)
+            raw, given, chunk = raw_ahead, given_ahead, after
 
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), TILE.vector)
+        before = lanes.max
+        mask, classes = chunk_mask(rows, chunk, rows.active, TILE.vector), chunk_classes(rows, chunk)
+        z = logits_of(raw, rows, mask, options, LOGIT)
+        others = mask & (classes != rows.target[:, None, None])
+        t, v = shares_in_chunks(target, given, chunk, mask, z)
+        if TILE.vector == 0:
+            z_target += tl.sum(tl.where(classes == rows.target[:, None, None], z, 0.0), 2)
+        z = tl.where(others, z, -float("inf"))
+        index = largest_class(z, classes) if TILE.vector == 0 else chunk
+        lanes = absorb_in_any_order(lanes, z, index, may_be_spread(TILE))
+        paid = pay(paid, before, lanes.max, z, t, v, others, gamma, may_be_spread(TILE))
+        raw, given, chunk = raw_ahead, given_ahead, after
+
+    rest = across(lanes)
+    if TILE.vector == 0:
+        return rest, paid_by_row(paid, lanes.max, rest.max, gamma), tl.sum(z_target, 1)
+    else:
+        rest = exact_argmax(rest, rows, options, LOGIT)
+        paid = paid_by_row(paid, lanes.max, rest.max, gamma)
+        rest, paid = with_edge(rest, paid, rows, target, gamma, options, LOGIT)
+        return rest, paid, load_label(rows, options, LOGIT)
+
+
+@triton.jit
+def with_edge(rest, paid, rows, target, gamma, options, LOGIT: tl.constexpr):
+    """Add the edge to RestStats and Paid [ROWS]."""
     classes = edge_classes(rows)
-    mask = (classes < n_classes) & rows.active[:, None]
-    z = load_classes(rows, classes, mask, class_stride)
+    mask = (classes < rows.n_classes) & rows.active[:, None]
+    z = logits_of(load_classes(rows, classes, mask), rows, mask, options, LOGIT)
     others = mask & (classes != rows.target[:, None])
     t, v = shares_at(target, classes, mask, z)
     z = tl.where(others, z, -float("inf"))
@@ -64,25 +101,6 @@ def first_sweep(
     )
 
 
-@triton.jit
-def pay_tile(
-    rest, paid, rows, target, chunk, class_stride, gamma,
-    MASKED: tl.constexpr, SPREAD: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Add chunks [1, LANES] to RestStats and Paid of each lane; a tile without a mask must hold no label."""
-    before = rest.max
-    mask = chunk_mask(rows, chunk, rows.active) if MASKED else None
-    z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
-    others = mask & (chunk_classes(rows, chunk) != rows.target[:, None, None]) if MASKED else None
-    t, v = shares_in_chunks(target, chunk, mask, z, VECTOR)
-    if MASKED:
-        z = tl.where(others, z, -float("inf"))
-        rest = absorb_in_any_order(rest, z, chunk, SPREAD)
-    else:
-        rest = absorb(rest, z, chunk)
-    return rest, pay(paid, before, rest.max, z, t, v, others, gamma, SPREAD)
-
-
 class Sums(NamedTuple):
     """Sums over all classes but label and runner-up."""
 
@@ -93,56 +111,64 @@ class Sums(NamedTuple):
 
 @triton.jit
 def second_sweep(
-    rows, target, runner_up, softmax, n_classes, class_stride, params, TERMS: tl.constexpr, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    rows, target, runner_up, softmax, params, options,
+    TERMS: tl.constexpr, SUMS: tl.constexpr, LOGIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Return the Sums [ROWS]."""
-    lane = tl.arange(0, LANES)[None, :]
-    zero = accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty))
+    LANES: tl.constexpr = TILE.lanes
+    zero = zeros(rows, TILE.rows, LANES)
     body = Sums(zero, zero, zero)
-    tiles = all_tiles(rows, (rows.target, runner_up), ROWS, LANES, VECTOR)
-    if needs_no_mask(ROWS, VECTOR):
-        for i in range(n_segments(tiles)):
-            start, stop = segment(tiles, i)
-            for tile in range(start, stop):
-                body = add_tile(
-                    body, rows, target, runner_up, softmax, tile * LANES + lane, class_stride, params, TERMS, SUMS,
-                    False, False, VECTOR,
-                )  # fmt: skip
-    for i in range(n_masked(tiles)):
-        chunk = masked(tiles, i) * LANES + lane
-        body = add_tile(
-            body, rows, target, runner_up, softmax, chunk, class_stride, params, TERMS, SUMS,
-            True, may_be_spread(ROWS, VECTOR), VECTOR,
-        )  # fmt: skip
+    tiles = tiles_of_part(rows, (rows.target, runner_up), 0, 1, TILE, needs_no_mask(TILE))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw, given = fetch_both(rows, target, chunk, rows.active & (n > 0), TILE.vector)
+    start = 0
+    if needs_no_mask(TILE):
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            raw_ahead, given_ahead = fetch_both(rows, target, after, None, TILE.vector)
+            z = logits_of(raw, rows, None, options, LOGIT)
+            _, v = shares_in_chunks(target, given, chunk, None, z)
+            body = add_tile(body, z, v, None, softmax, params, TERMS, SUMS, False)
+            raw, given, chunk = raw_ahead, given_ahead, after
 
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        raw_ahead, given_ahead = fetch_both(rows, target, after, rows.active & (i + 1 < n), TILE.vector)
+        mask, classes = chunk_mask(rows, chunk, rows.active, TILE.vector), chunk_classes(rows, chunk)
+        z = logits_of(raw, rows, mask, options, LOGIT)
+        _, v = shares_in_chunks(target, given, chunk, mask, z)
+        others = mask & (classes != rows.target[:, None, None]) & (classes != runner_up[:, None, None])
+        body = add_tile(body, z, v, others, softmax, params, TERMS, SUMS, may_be_spread(TILE))
+        raw, given, chunk = raw_ahead, given_ahead, after
+
+    sums = Sums(tl.sum(body.exp, 1), tl.sum(body.value, 1), tl.sum(body.pull, 1))
+    if TILE.vector == 0:
+        return sums
+    else:
+        return sums_with_edge(sums, rows, target, runner_up, softmax, params, options, TERMS, LOGIT)
+
+
+@triton.jit
+def sums_with_edge(sums, rows, target, runner_up, softmax, params, options, TERMS: tl.constexpr, LOGIT: tl.constexpr):
+    """Add the edge to the Sums [ROWS]."""
     classes = edge_classes(rows)
-    mask = (classes < n_classes) & rows.active[:, None]
-    z = load_classes(rows, classes, mask, class_stride)
+    mask = (classes < rows.n_classes) & rows.active[:, None]
+    z = logits_of(load_classes(rows, classes, mask), rows, mask, options, LOGIT)
     _, v = shares_at(target, classes, mask, z)
     others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])
     e, p, log_p = probabilities(softmax, z, others)
     value, pull = TERMS(p, 1.0 - p, log_p, log_p, v, params)
     return Sums(
-        tl.sum(body.exp, 1) + tl.sum(e, 1),
-        tl.sum(body.value, 1) + tl.sum(tl.where(others, value, 0.0), 1),
-        tl.sum(body.pull, 1) + tl.sum(tl.where(others, pull, 0.0), 1),
+        sums.exp + tl.sum(e, 1),
+        sums.value + tl.sum(tl.where(others, value, 0.0), 1),
+        sums.pull + tl.sum(tl.where(others, pull, 0.0), 1),
     )
 
 
 @triton.jit
-def add_tile(
-    sums, rows, target, runner_up, softmax, chunk, class_stride, params, TERMS: tl.constexpr, SUMS: tl.constexpr,
-    MASKED: tl.constexpr, SPREAD: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Add chunks [1, LANES] to the Sums of each lane; a tile without a mask must hold neither label nor runner-up."""
-    mask = chunk_mask(rows, chunk, rows.active) if MASKED else None
-    z = load_chunks(rows, chunk, mask, class_stride, VECTOR)
-    _, v = shares_in_chunks(target, chunk, mask, z, VECTOR)
-    others = None
-    if MASKED:
-        classes = chunk_classes(rows, chunk)
-        others = mask & (classes != rows.target[:, None, None]) & (classes != runner_up[:, None, None])
+def add_tile(sums, z, v, others, softmax, params, TERMS: tl.constexpr, SUMS: tl.constexpr, SPREAD: tl.constexpr):
+    """Add a tile to the Sums of each lane, all of it or ``others``: without label and runner-up."""
     e, p, log_p = probabilities(softmax, z, others)
     value, pull = SUMS(TERMS, others, p, log_p, v, params, SPREAD)
     return Sums(sums.exp + tl.sum(e, 2), sums.value + value, sums.pull + pull)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import Rows, chunk_classes, load_chunks, load_classes, row_ptr
+from .rows import Rows, accumulable, chunk_classes, fetch, load_classes, numbers_of, row_ptr
 
 
 class Target(NamedTuple):
@@ -13,19 +13,21 @@ class Target(NamedTuple):
 
     rows: Rows  # of the probabilities where given, else of the logits
     probabilities: tl.tensor  # None, or anything: whether they are given
-    class_stride: tl.tensor
     weight_ptr: tl.tensor
     bonus_weight_ptr: tl.tensor
     params: tl.tuple  # keep and off of cross-entropy, keep and off of the bonus
 
 
 @triton.jit
-def rows_of(ptr, rows, row, inner, strides):
-    """Return ``rows`` of the probabilities at ``ptr``, or as they are where it is None."""
-    if ptr is None:
+def rows_of(array, rows, row):
+    """Return ``rows`` of the probabilities, or as they are where these are None."""
+    if array is None:
         return rows
     else:
-        return Rows(row_ptr(ptr, row, inner, strides), rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored)
+        return Rows(
+            row_ptr(array, row), rows.head, rows.n_chunks, rows.target, rows.active, rows.ignored, rows.n_classes,
+            array.class_stride,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -58,15 +60,26 @@ def load_weight(ptr, mask):
 
 
 @triton.jit
-def shares_in_chunks(target, chunk, mask, like, VECTOR: tl.constexpr):
+def fetch_both(rows, target, chunk, where, VECTOR: tl.constexpr):
+    """Return what `fetch` loads of the logits, and of the probabilities or 0."""
+    raw = fetch(rows, chunk, where, VECTOR)
+    if target.probabilities is None:
+        return raw, 0
+    else:
+        return raw, fetch(target.rows, chunk, where, VECTOR)
+
+
+@triton.jit
+def shares_in_chunks(target, raw, chunk, mask, like):
     """Return (t, v) of chunks [1, LANES], in the dtype of ``like``, right for all classes but the label.
 
-    Of the rest: numbers where all its classes have the same share, else [ROWS, LANES, CHUNK], 0 where masked.
+    ``raw`` are the probabilities. Of the rest: numbers where all its classes have the same share, else [ROWS, LANES,
+    CHUNK], 0 where masked.
     """
     if target.probabilities is None:
         rest = tl.zeros((), like.dtype)
     else:
-        rest = load_chunks(target.rows, chunk, mask, target.class_stride, VECTOR).to(like.dtype)
+        rest = numbers_of(raw, target.rows).to(like.dtype)
     return shares_of(rest, chunk_classes(target.rows, chunk), mask, target)
 
 
@@ -76,5 +89,5 @@ def shares_at(target, classes, mask, like):
     if target.probabilities is None:
         hard = tl.where(classes == target.rows.target[:, None], 1.0, 0.0).to(like.dtype)
     else:
-        hard = load_classes(target.rows, classes, mask, target.class_stride).to(like.dtype)
+        hard = accumulable(load_classes(target.rows, classes, mask)).to(like.dtype)
     return shares_of(hard, classes, mask, target)

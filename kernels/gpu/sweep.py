@@ -5,45 +5,89 @@ import triton.language as tl
 
 from ..formulas.rest import NO_CLASS, RestStats, merge
 from .rest import absorb, across, empty
-from .rows import CHUNK, accumulable, edge_classes, is_spread, load, load_chunks
+from .rows import (
+    CHUNK,
+    chunk_classes,
+    chunk_mask,
+    edge_classes,
+    fetch,
+    is_spread,
+    load_classes,
+    logits_of,
+    zeros,
+)
+from .tiles import chunks_of, holds, label_tiles, n_all, n_plain, tiles_of_part
 
 
 @triton.jit
-def sweep(rows, n_classes, class_stride, part, n_parts, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+def sweep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr):
     """Summarise the rest of each row (of its ``part``-th share of tiles): RestStats of [ROWS]."""
-    lane = tl.arange(0, LANES)[None, :]
-    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
-    share = tl.cdiv(n_tiles, n_parts)
-    first, last = part * share, tl.minimum(part * share + share, n_tiles)
-    rest = empty(accumulable(tl.zeros([ROWS, LANES], rows.ptr.dtype.element_ty)))
+    LANES: tl.constexpr = TILE.lanes
+    ONE: tl.constexpr = TILE.rows == 1
+    tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, ONE)
+    rest = empty(zeros(rows, TILE.rows, LANES))
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw = fetch(rows, chunk, rows.active & (n > 0), TILE.vector)
+    start, labels = 0, label_tiles(rows, LANES)
+    if ONE:  # the long run: whole tiles without the label, so nothing is masked
+        start = tl.maximum(n_plain(tiles) - 1, 0)
+        for i in range(start):
+            after = chunks_of(tiles, i + 1, LANES, True)
+            ahead = fetch(rows, after, None, TILE.vector)
+            z = logits_of(raw, rows, None, options, LOGIT)
+            rest = absorb(rest, z, chunk, is_spread(TILE.vector))
+            raw, chunk = ahead, after
 
-    if ROWS == 1:
-        # the long run: whole tiles without the label, so nothing is masked
-        full = tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0)
-        full = tl.maximum(tl.minimum(full, last), first)
-        target_tile = tl.max((rows.target - rows.head) // (CHUNK * LANES), 0)
-        held = ((target_tile >= first) & (target_tile < full)).to(tl.int32)
-        for i in range(first, full - held):
-            tile = i + tl.where(i >= target_tile, held, 0)
-            chunk = tile * LANES + lane
-            rest = absorb(rest, load_chunks(rows, chunk, None, class_stride, VECTOR), chunk, is_spread(VECTOR))
-        # then the tile that holds the label and the last, partial one
-        first, last = 1 - held, 1 + (full < last).to(tl.int32)
+    for i in range(start, n):
+        after = chunks_of(tiles, i + 1, LANES)
+        ahead = fetch(rows, after, rows.active & (i + 1 < n), TILE.vector)
+        z = logits_of(raw, rows, chunk_mask(rows, chunk, rows.active, TILE.vector), options, LOGIT)
+        if ONE:
+            z = without_target(z, rows, chunk)
+            rest = absorb_in_any_order(rest, z, chunk, is_spread(TILE.vector))
+        else:
+            if holds(labels, tiles.first + i):
+                z = without_target(z, rows, chunk)
+            rest = absorb(rest, z, chunk, is_spread(TILE.vector))
+        raw, chunk = ahead, after
 
-    for i in range(first, last):
-        tile = tl.where(i == 0, target_tile, full) if ROWS == 1 else i
-        chunk = tile * LANES + lane
-        mask = ((chunk < rows.n_chunks[:, None]) & rows.active[:, None])[:, :, None]
-        z = without_target(load_chunks(rows, chunk, mask, class_stride, VECTOR), rows, chunk)
-        rest = absorb_in_any_order(rest, z, chunk, is_spread(VECTOR))
-
-    rest = exact_argmax(across(rest), rows, class_stride)
+    rest = exact_argmax(across(rest), rows, options, LOGIT)
     classes = edge_classes(rows)
-    bound = tl.where(part == 0, n_classes, 0)  # one part has the edge
+    bound = tl.where(part == 0, rows.n_classes, 0)  # one part has the edge
     mask = (classes < bound) & (classes != rows.target[:, None]) & rows.active[:, None]
-    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
-    edge = across(absorb(empty(z), z[:, :, None], classes))
-    return merge(rest, edge)
+    z = logits_of(load_classes(rows, classes, mask), rows, mask, options, LOGIT)
+    return merge(rest, across(absorb(empty(z), z[:, :, None], classes)))
+
+
+@triton.jit
+def sweep_planes(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr):
+    """As `sweep`, of planes: there is no edge, and neither the label nor the max is read again.
+
+    Either would be a sector for one logit. Returns the label's logit [ROWS] too, 0 where it is in another part.
+    """
+    LANES: tl.constexpr = TILE.lanes
+    tiles = tiles_of_part(rows, (rows.target,), part, n_parts, TILE, False)
+    rest = empty(zeros(rows, TILE.rows, LANES))
+    z_target = tl.zeros_like(rest.max)
+    n, chunk = n_all(tiles), chunks_of(tiles, 0, LANES)
+    raw = fetch(rows, chunk, rows.active & (n > 0), 0)
+    for i in range(n):
+        after = chunks_of(tiles, i + 1, LANES)
+        ahead = fetch(rows, after, rows.active & (i + 1 < n), 0)
+        z = logits_of(raw, rows, chunk_mask(rows, chunk, rows.active, 0), options, LOGIT)
+        classes = chunk_classes(rows, chunk)
+        at_target = classes == rows.target[:, None, None]
+        z_target += tl.sum(tl.where(at_target, z, 0.0), 2)
+        z = tl.where(at_target, -float("inf"), z)
+        rest = absorb(rest, z, largest_class(z, classes))
+        raw, chunk = ahead, after
+    return across(rest), tl.sum(z_target, 1)
+
+
+@triton.jit
+def largest_class(z, classes):
+    """Return the smallest class [ROWS, LANES] that attains the max of each chunk."""
+    return tl.min(tl.where(z == tl.max(z, 2)[:, :, None], classes, NO_CLASS), 2)
 
 
 @triton.jit
@@ -64,11 +108,11 @@ def without_target(z, rows, chunk):
 
 
 @triton.jit
-def exact_argmax(rest, rows, class_stride):
+def exact_argmax(rest, rows, options, LOGIT: tl.constexpr):
     """Turn argmax from a chunk number into the smallest class of that chunk which attains the max."""
     found = rest.argmax < rows.n_chunks
     classes = rows.head[:, None] + (tl.where(found, rest.argmax, 0) * CHUNK)[:, None] + tl.arange(0, CHUNK)[None, :]
     mask = found[:, None] & (classes != rows.target[:, None])
-    z = load(rows.ptr[:, None] + classes.to(tl.int64) * class_stride, mask)
+    z = logits_of(load_classes(rows, classes, mask), rows, mask, options, LOGIT)
     argmax = tl.min(tl.where(mask & (z == rest.max[:, None]), classes, NO_CLASS), 1)
     return RestStats(rest.max, argmax, rest.sum_exp, rest.sum_exp2, rest.sum_exp_z)

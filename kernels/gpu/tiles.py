@@ -1,7 +1,7 @@
 """The order in which a program visits the tiles of a row: those that need no mask first, then the others.
 
 A tile needs a mask where it ends past the row or holds a class that is set apart: the label, the runner-up. Several
-rows of a program need one everywhere; float64 and classes read one by one have it everywhere, to save registers.
+rows of a program need one everywhere.
 """
 
 from typing import NamedTuple
@@ -13,72 +13,95 @@ from .rows import CHUNK
 
 
 class Tiles(NamedTuple):
-    """Tile numbers: unmasked are ``first <= tile < full`` but ``low <= high``, which are ``full`` where not there."""
+    """Tile numbers: unmasked are ``first <= tile < full`` but the ``apart``, ascending, which are ``full`` if none."""
 
     first: tl.tensor
-    low: tl.tensor
-    high: tl.tensor
+    apart: tl.tuple
     full: tl.tensor
     last: tl.tensor
 
 
 @triton.constexpr_function
-def needs_no_mask(ROWS, VECTOR):
-    """Return whether there may be tiles without a mask."""
-    return ROWS == 1 and VECTOR >= 4
+def needs_no_mask(TILE):
+    """Return whether soft targets have tiles without a mask; float64 and single classes do not, to save registers."""
+    return TILE.rows == 1 and TILE.vector >= 4
 
 
 @triton.jit
-def tiles_of(rows, classes, first, last, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the order of tiles ``first`` to ``last`` with two classes [ROWS] set apart."""
-    if not needs_no_mask(ROWS, VECTOR):
-        return Tiles(first, first, first, first, last)
+def tiles_of(rows, classes, first, last, LANES: tl.constexpr, NO_MASK: tl.constexpr):
+    """Return the order of tiles ``first`` to ``last`` of one row with one or two classes [1] set apart.
+
+    Without ``NO_MASK``, and with several rows, every tile has a mask.
+    """
+    if not NO_MASK:
+        return Tiles(first, (), first, last)
     full = tl.max(tl.where(rows.active, rows.n_chunks // LANES, 0), 0)
     full = tl.maximum(tl.minimum(full, last), first)
     a = tl.max((classes[0] - rows.head) // (CHUNK * LANES), 0)
-    b = tl.max((classes[1] - rows.head) // (CHUNK * LANES), 0)
     a = tl.where((a >= first) & (a < full), a, full)
-    b = tl.where((b >= first) & (b < full) & (b != a), b, full)
-    return Tiles(first, tl.minimum(a, b), tl.maximum(a, b), full, last)
+    if len(classes) == 1:
+        return Tiles(first, (a,), full, last)
+    else:
+        b = tl.max((classes[1] - rows.head) // (CHUNK * LANES), 0)
+        b = tl.where((b >= first) & (b < full) & (b != a), b, full)
+        return Tiles(first, (tl.minimum(a, b), tl.maximum(a, b)), full, last)
 
 
 @triton.jit
-def all_tiles(rows, classes, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the order of all tiles of the rows with two classes [ROWS] set apart."""
-    n_tiles = tl.cdiv(tl.max(tl.where(rows.active, rows.n_chunks, 0), 0), LANES)
-    return tiles_of(rows, classes, 0, n_tiles, ROWS, LANES, VECTOR)
+def tiles_of_part(rows, classes, part, n_parts, TILE: tl.constexpr, NO_MASK: tl.constexpr):
+    """Return the order of the ``part``-th share of all tiles with one or two classes [ROWS] set apart."""
+    WHOLE: tl.constexpr = CHUNK if TILE.vector > 0 else 1  # the last chunk of planes need not be whole
+    n_tiles = tl.cdiv(rows.n_classes // WHOLE, TILE.lanes * (CHUNK // WHOLE))
+    share = tl.cdiv(n_tiles, n_parts)
+    first = part * share
+    return tiles_of(rows, classes, first, tl.minimum(first + share, n_tiles), TILE.lanes, NO_MASK)
 
 
 @triton.jit
-def tiles_of_program(rows, classes, n_classes, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Return the order of a program's share (axis 1) of all tiles with two classes [ROWS] set apart."""
-    n_tiles = tl.cdiv(n_classes // CHUNK, LANES)
-    share = tl.cdiv(n_tiles, tl.num_programs(1))
-    first = tl.program_id(1) * share
-    return tiles_of(rows, classes, first, tl.minimum(first + share, n_tiles), ROWS, LANES, VECTOR)
+def n_plain(tiles):
+    """Return how many tiles of the order need no mask: its first ones."""
+    return tiles.full - tiles.first - n_apart(tiles)
 
 
 @triton.jit
-def n_segments(tiles):
-    return 1 + tl.where(tiles.low < tiles.full, 1, 0) + tl.where(tiles.high < tiles.full, 1, 0)
+def n_all(tiles):
+    return tiles.last - tiles.first
 
 
 @triton.jit
-def segment(tiles, i):
-    """Return the ends of the ``i``-th run of tiles without a mask."""
-    start = tl.where(i == 0, tiles.first, tl.where(i == 1, tiles.low, tiles.high) + 1)
-    return start, tl.where(i == 0, tiles.low, tl.where(i == 1, tiles.high, tiles.full))
+def n_apart(tiles):
+    n = 0
+    for j in tl.static_range(len(tiles.apart)):
+        n += tl.where(tiles.apart[j] < tiles.full, 1, 0)
+    return n
 
 
 @triton.jit
-def n_masked(tiles):
-    return n_segments(tiles) - 1 + tiles.last - tiles.full
+def chunks_of(tiles, i, LANES: tl.constexpr, PLAIN: tl.constexpr = False):
+    """Return the chunk numbers [1, LANES] of the ``i``-th tile in order, one that needs no mask if ``PLAIN``."""
+    tile = tiles.first + i
+    for j in tl.static_range(len(tiles.apart)):
+        tile += tl.where(tile >= tiles.apart[j], 1, 0)
+    if not PLAIN:
+        past = i - n_plain(tiles)  # those set apart come next, then what ends past the row
+        tile = tl.where(past < 0, tile, tiles.first + i)
+        for j in tl.static_range(len(tiles.apart)):
+            tile = tl.where((past == j) & (tiles.apart[j] < tiles.full), tiles.apart[j], tile)
+    return tile * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
-def masked(tiles, i):
-    """Return the ``i``-th tile with a mask."""
-    from_full = tiles.last - n_masked(tiles) + i  # past those set apart
-    one_apart = (i == 0) & (tiles.low < tiles.full)
-    two_apart = (i == 1) & (tiles.high < tiles.full)
-    return tl.where(one_apart, tiles.low, tl.where(two_apart, tiles.high, from_full))
+def label_tiles(rows, LANES: tl.constexpr):
+    """Return a word whose bit ``tile % 32`` is set where that tile holds the label of one of several rows."""
+    tile = (rows.target - rows.head) // (CHUNK * LANES)
+    return tl.reduce(1 << (tile & 31), 0, either)
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def holds(labels, tile):
+    return ((labels >> (tile & 31)) & 1) != 0
