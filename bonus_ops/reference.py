@@ -27,6 +27,7 @@ __all__ = [
     "gradient",
     "logsumexp",
     "logsumexp_gradient",
+    "logsumexp_of_sums",
     "out_of_bounds",
     "rows",
     "scores",
@@ -162,7 +163,7 @@ def scores_of_sums(sums: RowSums, counts: Tensor, dtype: torch.dtype = torch.flo
     rest_entropy = torch.log(total) - sum_exp_z / total
     entropy = torch.where(p == 0, 0.0, p * plain) + torch.where(u == 0, 0.0, u * (log_odds_loss + rest_entropy))
     margin = z_target - maximum + torch.where(gap.isnan(), math.nan, 0.0)
-    energy = -torch.where(gap > 0, z_target + plain, maximum + torch.log(total) + log_odds_loss)
+    energy = -logsumexp_of_sums(sums)
     known = counts & ~gap.isnan() & (maximum > -math.inf)
 
     def column(x: Tensor) -> Tensor:
@@ -177,6 +178,13 @@ def scores_of_sums(sums: RowSums, counts: Tensor, dtype: torch.dtype = torch.flo
 def gap_of_sums(sums: RowSums) -> Tensor:
     """Return ``z_y - logsumexp(rest)`` of rows from their sums."""
     return _gap(sums.z_target, sums.max.masked_fill(sums.max == -math.inf, 0.0), sums.sum_exp)
+
+
+def logsumexp_of_sums(sums: RowSums) -> Tensor:
+    """Return the logsumexp of all classes of rows from their sums: by way of the larger of label and rest."""
+    gap = gap_of_sums(sums)
+    rest = sums.max + torch.log(torch.where(sums.sum_exp == 0, 1.0, sums.sum_exp))
+    return torch.where(gap > 0, sums.z_target - logsigmoid(gap), rest - logsigmoid(-gap))
 
 
 def soft_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targets: SoftTargets) -> Tensor:

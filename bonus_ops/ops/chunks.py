@@ -24,7 +24,7 @@ from ..row_sums import RowSums
 from ..soft_targets import SoftTargets
 from . import room
 
-__all__ = ["Layer", "LinearResult", "Rows", "Wanted", "computed", "empty", "row_bytes"]
+__all__ = ["Layer", "LinearResult", "Products", "Rows", "Wanted", "computed", "empty", "row_bytes", "rows_of_chunk"]
 
 # Measured on a server with AVX2, one thread, 1024x512x32000 to 512x768x128256: 256 to 512 rows a chunk are alike
 BUDGET = {"cpu": 128 << 20}  # bytes: 256 rows of 128256 classes
@@ -105,7 +105,7 @@ def row_bytes(n_classes: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-n_classes // PAD) * PAD * dtype.itemsize
 
 
-def _rows_of_chunk(n_rows: int, n_bytes: int, budget: int, device: torch.device) -> int:
+def rows_of_chunk(n_rows: int, n_bytes: int, budget: int, device: torch.device) -> int:
     """Return the rows of all chunks but the last: as many as the budget holds, spread evenly."""
     most = n_rows
     if not budget:
@@ -138,9 +138,9 @@ def computed(
         return out._replace(grad_weight=out.grad_weight.zero_(), grad_bias=out.grad_bias.zero_())
     if implementation == "numba" and rows.targets is None and not wanted.gradient:
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
-    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0)
+    products = Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
-    size = _rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
+    size = rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
     one_chunk = _OF_CHUNKS[implementation, "labels" if rows.targets is None else "soft"]
     for first in range(0, n_rows, size):
@@ -171,7 +171,7 @@ def computed(
 
 def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
     """Return the sums of the rows that are kept, by tiles of classes that are merged."""
-    products = _Products(layer, 1.0)
+    products = Products(layer, 1.0)
     at = torch.arange(len(layer.hidden)) if kept is None else kept
     found: list[RowSums | None] = [None] * -(-len(at) // TILE[0])
     buffer = layer.hidden.new_empty(min(TILE[0], len(at)) * TILE[1], dtype=products.dtype)
@@ -196,7 +196,7 @@ def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult
     return out
 
 
-class _Products:
+class Products:
     """The products of a layer. On a CPU halves are widened first, the weight by tiles: theirs are not made there."""
 
     def __init__(self, layer: Layer, factor: float) -> None:
