@@ -24,7 +24,7 @@ class LinearCall(Call):
         self, input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: str,
         ignore_index: int, label_smoothing: float, bonus: Any, bonus_smoothing: float | None, bonus_weight: Any,
         row_weight: Any, options: LogitOptions, budget: int | None, implementation: str | None, validate: bool,
-        scores: bool, norm: bool,
+        scores: bool, norm: bool, n_classes: int | None = None,
     ) -> None:  # fmt: skip
         _check_layer(input, linear_weight, linear_bias)
         device = input.device.type
@@ -33,7 +33,8 @@ class LinearCall(Call):
         self.product_dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
         self.hidden = input.reshape(-1, input.shape[-1])
         self.linear_weight, self.linear_bias = linear_weight, linear_bias
-        shape, n_classes = input.shape[:-1], linear_weight.shape[0]
+        shape, n_local = input.shape[:-1], linear_weight.shape[0]
+        n_classes = n_local if n_classes is None else n_classes  # more, of which the weight is a shard
         labels = _flat(target, shape, n_classes)
         # what the logits would be, as far as checks can see: one number of memory
         logits = input.new_empty((), dtype=self.product_dtype).expand(len(self.hidden), n_classes)
@@ -48,7 +49,7 @@ class LinearCall(Call):
         )  # fmt: skip
         self.norm = norm
         self.target_given, self.row_shape = target, shape
-        self.budget = _checked_budget(budget, device, n_classes * reference.accumulation_dtype(input.dtype).itemsize)
+        self.budget = _checked_budget(budget, device, n_local * reference.accumulation_dtype(input.dtype).itemsize)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self._tensors

@@ -181,9 +181,9 @@ def gap_of_sums(sums: RowSums) -> Tensor:
 
 
 def logsumexp_of_sums(sums: RowSums) -> Tensor:
-    """Return the logsumexp of rows from their sums."""
-    gap, total = gap_of_sums(sums), torch.where(sums.sum_exp == 0, 1.0, sums.sum_exp)
-    rest = sums.max + torch.log(total)
+    """Return the logsumexp of all classes of rows from their sums: by way of the larger of label and rest."""
+    gap = gap_of_sums(sums)
+    rest = sums.max + torch.log(torch.where(sums.sum_exp == 0, 1.0, sums.sum_exp))
     return torch.where(gap > 0, sums.z_target - logsigmoid(gap), rest - logsigmoid(-gap))
 
 

@@ -31,6 +31,11 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "smoothing-none": ((6, 7), 0, {"label_smoothing": 0.1, "reduction": "none"}),
     "replicated": ((5, 7), "R", {}),
     "classes": ((5, 7), 1, {}),
+    "classes-none": ((5, 7), 1, {"reduction": "none", "bonus": PowerBonus(gamma=2.0, strength=0.5)}),
+    "classes-plain-target": ((5, 7), 1, {"plain": True}),
+    "classes-weight": ((5, 7), 1, {"weight": (torch.arange(7) + 1.0) / 4}),
+    "classes-extra-dimension": ((4, 7, 3), 1, {}),
+    "classes-smoothing": ((5, 7), 1, {"label_smoothing": 0.1}),
     "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-uneven": ((5, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-sharded": ((4, 7, 3), 2, {}),
@@ -129,6 +134,11 @@ def sharded_results() -> dict[str, Any]:
     loss, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
     results["scores"] = [x.full_tensor() for x in (*scores, softmax)]
     assert all(x.placements == (Shard(0),) for x in (*scores, softmax))
+    logits, target = spread((5, 7), 1)
+    _, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
+    assert softmax.placements == (Shard(1),) and all(x.placements == (Replicate(),) for x in scores)
+    results["classes-scores"] = [x.full_tensor() for x in (*scores, softmax)]
+    logits, target = spread((5, 7), 0)
     results["mixed"] = error(example((5, 7))[0].requires_grad_(), target)
     compiled = torch.compile(bonus_cross_entropy, backend="aot_eager", fullgraph=True)
     logits, target = spread((6, 7), 0)
@@ -194,8 +204,14 @@ def test_rows_stay_where_they_are(results: dict[str, Any]) -> None:
     assert results["replicated"][2:] == (("R", "R"), {})
 
 
-def test_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
-    _, _, placements, sent = results["classes"]
+def test_classes_stay_where_they_are(results: dict[str, Any]) -> None:
+    for name in ("classes", "classes-none", "classes-plain-target", "classes-weight", "classes-extra-dimension"):
+        # sums of each rank's classes, forward; nothing backward
+        assert results[name][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 1}), name
+
+
+def test_smoothed_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
+    _, _, placements, sent = results["classes-smoothing"]
     assert placements == ("P(sum)", "S(0)")
     # once forward, once backward; gloo has no all-to-all, so DTensor gathers and keeps its part
     assert sent in ({"c10d_functional.all_gather_into_tensor": 2}, {"c10d_functional.all_to_all_single": 2})
@@ -204,8 +220,9 @@ def test_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
 def test_scores_are_sharded_as_the_rows(results: dict[str, Any]) -> None:
     logits, target = example((5, 7))
     _, scores, softmax = bonus_cross_entropy_with_softmax(logits, target)
-    for got, one in zip(results["scores"], (*scores, softmax), strict=True):
-        torch.testing.assert_close(got, one, rtol=0, atol=1e-6, equal_nan=True)
+    for name in ("scores", "classes-scores"):
+        for got, one in zip(results[name], (*scores, softmax), strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=1e-6, equal_nan=True)
 
 
 def test_compiled_dtensor(results: dict[str, Any]) -> None:

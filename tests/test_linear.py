@@ -204,7 +204,7 @@ def test_any_budget_gives_the_same_to_rounding_and_one_the_same_bits():
 
 def test_a_budget_bounds_the_rows_of_a_chunk(monkeypatch):
     sizes = []
-    monkeypatch.setattr(chunks._Products, "logits", lambda self, x, out: sizes.append(len(x)) or out.zero_())
+    monkeypatch.setattr(chunks.Products, "logits", lambda self, x, out: sizes.append(len(x)) or out.zero_())
     layer = Layer()
     layer.loss(budget=4 * ROW)
     assert sizes == [4, 4, 2]  # of ten rows that count
@@ -268,7 +268,7 @@ def products(monkeypatch):
     counts = dict.fromkeys(("tile", "to_hidden", "to_weight", "to_bias"), 0)
 
     def counted(name: str) -> Any:
-        whole = getattr(chunks._Products, name)
+        whole = getattr(chunks.Products, name)
 
         def product(self, *args):
             counts[name] += 1
@@ -277,7 +277,7 @@ def products(monkeypatch):
         return product
 
     for name in counts:
-        monkeypatch.setattr(chunks._Products, name, counted(name))
+        monkeypatch.setattr(chunks.Products, name, counted(name))
     return counts
 
 

@@ -24,7 +24,7 @@ from ..row_sums import RowSums
 from ..soft_targets import SoftTargets
 from . import labels, room
 
-__all__ = ["Layer", "LinearResult", "Rows", "Wanted", "computed", "empty", "row_bytes"]
+__all__ = ["Layer", "LinearResult", "Products", "Rows", "Wanted", "computed", "empty", "row_bytes", "rows_of_chunk"]
 
 # Measured on a server with AVX2, one thread, 1024x512x32000 to 512x768x128256: 256 to 512 rows a chunk are alike
 BUDGET = {"cpu": 128 << 20}  # bytes: 256 rows of 128256 classes
@@ -126,7 +126,7 @@ def row_bytes(n_classes: int, dtype: torch.dtype, device: torch.device) -> int:
     return -(-n_classes // PAD) * PAD * dtype.itemsize
 
 
-def _rows_of_chunk(n_rows: int, n_bytes: int, budget: int, device: torch.device) -> int:
+def rows_of_chunk(n_rows: int, n_bytes: int, budget: int, device: torch.device) -> int:
     """Return the rows of all chunks but the last: as many as the budget holds, spread evenly."""
     most = n_rows
     if not budget:
@@ -159,9 +159,9 @@ def computed(
         return out._replace(grad_weight=out.grad_weight.zero_(), grad_bias=out.grad_bias.zero_())
     if implementation == "numba" and rows.targets is None and not (wanted.gradient or from_chunks):
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
-    products = _Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
+    products = Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
-    size = _rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
+    size = rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
     one_chunk = _OF_CHUNKS[implementation, "labels" if rows.targets is None else "soft"]
     for first in range(0, n_rows, size):
@@ -193,7 +193,7 @@ def computed(
 
 def _summed(layer: Layer, rows: Rows, kept: Tensor | None) -> RowSums:
     """Return the sums of the rows that are kept, added up by tiles of classes."""
-    products = _Products(layer, 1.0, rows.folded)
+    products = Products(layer, 1.0, rows.folded)
     n_rows = len(layer.hidden) if kept is None else len(kept)
     sums = row_sums.of_nothing(n_rows, products.dtype, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(TILE[0], n_rows) * TILE[1], dtype=products.dtype)
@@ -220,7 +220,7 @@ def _from_sums(sums: RowSums, rows: Rows, kept: Tensor | None, out: LinearResult
     return out
 
 
-class _Products:
+class Products:
     """The products of a layer. On a CPU halves are widened first, the weight by tiles: theirs are not made there."""
 
     def __init__(self, layer: Layer, factor: float, scale: float) -> None:

@@ -1,0 +1,377 @@
+"""Losses on a softmax whose classes are spread over the ranks of a group, as tensor-parallel output layers leave them.
+
+Every rank holds its own classes of the logits, or of the last layer, and the same target. What travels is a few floats
+a row, in one all-gather; no logit does. All ranks must make the same calls with the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .checks import check_validate
+from .functional import _DEFAULT_BONUS
+from .linear import LinearScores
+from .linear_call import LinearCall
+from .logit_options import LogitOptions, checked_options
+from .losses import ClassLoss, GapLoss
+from .ops import shards
+from .ops import vocab_parallel as ops
+from .ops.shards import Facts
+from .reference import check_target
+from .scores import Scores
+from .watchers import is_transformed
+
+__all__ = [
+    "bonus_cross_entropy",
+    "bonus_cross_entropy_with_scores",
+    "linear_bonus_cross_entropy",
+    "linear_bonus_cross_entropy_with_scores",
+]
+
+
+class _Options(NamedTuple):
+    """What both forms take beside tensors."""
+
+    weight: Tensor | None
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    bonus: Any
+    bonus_smoothing: float | None
+    bonus_weight: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    z_loss: float
+
+
+def bonus_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    group: Any,
+    class_range: tuple[int, int] | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    validate: bool = False,
+) -> Tensor:
+    """Compute `bonus_ops.bonus_cross_entropy` of logits whose classes are spread over the ranks of ``group``.
+
+    With ``rest`` all classes but the label, of all ranks,
+
+        gap = z_y - logsumexp(rest)      L = value(gap)      dL/dz_y = -A      dL/dz_k = A exp(z_k - logsumexp(rest))
+
+    One all-gather in forward carries 12 bytes a row of every rank (24 with scores, 4 more with smoothing; twice that
+    for float64); backward sends nothing. The loss has the same bits on every rank.
+
+    Args:
+        input: logits of this rank's classes, [C_local], [N, C_local] or [N, C_local, d1, ...], float16, bfloat16,
+            float32 or float64. A rank may have none. The same rows on every rank.
+        target: class indices [N, d1, ...] among all classes, int64 or uint8, the same on every rank.
+        group: the process group, None for all processes.
+        class_range: ``(first, stop)``, which classes ``input`` holds. The ranges of the ranks hold every class once, in
+            any order and of any size. None: equal shards in the order of the ranks.
+        weight: factor of each class, [C] of all ranks, the same on every rank, dtype of ``input``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; over rows: every rank returns the whole loss.
+        ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
+        label_smoothing: as in `bonus_ops.bonus_cross_entropy`; of plain cross-entropy only, so far.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        bonus_smoothing: as ``label_smoothing``.
+        bonus_weight: not done so far.
+        logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
+        softcap: see there.
+        z_loss: see there.
+        validate: first ask all ranks what their arguments are, by a small all-gather, and raise on all of them where a
+            single one is at fault or has other rows; on a GPU also wait, and raise for labels out of range and class
+            ranges that do not fit, which otherwise make rows NaN. A CPU always raises for these, on every rank.
+
+    Returns:
+        Loss in nats in the dtype of ``input`` (float32 under autocast), the same on every rank: a scalar, or shaped
+        like ``target`` for ``"none"``. The gradient is that of this rank's logits, for an upstream gradient that is
+        the same on every rank.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as `bonus_ops.bonus_cross_entropy`.
+        ValueError: the class ranges overlap, leave out a class or do not fit the shards; on every rank.
+        IndexError: a label of no class; on every rank.
+        NotImplementedError: probabilities as target; smoothing or ``bonus_weight`` with a bonus; a `ClassLoss`;
+            `torch.func` and forward mode. RuntimeError for a second derivative.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from bonus_ops import vocab_parallel
+        >>> logits = hidden @ weight_of_this_rank.T  # doctest: +SKIP
+        >>> vocab_parallel.bonus_cross_entropy(logits, target, group=dist.group.WORLD).backward()  # doctest: +SKIP
+
+    References:
+        Shoeybi et al., Megatron-LM, 2019, https://arxiv.org/abs/1909.08053, section 3: parallel cross-entropy.
+    """
+    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
+                       logit_scale, softcap, z_loss)  # fmt: skip
+    loss, _ = _of_logits(input, target, group, class_range, options, validate, False)
+    return loss
+
+
+def bonus_cross_entropy_with_scores(
+    input: Tensor,
+    target: Tensor,
+    *,
+    group: Any,
+    class_range: tuple[int, int] | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    validate: bool = False,
+) -> tuple[Tensor, Scores]:
+    """Compute `bonus_cross_entropy` of spread classes and the difficulty scores of every row, from one all-gather.
+
+    Args: as in `bonus_cross_entropy`.
+
+    Returns:
+        The loss, and `Scores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN where
+        ignored. ``runner_up`` counts classes as ``target`` does.
+
+    Raises:
+        As `bonus_cross_entropy`.
+
+    Example:
+        >>> from bonus_ops import vocab_parallel
+        >>> loss, scores = vocab_parallel.bonus_cross_entropy_with_scores(
+        ...     logits, target, group=None, class_range=(first, stop)
+        ... )  # doctest: +SKIP
+    """
+    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
+                       logit_scale, softcap, z_loss)  # fmt: skip
+    loss, scores = _of_logits(input, target, group, class_range, options, validate, True)
+    return loss, cast(Scores, scores)
+
+
+def linear_bonus_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    group: Any,
+    class_range: tuple[int, int] | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduce_input_grad: bool = True,
+    budget: int | None = None,
+) -> Tensor:
+    """Compute `bonus_ops.linear_bonus_cross_entropy` of a last layer whose classes are spread over ``group``.
+
+    As `bonus_cross_entropy` of ``linear(input, linear_weight, linear_bias)``, by chunks of rows whose logits become
+    gradients in the forward pass. One all-gather of a few bytes before any product finds what does not fit, one a chunk
+    carries the sums of its rows while the next chunk's logits are made, and one all-reduce adds up the gradient of
+    ``input``: in forward, or in backward for ``reduction="none"``.
+
+    Args:
+        input: what the last layer takes, [..., H], the same on every rank.
+        linear_weight: [C_local, H], this rank's classes, dtype of ``input``. A rank may have none.
+        target: class indices [...] among all classes, the same on every rank.
+        group: as in `bonus_cross_entropy`.
+        class_range: as in `bonus_cross_entropy`.
+        linear_bias: [C_local], or None.
+        weight: factor of each class, [C] of all ranks.
+        reduction: as in `bonus_ops.linear_bonus_cross_entropy`; ``"none"`` makes the logits again in backward.
+        ignore_index: as in `bonus_cross_entropy`.
+        label_smoothing: as in `bonus_cross_entropy`.
+        bonus: as in `bonus_cross_entropy`.
+        bonus_smoothing: as in `bonus_cross_entropy`.
+        bonus_weight: not done so far.
+        row_weight: factor of each row's loss, its z-loss included, shaped like ``target``, the same on every rank; the
+            divisor of ``"mean"`` does not know it. Differentiable.
+        logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
+        softcap: see there.
+        z_loss: see there.
+        reduce_input_grad: add up the gradient of ``input`` over the ranks. False leaves each with the share of its
+            classes, for a caller who adds up elsewhere, by a reduce-scatter say.
+        budget: as in `bonus_ops.linear_bonus_cross_entropy`, of which two chunks share it. The rank with the least room
+            decides how many rows a chunk has.
+
+    Returns:
+        Loss in nats in the dtype of ``input`` (float32 under autocast), the same bits on every rank: a scalar, or
+        shaped like ``target`` for ``"none"``. Gradients are of ``input`` and of this rank's weight and bias.
+
+    Raises:
+        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`; where one rank finds a fault in its own
+        arguments, the others raise RuntimeError.
+
+    Example:
+        >>> from bonus_ops import vocab_parallel
+        >>> loss = vocab_parallel.linear_bonus_cross_entropy(
+        ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
+        ... )  # doctest: +SKIP
+
+    References:
+        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`.
+    """
+    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
+                       logit_scale, softcap, z_loss)  # fmt: skip
+    layer = input, linear_weight, target, linear_bias, row_weight
+    return _of_layer(layer, group, class_range, options, reduce_input_grad, budget, False).loss
+
+
+def linear_bonus_cross_entropy_with_scores(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    group: Any,
+    class_range: tuple[int, int] | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None,
+    bonus_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduce_input_grad: bool = True,
+    budget: int | None = None,
+) -> tuple[Tensor, LinearScores]:
+    """Compute `linear_bonus_cross_entropy` of spread classes and the difficulty scores of every row.
+
+    Args: as in `linear_bonus_cross_entropy`.
+
+    Returns:
+        The loss, and `LinearScores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN
+        where ignored. Smoothing and softcap cost an all-reduce of a float a row, for ``last_layer_grad_norm``.
+
+    Raises:
+        As `linear_bonus_cross_entropy`.
+
+    Example:
+        >>> from bonus_ops import vocab_parallel
+        >>> loss, scores = vocab_parallel.linear_bonus_cross_entropy_with_scores(
+        ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
+        ... )  # doctest: +SKIP
+    """
+    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
+                       logit_scale, softcap, z_loss)  # fmt: skip
+    layer = input, linear_weight, target, linear_bias, row_weight
+    loss, scores, norm = _of_layer(layer, group, class_range, options, reduce_input_grad, budget, True)
+    return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))
+
+
+# --- checks, and what ranks agree on before they compute --------------------------------------------------------------
+
+
+_Checked = tuple[Any, shards.Shard, Tensor]  # call, shard, facts
+
+
+def _of_logits(
+    input: Any, target: Any, group: Any, class_range: Any, options: _Options, validate: bool, scores: bool
+) -> tuple[Tensor, Scores | None]:
+    check_validate(validate)
+    n_ranks = shards.ranks_of(group)
+
+    def checked() -> _Checked:
+        kept = _kept(target, options)
+        logits, n_local = input, 0
+        if isinstance(input, Tensor) and input.dim():
+            axis = min(input.dim() - 1, 1)
+            n_local = input.shape[axis]
+            # what the logits of all ranks would be, as far as checks can see: one number of memory
+            shape = list(input.shape)
+            shape[axis] = n_local * n_ranks if options.weight is None else len(options.weight)
+            logits = input.new_empty(()).expand(shape)
+        call = Call(
+            logits, target, options.weight, None, options.ignore_index, None, options.reduction,
+            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, kept, "reference",
+            False, scores, False,
+        )  # fmt: skip
+        ops.check_done(call)
+        shard = shards.shard_of(group, class_range, n_local)
+        return call, shard, shards.facts_of(shard, n_local, call.target)
+
+    call, shard, _ = _agreed(group, input, options.weight, checked)[0] if validate else checked()
+    return ops.run(call, input, shard, validate)
+
+
+def _of_layer(
+    layer: tuple[Any, ...], group: Any, class_range: Any, options: _Options, reduce_input_grad: bool,
+    budget: int | None, scores: bool,
+) -> ops.LinearResult:  # fmt: skip
+    input, linear_weight, target, linear_bias, row_weight = layer
+    shards.ranks_of(group)
+
+    def checked() -> _Checked:
+        kept = _kept(target, options)
+        n_classes = None if options.weight is None else len(options.weight)
+        call = LinearCall(
+            input, linear_weight, target, linear_bias, options.weight, options.reduction, options.ignore_index,
+            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, budget,
+            "reference", False, scores, n_classes,
+        )  # fmt: skip
+        call.options = kept
+        ops.check_done(call)
+        shard = shards.shard_of(group, class_range, len(linear_weight))
+        return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))
+
+    (call, shard, _), facts = _agreed(group, input, options.weight, checked)
+    n_classes = int((facts.stop - facts.first).sum())
+    if call.input.device.type == "cpu":
+        check_target(call.target, n_classes, call.ignore_index)
+    return ops.run_linear(call, shard, n_classes, int(facts.chunk_rows.min()), reduce_input_grad)
+
+
+def _kept(target: Any, options: _Options) -> LogitOptions:
+    """Return the checked options of logits; raise for what is not done at all."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("classes spread over ranks: call it outside of torch.compile")
+    if is_transformed():
+        raise NotImplementedError("classes spread over ranks: no rule for torch.func, vmap and forward mode")
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise NotImplementedError(
+            f"classes spread over ranks: expected class indices as target, got probabilities of {target.dtype}"
+        )
+    if options.weight is not None and not (isinstance(options.weight, Tensor) and options.weight.dim() == 1):
+        came = list(options.weight.shape) if isinstance(options.weight, Tensor) else type(options.weight).__name__
+        raise RuntimeError(f"expected weight of shape [C], one number for each class of all ranks, got {came}")
+    return checked_options(options.logit_scale, options.softcap, options.z_loss)
+
+
+def _agreed(group: Any, input: Any, weight: Tensor | None, checked: Callable[[], _Checked]) -> tuple[_Checked, Facts]:
+    """Return what ``checked`` returns and the facts of all ranks; raise on all where a rank raises."""
+    try:
+        mine = checked()
+    except Exception:
+        shards.facts_of_all(group, None, input.device if isinstance(input, Tensor) else torch.device("cpu"))
+        raise
+    facts = shards.facts_of_all(group, mine[2], mine[2].device)
+    shards.check_facts(facts, None if weight is None else len(weight))
+    return mine, facts
