@@ -57,12 +57,15 @@ def add_loop(plan, first, last, work):
         else:
             label = p.n_classes  # of no class here
         m, k = largest(z, label)
-        k = p.first_class + k if k >= 0 else NO_CLASS
+        k = p.first_class + k if (k >= 0) & (m > -INFINITY) else NO_CLASS
         s, s2, sz, _ = sums_of(z, e, label, label, m)
         before = RestStats(maximum[row], argmax[row], sum_exp[row], sum_exp2[row], sum_exp_z[row])
         both = merge(before, RestStats(m, k, s, s2, sz))
         maximum[row], argmax[row] = both.max, both.argmax
         sum_exp[row], sum_exp2[row], sum_exp_z[row] = both.sum_exp, both.sum_exp2, both.sum_exp_z
+
+
+INFINITY = float("inf")
 
 
 @functools.cache
