@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def _whole(x: Any) -> Any:
     """Return all of a tensor, of which a rank may hold a part."""
     if not isinstance(x, DTensor):
         return x
-    return x.detach().redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim).to_local()
+    return cast(DTensor, x.detach()).redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim).to_local()
 
 
 def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
@@ -154,7 +154,8 @@ def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
         )  # fmt: skip
     saved = torch.stack(shards.saved_of(local.sums))
     found = [DTensor.from_local(x, mesh, replicated, run_check=False) for x in (local.loss, scores, runner_up, saved)]
-    return *found, softmax if call["softmax"] else DTensor.from_local(softmax, mesh, replicated, run_check=False)
+    given = softmax if isinstance(softmax, DTensor) else DTensor.from_local(softmax, mesh, replicated, run_check=False)
+    return *found, given
 
 
 def _labels_backward(call: Any, mesh_dim: int) -> DTensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .kernels.results import accumulation_dtype
+from .logit_options import LogitOptions
 from .losses import CrossEntropy, GapLoss, Loss
 from .row_sums import RowSums
 from .scores import Scores
@@ -34,6 +35,7 @@ __all__ = [
     "scores_of_sums",
     "soft_rows",
     "softmax",
+    "z_of",
 ]
 
 CROSS_ENTROPY = CrossEntropy()
@@ -116,6 +118,13 @@ def gradient(logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, g
     is_label = torch.arange(logits.shape[-1], device=logits.device) == target[..., None]
     pull = slope * 0.0 - slope  # an infinite slope is NaN at the label, as torch's
     return torch.where(is_label & counts[..., None], pull[..., None], others).to(logits.dtype)
+
+
+def z_of(logits: Tensor, target: Tensor, ignore_index: int, options: LogitOptions) -> Tensor:
+    """Return what options make of the logits, whatever ignored rows hold."""
+    if options.kernel == "as_given":
+        return logits
+    return options.applied(logits.masked_fill((target == ignore_index)[..., None], 0.0))
 
 
 def logsumexp(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -334,10 +334,9 @@ def _of_layer(
         n_classes = None if options.weight is None else len(options.weight)
         call = LinearCall(
             input, linear_weight, target, linear_bias, options.weight, options.reduction, options.ignore_index,
-            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, budget,
-            "reference", False, scores, n_classes,
+            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, kept,
+            budget, "reference", False, scores, scores, n_classes,
         )  # fmt: skip
-        call.options = kept
         ops.check_done(call)
         shard = shards.shard_of(group, class_range, len(linear_weight))
         return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))

@@ -42,8 +42,9 @@ def run(call: Call) -> Result:
 
 
 def _by_formula(call: Call) -> Result:
-    logits = call.options.applied(call.logits())
+    logits = call.logits()
     target = call.target.reshape(logits.shape[:2])
+    logits = reference.z_of(logits, target, call.ignore_index, call.options)
     if logits.device.type == "cpu":
         reference.check_target(target, call.n_classes, call.ignore_index)
     value = reference.rows(logits, target, call.ignore_index, cast(GapLoss, call.loss)).reshape(-1)
@@ -191,8 +192,8 @@ class _Visit(NamedTuple):
         grad_lse = None
         if z_factor:
             rows = target.reshape(logits.shape[:2])
-            lse = reference.logsumexp(self.options.applied(logits), rows, self.ignore_index).reshape(-1)
-            grad_lse = lse * (2 * z_factor * factor)
+            z = reference.z_of(logits, rows, self.ignore_index, self.options)
+            grad_lse = reference.logsumexp(z, rows, self.ignore_index).reshape(-1) * (2 * z_factor * factor)
         return as_input(
             _gradient(logits, target, upstream, grad_lse, self.ignore_index, self.loss, self.options), input
         )
@@ -207,11 +208,13 @@ def _gradient(
     target, grad_loss = target.reshape(rows), grad_loss.reshape(rows)
     if options.kernel == "as_given" and grad_lse is None:
         return reference.gradient(logits, target, ignore_index, loss, grad_loss)
-    z = options.applied(logits.to(reference.accumulation_dtype(logits.dtype)))
+    dtype = logits.dtype
+    logits = logits.to(reference.accumulation_dtype(dtype)).masked_fill((target == ignore_index)[..., None], 0.0)
+    z = options.applied(logits)
     grad = reference.gradient(z, target, ignore_index, loss, grad_loss)
     if grad_lse is not None:
         grad = grad + reference.logsumexp_gradient(z, target, ignore_index, grad_lse.reshape(rows))
-    return (grad * options.slope(logits)).to(logits.dtype)
+    return (grad * options.slope(logits)).to(dtype)
 
 
 # --- eager on a GPU ---------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def _by_formula(call: Call) -> Result:
     of = _rows(call)
     if of.targets.probabilities is None and of.logits.device.type == "cpu":
         reference.check_target(of.label, call.n_classes, call.ignore_index)
-    row = (call.options.applied(of.logits), of.label, call.ignore_index)
+    label = of.label.expand(of.logits.shape[:2])
+    row = (reference.z_of(of.logits, label, call.ignore_index, call.options), label, call.ignore_index)
     value = reference.soft_rows(*row, call.loss, of.targets).reshape(-1)
     columns = reference.scores(*row) if call.scores else None
     lse = reference.logsumexp(*row).reshape(-1) if call.options.z_loss else None
@@ -174,8 +175,8 @@ class _Visit(NamedTuple):
         grad_lse = None
         if self.z_factor:
             rows = label.expand(logits.shape[:2])
-            lse = reference.logsumexp(self.options.applied(logits), rows, self.ignore_index).reshape(-1)
-            grad_lse = lse * (2 * self.z_factor * factor)
+            z = reference.z_of(logits, rows, self.ignore_index, self.options)
+            grad_lse = reference.logsumexp(z, rows, self.ignore_index).reshape(-1) * (2 * self.z_factor * factor)
         row = (self.ignore_index, self.loss, self._targets(operands), self.options)
         return _gradient(logits, label, *row, upstream, grad_lse)
 
@@ -210,7 +211,8 @@ def _gradient(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x = logits if again else logits.detach().requires_grad_()
-        row = (options.applied(x), label.expand(x.shape[:2]), ignore_index)
+        rows = label.expand(x.shape[:2])
+        row = (reference.z_of(x, rows, ignore_index, options), rows, ignore_index)
         value = reference.soft_rows(*row, loss, targets).reshape(-1)
         of, upstream = [value], [grad_loss.to(value.dtype)]
         if grad_lse is not None:

@@ -246,7 +246,7 @@ class _Visit:
 
     def __init__(self, layer: Layer, label: Tensor, terms: Terms, n_classes: Tensor, of: _Options) -> None:
         self.layer, self.label, self.terms, self.n_classes, self.of = layer, label, terms, n_classes, of
-        self.products = Products(layer, 1.0)
+        self.products = Products(layer, 1.0, 1.0)  # whose scale is taken with the cap
         self.dtype = reference.accumulation_dtype(layer.hidden.dtype)
         counts = label != terms.ignore_index
         self.masks = layer.hidden.device.type != "cpu"
