@@ -172,6 +172,14 @@ def test_every_dtype_is_rounded_once(dtype, floor, scale):
         assert ((x.double() - y).abs() <= floor * y.abs() + small + 1e-6 * float(y.abs().max())).all()
 
 
+def test_a_weight_in_halves_is_widened_by_tiles(monkeypatch):
+    layer = Layer(torch.bfloat16)
+    whole = outcome(layer, budget=4 * ROW)
+    monkeypatch.setattr(chunks, "WEIGHT_TILE", 4 * H * 10)  # of ten classes
+    for x, y in zip(outcome(layer, budget=4 * ROW), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=2.0**-7, atol=1e-6)  # the same but for a last bit
+
+
 @pytest.mark.parametrize("n_classes", [1, 2, 10, 64, 2500])
 def test_few_classes_and_many(n_classes):
     compared(Layer(c=n_classes), budget=2 * 4 * max(n_classes + 63, 64), implementation="numba")
@@ -444,13 +452,15 @@ def test_a_named_implementation_refuses_transforms():
         grad(lambda h: linear_bonus_cross_entropy(h, layer.weight, layer.target, implementation="numba"))(layer.hidden)
 
 
-def test_a_graph_may_be_used_twice():
-    layer = Layer()
+@pytest.mark.parametrize("factors", [(1, 3), (3, 1), (3, 3)])
+def test_a_graph_may_be_used_twice(factors):
+    layer, once = Layer(), Layer()
     loss = layer.loss()
-    first = torch.autograd.grad(loss, layer.parameters(), retain_graph=True)
-    second = torch.autograd.grad(3 * loss, layer.parameters())
-    for x, y in zip(first, second, strict=True):
-        torch.testing.assert_close(3 * x, y)
+    truth = torch.autograd.grad(once.loss(), once.parameters())
+    for factor, keep in zip(factors, (True, False), strict=True):
+        found = torch.autograd.grad(factor * loss, layer.parameters(), retain_graph=keep)
+        for x, y in zip(found, truth, strict=True):
+            torch.testing.assert_close(x, factor * y)
 
 
 def test_batched_upstream_gradients():
