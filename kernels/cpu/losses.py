@@ -71,11 +71,11 @@ def pair_of(loss: Any) -> tuple[Any, Any]:
 
 @functools.cache
 def _compiled(value: Any, slope: Any, n_params: int, real: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
         bound = {"VALUE": getattr(value, "fn", value), "SLOPE": getattr(slope, "fn", slope), "N_PARAMS": n_params}
-        return machine_code(column, real, bound)
+        return module_of(column, real, bound)
 
     name = getattr(value, "__name__", "loss").removesuffix("_value")
     return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {real}", make)
@@ -130,11 +130,11 @@ def terms_of(loss: Any, real: str) -> Terms:
 
 @functools.cache
 def _compiled_terms(body: Any, kernel: str, n_params: int, real: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
         of_class = getattr(class_terms, f"{kernel}_terms")
-        return machine_code(body, real, {"TERMS": getattr(of_class, "fn", of_class), "N_PARAMS": n_params})
+        return module_of(body, real, {"TERMS": getattr(of_class, "fn", of_class), "N_PARAMS": n_params})
 
     name = f"{kernel}_{body.__name__}_{real}"
     return stored.entry(body.__code__.co_argcount, name, f"{name} {n_params}", make)
@@ -184,10 +184,10 @@ def probability_column(n, gap, params, value, slope):
 def probability(real: str) -> Columns:
     """Return `probability_column` in an accumulation dtype."""
 
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(probability_column, real, {})
+        return module_of(probability_column, real, {})
 
     function = stored.entry(5, f"probability_{real}", f"probability {real}", make)
     return Columns(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, (function,))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -17,15 +16,13 @@ from numba.extending import intrinsic
 
 from ..formulas.scalar import log_of_rest_series, tanh_float32
 from . import memory
+from .pipeline import compiled
 
 f32, i32 = np.float32, np.int32
 
-# everything is one function in the end, or loops over formulas would not become vector code
-OPTIONS = dict(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
-
 
 def _jit(function: Any) -> Any:
-    return numba.njit(fastmath={"contract"}, **OPTIONS)(function)
+    return compiled(function, {"contract"})
 
 
 @intrinsic
@@ -90,13 +87,18 @@ def absolute(x):
     return abs(x)
 
 
-@intrinsic
-def sqrt(typingctx: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        root = builder.module.declare_intrinsic("llvm.sqrt", [context.get_value_type(x)])
-        return builder.call(root, args)
+def _of_llvm(name: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.call(builder.module.declare_intrinsic(name, [context.get_value_type(x)]), args)
 
-    return x(x), codegen
+        return x(x), codegen
+
+    return function
+
+
+sqrt, floor = _of_llvm("llvm.sqrt"), _of_llvm("llvm.floor")
 
 
 @_jit
@@ -171,7 +173,7 @@ def exp(x):
     """Return e^x within 1 unit in the last place; by two powers of 2, so that both ends of the range are reached."""
     x = f32(-104.0) if x < f32(-104.0) else x
     x = f32(89.0) if x > f32(89.0) else x
-    n = np.floor(x * f32(1.4426950408889634) + f32(0.5))
+    n = floor(x * f32(1.4426950408889634) + f32(0.5))
     r = (x - n * f32(0.693359375)) + n * f32(2.12194440e-4)  # ln 2 in two parts
     k = i32(n)
     h = i32(k >> i32(1))

@@ -24,10 +24,10 @@ __all__ = ["forward", "backward", "visit"]
 
 @functools.cache
 def _loop(element: str, given: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(soft_rows.visit_loop, element, {"Plan": record_of(soft_rows.Plan)}, given)
+        return module_of(soft_rows.visit_loop, element, {"Plan": record_of(soft_rows.Plan)}, given)
 
     name = f"soft_{element}_{given}"
     return stored.entry(4, name, name, make)
