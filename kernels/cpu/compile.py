@@ -1,30 +1,32 @@
-"""Compile a body, a loop of this room with the formulas it names, to machine code for one element type.
+"""Compile a body, a loop of this room with the formulas it names, to a module of LLVM for one element type.
 
 Bodies are plain Python. Numba compiles them with other globals: `tl` and what `scalar` has a twin of are looked up
 there, every function they name is compiled along, and their numbers are of the accumulation dtype, so that nothing is
-widened on the way. `machine_code` is kept on disk by `stored`.
+widened on the way. Machine code is made of it, and kept on disk, by `stored`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.target_extension import target_override
 
 from . import scalar
+from .pipeline import compiled
 
 FORMULA = {"contract"}  # as a GPU's compiler: reordered sums, or a NaN taken for impossible, would break formulas
 LOOP = {"contract", "reassoc", "nsz", "arcp"}  # sums over classes in any order, so in vectors
 
 
-def machine_code(body: Callable[..., Any], element: str, bound: dict[str, Any], given: str = "float32") -> str:
-    """Return LLVM's assembly of ``entry``, a C function of addresses and sizes that returns nothing.
+def module_of(body: Callable[..., Any], element: str, bound: dict[str, Any], given: str = "float32") -> Any:
+    """Return LLVM's module of ``entry``, a C function of addresses and sizes that returns nothing.
 
     Args:
         body: what it does.
@@ -32,33 +34,22 @@ def machine_code(body: Callable[..., Any], element: str, bound: dict[str, Any], 
         bound: what the body names but does not import.
         given: the element type of probabilities.
     """
-    bound = bound | scalar.given(given)
-    function = _compiler(element).function(body, bound)
-    with global_compiler_lock, _unoptimised():
-        return _assembly(function, body)
-
-
-@contextlib.contextmanager
-def _unoptimised() -> Iterator[None]:
-    """Keep Numba from optimising every function on its way up: `stored` does it once for all, in half the time."""
-    kept = numba.config.OPT, numba.config.LOOP_VECTORIZE
-    numba.config.OPT, numba.config.LOOP_VECTORIZE = type(kept[0])(0), 0
-    try:
-        yield
-    finally:
-        numba.config.OPT, numba.config.LOOP_VECTORIZE = kept
-
-
-def _assembly(function: Any, body: Callable[..., Any]) -> str:
+    function = _compiler(element).function(body, bound | scalar.given(given))
     n = body.__code__.co_argcount
-    function.compile(numba.void(*[numba.intp] * n))
+    with global_compiler_lock, target_override("bonus_ops"):
+        function.compile(numba.void(*[numba.intp] * n))
     (overload,) = function.overloads.values()
-    given = ", ".join(f"i64 %a{i}" for i in range(n))
-    return (
-        f"{overload.library.get_llvm_str()}\n"
-        f"define void @entry({given}) {{\n  %out = alloca ptr\n  %error = alloca ptr\n"
-        f'  call i32 @"{overload.fndesc.llvm_func_name}"(ptr %out, ptr %error, {given})\n  ret void\n}}\n'
-    )
+    args, name = ", ".join(f"i64 %a{i}" for i in range(n)), overload.fndesc.llvm_func_name
+    module = overload.library.linked()
+    module.link_in(llvm.parse_assembly(
+        f'declare i32 @"{name}"(ptr, ptr, {", ".join(["i64"] * n)})\n'
+        f"define void @entry({args}) {{\n  %out = alloca ptr\n  %error = alloca ptr\n"
+        f'  call i32 @"{name}"(ptr %out, ptr %error, {args})\n  ret void\n}}\n'
+    ))  # fmt: skip
+    for inner in module.functions:
+        if not inner.is_declaration and inner.name != "entry":
+            inner.linkage = "internal"  # all are inlined, and none is left
+    return module
 
 
 @functools.cache
@@ -88,7 +79,7 @@ class _Compiler:
             code = code.replace(co_consts=tuple(map(self._constant, code.co_consts)))
             rebound = types.FunctionType(code, own, body.__name__, body.__defaults__, body.__closure__)
             fastmath = LOOP if is_loop else FORMULA
-            self.made[key] = numba.njit(fastmath=fastmath, **scalar.OPTIONS)(rebound)
+            self.made[key] = compiled(rebound, fastmath)
         return self.made[key]
 
     def _meant(self, name: str, x: Any, bound: dict[str, Any]) -> Any:

@@ -121,15 +121,15 @@ def count_loop(target, n, n_classes, ignore_index, out):
 
 
 @functools.cache
-def _loop(body: Any, layout: Any, element: str, of_logit: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+def _loop(body: Any, layout: Any, element: str, of_logit: str, more: bool) -> Any:
+    def make() -> Any:
+        from .compile import module_of
 
         bound = {name: getattr(layout, name) for name in ("rows_of_tile", "sum_up", "exps_again")}
-        bound["write_tile"] = layout.write_capped if of_logit == "capped" else layout.write
-        return machine_code(body, element, bound | bound_options(layout, of_logit) | {"Plan": record_of(Plan)})
+        bound |= {"write_tile": layout.write_capped if of_logit == "capped" else layout.write, "MORE": more}
+        return module_of(body, element, bound | bound_options(layout, of_logit) | {"Plan": record_of(Plan)})
 
-    name = f"{body.__name__}_{layout.__name__.rpartition('.')[2]}_{element}_{of_logit}"
+    name = f"{body.__name__}_{layout.__name__.rpartition('.')[2]}_{element}_{of_logit}{'_more' * more}"
     return stored.entry(4, name, name, make)
 
 
@@ -143,10 +143,10 @@ def bound_options(layout: Any, of_logit: str) -> dict[str, Any]:
 
 @functools.cache
 def _count() -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(count_loop, "float32", {})
+        return module_of(count_loop, "float32", {})
 
     return stored.entry(5, "count", "count", make)
 
@@ -272,5 +272,6 @@ def _run(
         *((0, 0, 0) if out is None else out.stride()), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
-    loop = _loop(body, lanes if side_by_side else rows, element, options.kernel)
+    more = not (result.scores is None and result.lse is None and grad_lse is None)
+    loop = _loop(body, lanes if side_by_side else rows, element, options.kernel, more)
     threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)

@@ -78,11 +78,11 @@ def twos_of(formula: Any, params: tuple[float, ...]) -> int:
 
 @functools.cache
 def _compiled(value: Any, slope: Any, n_params: int, twos: int, real: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
         bound = {"VALUE": getattr(value, "fn", value), "SLOPE": getattr(slope, "fn", slope)}
-        return machine_code(column, real, bound | {"N_PARAMS": n_params, "TWOS": twos})
+        return module_of(column, real, bound | {"N_PARAMS": n_params, "TWOS": twos})
 
     name = getattr(value, "__name__", "loss").removesuffix("_value")
     return stored.entry(5, f"{name}_{real}", f"{described(value)} {described(slope)} {n_params} {twos} {real}", make)
@@ -146,10 +146,10 @@ def _compiled_terms(body: Any, kernel: str, params: tuple[float, ...], real: str
 
 @functools.cache
 def _compiled_body(body: Any, of_class: Any, n_params: int, twos: int, real: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(body, real, {"TERMS": of_class, "N_PARAMS": n_params, "TWOS": twos})
+        return module_of(body, real, {"TERMS": of_class, "N_PARAMS": n_params, "TWOS": twos})
 
     name = f"{of_class.__name__}_{body.__name__}_{real}"
     return stored.entry(body.__code__.co_argcount, name, f"{name} {n_params} {twos}", make)
@@ -199,10 +199,10 @@ def probability_column(n, gap, params, value, slope):
 def probability(real: str) -> Columns:
     """Return `probability_column` in an accumulation dtype."""
 
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(probability_column, real, {})
+        return module_of(probability_column, real, {})
 
     function = stored.entry(5, f"probability_{real}", f"probability {real}", make)
     return Columns(ctypes.cast(function, ctypes.c_void_p).value or 0, 0, (function,))

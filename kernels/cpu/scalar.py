@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -17,15 +16,13 @@ from numba.extending import intrinsic
 
 from ..formulas.scalar import log_of_rest_series, tanh_float32
 from . import memory
+from .pipeline import compiled
 
 f32, i32 = np.float32, np.int32
 
-# everything is one function in the end, or loops over formulas would not become vector code
-OPTIONS = dict(error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
-
 
 def _jit(function: Any) -> Any:
-    return numba.njit(fastmath={"contract"}, **OPTIONS)(function)
+    return compiled(function, {"contract"})
 
 
 @intrinsic
@@ -91,13 +88,18 @@ def absolute(x):
     return abs(x)
 
 
-@intrinsic
-def sqrt(typingctx: Any, x: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        root = builder.module.declare_intrinsic("llvm.sqrt", [context.get_value_type(x)])
-        return builder.call(root, args)
+def _of_llvm(name: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.call(builder.module.declare_intrinsic(name, [context.get_value_type(x)]), args)
 
-    return x(x), codegen
+        return x(x), codegen
+
+    return function
+
+
+sqrt, floor = _of_llvm("llvm.sqrt"), _of_llvm("llvm.floor")
 
 
 @_jit

@@ -193,10 +193,10 @@ def store(p, n, at, tensors, column):
 
 @functools.cache
 def _loop(element: str, target: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(visit_loop, element, {"Plan": record_of(Plan)}, target)
+        return module_of(visit_loop, element, {"Plan": record_of(Plan)}, target)
 
     name = f"sigmoid_{element}_{target}"
     return stored.entry(4, name, name, make)

@@ -25,11 +25,11 @@ __all__ = ["forward", "backward", "visit"]
 
 @functools.cache
 def _loop(element: str, given: str, of_logit: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
         bound = bound_options(rows, of_logit) | {"Plan": record_of(soft_rows.Plan)}
-        return machine_code(soft_rows.visit_loop, element, bound, given)
+        return module_of(soft_rows.visit_loop, element, bound, given)
 
     name = f"soft_{element}_{given}_{of_logit}"
     return stored.entry(4, name, name, make)

@@ -24,14 +24,14 @@ __all__ = ["entry"]
 ROOM = Path(__file__).resolve().parent
 
 
-def entry(n_integers: int, name: str, key: str, make: Callable[[], str]) -> Any:
+def entry(n_integers: int, name: str, key: str, make: Callable[[], Any]) -> Any:
     """Return a C function of so many integers as ctypes calls it, without Python's lock.
 
     Args:
         n_integers: how many it takes.
         name: what the file on disk begins with.
         key: tells apart what ``make`` would make, beside the sources of this room.
-        make: returns LLVM's assembly of the function ``entry``; called where the disk does not hold it.
+        make: returns LLVM's module of the function ``entry``; called where the disk does not hold it.
     """
     digest = hashlib.sha256(f"{_origin()} {key}".encode()).hexdigest()
     path = _folder() / f"{name}-{digest[:24]}.o"
@@ -51,9 +51,8 @@ def entry(n_integers: int, name: str, key: str, make: Callable[[], str]) -> Any:
     return function
 
 
-def _compiled(assembly: str) -> bytes:
-    """Return the machine code of LLVM's assembly, optimised for this processor."""
-    module = llvm.parse_assembly(assembly)
+def _compiled(module: Any) -> bytes:
+    """Return the machine code of a module, optimised for this processor."""
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_vectorization = True
     passes = llvm.create_pass_builder(_target(), tuning)

@@ -70,10 +70,10 @@ INFINITY = float("inf")
 
 @functools.cache
 def _loop(element: str, of_logit: str) -> Any:
-    def make() -> str:
-        from .compile import machine_code
+    def make() -> Any:
+        from .compile import module_of
 
-        return machine_code(add_loop, element, bound_options(rows, of_logit) | {"Plan": record_of(Plan)})
+        return module_of(add_loop, element, bound_options(rows, of_logit) | {"Plan": record_of(Plan)})
 
     name = f"{add_loop.__name__}_{element}_{of_logit}"
     return stored.entry(4, name, name, make)

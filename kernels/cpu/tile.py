@@ -9,7 +9,8 @@ from ..formulas.rest import RestStats
 from ..formulas.scores import gap_of, lse_of, pulls, pulls_of_lse, scores_of
 from .names import call5, float32, int32, int64, numbers, real, real_size, vector
 
-SCALED = None  # bound: whether the slope of a logit is one number
+# bound: whether the slope of a logit is one number; whether there is more than loss and gradient to make
+SCALED = MORE = False
 
 ROWS = 512  # of a tile at most
 PAD = 64
@@ -38,7 +39,7 @@ def load_upstream(p, row, n, column):
     up = vector(p.upstream + row * p.upstream_stride * real_size, (n - 1) * p.upstream_stride + 1, real)
     for i in range(n):
         column[UPSTREAM + i] = up[i * p.upstream_stride]
-    if p.grad_lse:
+    if MORE and p.grad_lse:
         of_lse = vector(p.grad_lse + row * p.grad_lse_stride * real_size, (n - 1) * p.grad_lse_stride + 1, real)
         for i in range(n):
             column[GRAD_LSE + i] = of_lse[i * p.grad_lse_stride]
@@ -58,14 +59,14 @@ def finish(p, row, n, index, column, address):
         loss = vector(p.loss + row * real_size, n, real)
         for i in range(n):
             loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]
-    if p.lse:
+    if MORE and p.lse:
         find_lse(p, row, n, index, column)
     if p.saved:
         for i in range(n):
             store(p.saved, row + i, column[GAP + i])
             store(p.saved, row + i + p.n_rows, column[MAX + i])
             store(p.saved, row + i + 2 * p.n_rows, column[SUM_EXP + i])
-    if p.scores:
+    if MORE and p.scores:
         score(p, row, n, index, column)
 
 
@@ -121,7 +122,7 @@ def pull(p, n, column):
         scale, at_target = pulls(column[SLOPE + i] * column[UPSTREAM + i], column[SUM_EXP + i])
         column[SCALE + i] = scale
         column[AT_TARGET + i] = column[VALUE + i] if p.softmax else at_target
-    if p.lse | p.grad_lse:
+    if MORE and p.lse | p.grad_lse:
         for i in range(padded(n)):
             scale, at_target = pulls_of_lse(column[GAP + i], column[GRAD_LSE + i], column[SUM_EXP + i])
             column[SCALE + i] += scale
