@@ -105,10 +105,11 @@ def leaf_of(input: Any) -> Any:
 def described(name: str, value: Any) -> Results:
     if not isinstance(value, Tensor):
         return {name: value}
-    return {
+    # a gradient by kernels begins as far into 16 bytes as its logits do, which its storage offset tells
+    offset = {} if name.startswith("gradient") else {f"{name}'s storage offset": value.storage_offset()}
+    return offset | {
         name: value.detach(),
         f"{name}'s strides": [step for step, n in zip(value.stride(), value.shape, strict=True) if n > 1],
-        f"{name}'s storage offset": value.storage_offset(),
         f"{name} requires grad": value.requires_grad,
         f"{name} has a history": value.grad_fn is not None,
         f"{name}'s class": type(value),
