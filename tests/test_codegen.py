@@ -165,7 +165,6 @@ def test_the_committed_table_is_the_report_of_the_committed_json(committed):
     assert (ROOT / "bench/results/codegen.md").read_text() == report.markdown(committed)
 
 
-@pytest.mark.skip(reason="open: float32 backward takes 86 registers where 80 are wanted, see codegen.md")
 def test_the_committed_json_covers_the_table(committed):
     cases = committed["cases"]
     assert {c["target"] for c in cases} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"}

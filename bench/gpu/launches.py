@@ -48,6 +48,15 @@ def main(device: str) -> None:
         ):
             loss.backward()
             n_launches += 2
+    for dtype in (torch.float32, torch.bfloat16):  # classes apart, and rows with gaps between them
+        pixels = torch.randn(2, 21, 5, 5, device=device).to(dtype)
+        shifted = torch.randn(3, N_CLASSES + 1, device=device).to(dtype)[:, :-1]
+        for logits in (pixels, shifted):
+            logits = logits.detach().requires_grad_()
+            target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64, device=device)
+            loss, _ = bonus_cross_entropy_with_scores(logits, target, softcap=30.0, reduction="none")
+            loss.sum().backward()
+            n_launches += 2
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{n_launches} launches of our kernels")
