@@ -88,7 +88,7 @@ FAULTS = {
     gates.each_logit_once: lambda x: x["loops"][0].update(logits=16),
     gates.one_exponential_a_logit: lambda x: x["loops"][0].update(exp=16),
     gates.no_barrier_in_a_loop: lambda x: x["loops"][0].update(barriers=1),
-    gates.instructions_keep_up: lambda x: x["loops"][0].update(instructions=105),
+    gates.instructions_keep_up: lambda x: x["loops"][0].update(instructions=400),
     gates.loads_run_ahead: lambda x: x["loops"][0].update(ahead=3),
 }
 
