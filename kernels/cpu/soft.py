@@ -28,7 +28,7 @@ def _loop(element: str, given: str, of_logit: str) -> Any:
     def make() -> Any:
         from .compile import module_of
 
-        bound = bound_options(rows, of_logit) | {"Plan": record_of(soft_rows.Plan)}
+        bound = bound_options(rows, of_logit) | {"Plan": record_of(soft_rows.Plan), "MORE": True}
         return module_of(soft_rows.visit_loop, element, bound, given)
 
     name = f"soft_{element}_{given}_{of_logit}"

@@ -112,6 +112,4 @@ def device_guard(tensor: Tensor) -> Any:
     """Return a context that launches on the device of the tensor."""
     if tensor.is_cuda:
         return torch.cuda.device_of(tensor)
-    if tensor.device.type in ("cpu", "meta"):
-        return _NO_GUARD
-    return torch.get_device_module(tensor.device).device(tensor.device.index)
+    return torch.xpu.device_of(tensor) if tensor.is_xpu else _NO_GUARD
