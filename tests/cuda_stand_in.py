@@ -65,6 +65,8 @@ def each(function: Callable[[Tensor], Any], x: Any) -> Any:
         return function(x)
     if type(x) in (list, tuple):
         return type(x)(each(function, y) for y in x)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(each(function, y) for y in x))
     return {key: each(function, y) for key, y in x.items()} if type(x) is dict else x
 
 

@@ -16,8 +16,6 @@ if conftest.ACCELERATOR is not None or not conftest.INTERPRETED:
     pytest.skip("the stand-in interprets kernels", allow_module_level=True)
 from tests import test_gpu
 
-pytestmark = pytest.mark.skip(reason="tensors without memory have no address whose phase a gradient could have")
-
 
 @pytest.fixture
 def few(monkeypatch):
