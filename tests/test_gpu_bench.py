@@ -102,7 +102,6 @@ def of_step(whole, name):
     return json.loads((whole[0] / "gpu-nvidia-h200.json").read_text())["steps"][name]
 
 
-@pytest.mark.skip(reason="the experiment that makes the gradient in forward has not followed the kernels yet")
 def test_a_whole_run_is_done_and_reported(whole):
     folder, said, readme = whole
     results = json.loads((folder / "gpu-nvidia-h200.json").read_text())
@@ -125,7 +124,6 @@ def test_a_whole_run_is_done_and_reported(whole):
     assert "goals met" in said.splitlines()[-1]
 
 
-@pytest.mark.skip(reason="the experiment that makes the gradient in forward has not followed the kernels yet")
 def test_speed_times_every_peer_that_is_there(whole):
     found = of_step(whole, "speed")
     timed = {(row["provider"], row["mode"], row["dtype"]) for row in found["rows"]}
