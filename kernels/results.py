@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,10 @@ def empty_at_phase(logits: Tensor) -> Tensor:
     before = at % (16 // size)
     n = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if logits.numel() else 0
     return logits.new_empty(before + n).as_strided(shape, strides, before)
+
+
+# what each implementation makes of the gradient of logits
+MEMORY_OF_GRADIENT: dict[str, Callable[[Tensor], Tensor]] = {"triton": empty_at_phase, "numba": torch.empty_like}
 
 
 def _at_least(least: int, like: int, vector: int) -> int:

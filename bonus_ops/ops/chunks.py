@@ -157,13 +157,14 @@ def computed(
     from_chunks = wanted.norm and not rows.norm_from_scores
     if not n_rows:
         return out._replace(grad_weight=out.grad_weight.zero_(), grad_bias=out.grad_bias.zero_())
-    if implementation == "numba" and rows.targets is None and not (wanted.gradient or from_chunks):
+    how = implementation, "labels" if rows.targets is None else "soft"
+    if how in _BY_SUMS and not (wanted.gradient or from_chunks):
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
     products = Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
     size = rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
-    one_chunk = _OF_CHUNKS[implementation, "labels" if rows.targets is None else "soft"]
+    one_chunk = _OF_CHUNKS[how]
     for first in range(0, n_rows, size):
         chunk = slice(first, min(first + size, n_rows)) if kept is None else kept[first : first + size]
         x, label = products.rows(chunk), rows.label[chunk]
@@ -330,6 +331,7 @@ def _each(of: Rows, like: Tensor) -> Tensor:
     return like.new_ones(1).expand(len(of.label)) if of.upstream is None else of.upstream
 
 
+_BY_SUMS = {("numba", "labels")}  # what has loops for tiles of classes
 _OF_CHUNKS = {
     ("numba", "labels"): _labels_by_loops,
     ("triton", "labels"): _labels_by_kernels,

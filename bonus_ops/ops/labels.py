@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from .. import reference
 from ..call import Call, as_input, as_rows
-from ..kernels.results import LabelResult, empty_at_phase, empty_labels
+from ..kernels.results import MEMORY_OF_GRADIENT, LabelResult, empty_labels
 from ..logit_options import LogitOptions
 from ..losses import GapLoss, decode, encode
 from ..scores import Scores
@@ -295,7 +295,7 @@ def backward(
 def _(  # type: ignore[no-untyped-def]
     logits, target, fields, saved, grad_loss, grad_lse, ignore_index, loss, logit_scale, softcap, implementation
 ):
-    return empty_at_phase(logits) if implementation == "triton" else torch.empty_like(logits)
+    return MEMORY_OF_GRADIENT[implementation](logits)
 
 
 def fold(x: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, as_input
-from ..kernels.results import SoftResult, empty_at_phase, empty_soft
+from ..kernels.results import MEMORY_OF_GRADIENT, SoftResult, empty_soft
 from ..logit_options import LogitOptions
 from ..losses import ClassLoss, Loss, decode, encode
 from ..soft_targets import SoftTargets
@@ -269,7 +269,7 @@ def _(  # type: ignore[no-untyped-def]
     logits, label, probabilities, weight, bonus_weight, fields, saved, runner_up, grad_loss, grad_lse, smoothing,
     bonus_smoothing, ignore_index, loss, logit_scale, softcap, implementation,
 ):  # fmt: skip
-    return empty_at_phase(logits) if implementation == "triton" else torch.empty_like(logits)
+    return MEMORY_OF_GRADIENT[implementation](logits)
 
 
 class _OperatorRows(torch.autograd.Function):
