@@ -162,7 +162,9 @@ def why_not_compiled(name: str, kernel: Any, n_params: int) -> str | None:
     try:
         _compiled(value, slope, n_params, 0, "float32")
     except Exception as error:  # whatever stands in a user's body
-        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error).split("\n")[0])
+        # every level of calls repeats where it failed, before the reason
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Failed in")]
+        reason = lines[0] if lines else type(error).__name__
         functions = " or ".join(getattr(x, "__name__", repr(x)) for x in kernel)
         return f"numba cannot compile {functions}, the kernel of {name}: {reason.strip()}"
     return None
