@@ -137,8 +137,8 @@ def bound_options(layout: Any, of_logit: str) -> dict[str, Any]:
     """Return what loops name of the options of logits; ``of_logit`` is `LogitOptions.kernel`."""
     pair = {"OF_LOGIT": getattr(of_logits, of_logit), "SLOPE_OF_LOGIT": getattr(of_logits, f"{of_logit}_slope")}
     if of_logit == "as_given":
-        return pair | {"source": layout.as_they_lie, "SCALED": False}
-    return pair | {"source": layout.changed, "SCALED": of_logit == "scaled", "read": rows.as_it_is}
+        return pair | {"source": layout.as_they_lie, "CHANGED": False, "SCALED": False}
+    return pair | {"source": layout.changed, "CHANGED": True, "SCALED": of_logit == "scaled", "read": rows.as_it_is}
 
 
 @functools.cache

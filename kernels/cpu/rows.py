@@ -20,7 +20,7 @@ from .names import (
 )
 from .tile import ARGMAX, AT_TARGET, LABEL, MAX, SCALE, SUM_EXP, SUM_EXP2, SUM_EXP_Z, Z_TARGET, options_of, padded
 
-OF_LOGIT = SLOPE_OF_LOGIT = source = None  # of the options of logits, bound by what compiles the loop
+OF_LOGIT = SLOPE_OF_LOGIT = CHANGED = source = None  # of the options of logits, bound by what compiles the loop
 BLOCK = 1024  # classes added up on their own, so that sums of many lose no digits
 SEARCHED = 128  # classes of which the largest is found at once
 
@@ -115,7 +115,11 @@ def sums_of(z, e, label, other, m):
     at = 0.0 if m == -INFINITY else m
     s = s2 = sz = sd = 0.0
     for first in range(0, len(z), BLOCK):
-        part, out = z[first : first + BLOCK], e[first : first + BLOCK]
+        part = z[first : first + BLOCK]
+        if CHANGED:  # z lies where they are kept: a second array at its address would be taken for an overlap
+            out = part
+        else:
+            out = e[first : first + BLOCK]
         skip, skip_other = int32(label - first), int32(other - first)
         a = a2 = az = ad = 0.0
         for i in range(len(part)):
@@ -179,10 +183,15 @@ def write_capped(p, row, n, index, column, exps):
                 out[k] = narrow(0.0)
         else:
             raw = vector(logits_at(p, row + i), p.n_classes, element)  # which the gradient may take the place of
-            e, scale = vector(exps_at(p, row, i, exps), p.n_classes, real), column[SCALE + i]
+            scale = column[SCALE + i]
             at_target = column[AT_TARGET + i] * SLOPE_OF_LOGIT(widen(raw[label]), options)
-            for k in range(p.n_classes):
-                out[k] = narrow(e[k] * scale * SLOPE_OF_LOGIT(widen(raw[k]), options))
+            if p.in_place:
+                for k in range(p.n_classes):
+                    out[k] = narrow(widen(out[k]) * scale * SLOPE_OF_LOGIT(widen(raw[k]), options))
+            else:
+                e = vector(exps_at(p, row, i, exps), p.n_classes, real)
+                for k in range(p.n_classes):
+                    out[k] = narrow(e[k] * scale * SLOPE_OF_LOGIT(widen(raw[k]), options))
             out[label] = narrow(at_target)
 
 
