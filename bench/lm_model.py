@@ -20,6 +20,7 @@ from bonus_ops import (
 HEADS, RATE, WARM_UP, DECAY = 4, 3e-3, 50, 0.1
 PLAIN, BONUS, LOGITS = "plain", "bonus", "F.cross_entropy on logits"
 N_BINS = 15
+CONTEXTS = 32  # of the files kept apart, from all of them, for a point of the curve
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden, weight, target
 
 
@@ -118,20 +119,20 @@ def train(name: str, of: Sizes, pieces: Tensor, validation: Tensor, tell: Callab
     for step in range(of.steps):
         training.step(loss, training.batch())
         if (step + 1) % every == 0:
-            few = validation[: 16 * of.context + 1]
-            curve.append([step + 1, sum(seen) / len(seen), scored(training.model, of, few).loss.mean().item()])
+            few = scored(training.model, of, validation, max(len(validation) // of.context // CONTEXTS, 1))
+            curve.append([step + 1, sum(seen) / len(seen), few.loss.mean().item()])
             seen.clear()
             tell(step + 1)
     return {"curve": curve, "scores": scored(training.model, of, validation)}
 
 
-def scored(model: Transformer, of: Sizes, pieces: Tensor) -> Scores:
-    """Return the scores [N] of all pieces that follow others in whole contexts, made without their logits."""
+def scored(model: Transformer, of: Sizes, pieces: Tensor, every: int = 1) -> Scores:
+    """Return the scores [N] of pieces that follow others in every so many contexts, made without their logits."""
     n = (len(pieces) - 1) // of.context * of.context
-    contexts, follow = pieces[:n].view(-1, of.context), pieces[1 : n + 1]
+    contexts, follow = (x.view(-1, of.context)[::every] for x in (pieces[:n], pieces[1 : n + 1]))
     with torch.no_grad():
         hidden = torch.cat([model(part) for part in contexts.split(of.batch)])
-        return linear_difficulty_scores(hidden, model.weight, follow.contiguous())
+        return linear_difficulty_scores(hidden, model.weight, follow.flatten())
 
 
 def quality(scores: Scores) -> dict[str, float]:
