@@ -113,7 +113,7 @@ def _train_and_tell(name: str, told: Any) -> dict[str, Any]:
 
 def _train(name: str, quick: bool, tell: Callable[[int], None]) -> dict[str, Any]:
     of, sizes = _text(quick), QUICK if quick else SIZES
-    validation = of.validation[: 512 * sizes.context + 1]
+    validation = of.validation
     start = time.perf_counter()
     run = lm_model.train(name, sizes, of.train, validation, tell)
     scores = run.pop("scores")

@@ -316,8 +316,9 @@ def test_a_new_epoch_compiles_no_kernel(case, monkeypatch, kernel_device):
         bonus.set_epoch(epoch)
         bonus_cross_entropy(logits, target, bonus=bonus, implementation="triton").backward()
         for launch in launches[-2:]:
-            params.append(launch.pop("loss_params"))
-            assert all(type(x) is float for halves in params[-1] for x in halves)
+            numbers = launch.pop("numbers")
+            params.append(numbers.loss)
+            assert all(type(x) is float for halves in numbers.loss for x in halves)
     assert len(launches) == 4 and params[0] != params[2]
     for name, first in launches[0].items():
         if not isinstance(first, (torch.Tensor, tuple)) and not name.endswith("_ptr"):
