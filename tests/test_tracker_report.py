@@ -334,6 +334,8 @@ def test_too_few_images_are_named_before_anything_is_written(images, tmp_path):
         tracked().report().plot(tmp_path / "map.png", images=images)
     with pytest.raises(ValueError, match=r"plot: captions must be indexed by example, one for each of 40, got 3: none"):
         tracked().report().plot(tmp_path / "map.png", images=torch.rand(NUM, 4, 4), captions="abc")
+    with pytest.raises(ValueError, match=r"plot: images must be indexed by example, one for each of 40, got int: none"):
+        tracked().report().plot(tmp_path / "map.png", images=3)
     assert not list(tmp_path.iterdir())
 
 
@@ -360,7 +362,10 @@ def test_marks_do_not_collide_and_are_as_near_as_can_be(spread):
     marks = [text for text in figure.axes[0].texts if text.get_text()]
     boxes = [mark.get_window_extent().padded(1) for mark in marks]
     assert len(marks) >= 10
+    boxes.append(figure.axes[0].get_legend().get_window_extent())
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    axes = figure.axes[0].get_window_extent()
+    assert all(axes.contains(box.x0, box.y0) and axes.contains(box.x1, box.y1) for box in boxes)
     assert all(math.hypot(*mark.get_position()) <= 91 for mark in marks)
 
 

@@ -253,17 +253,17 @@ def _of(what: str, things: Any, index: int, n_examples: int) -> Any:
     """Return the thing of an example, or say what is missing."""
     try:
         return things[index]
-    except (IndexError, KeyError):
-        came = f", got {len(things)}" if hasattr(things, "__len__") else ""
+    except (IndexError, KeyError, TypeError):
+        came = f", got {len(things)}" if hasattr(things, "__len__") else f", got {type(things).__name__}"
         raise ValueError(
             f"plot: {what} must be indexed by example, one for each of {n_examples}{came}: none for {index}"
         ) from None
 
 
 def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
-    """Move each mark to the nearest place around its point where it covers no other, and tie it to the point."""
+    """Move each mark to the nearest place inside the axes that is free, and tie it to its point."""
     figure.draw_without_rendering()  # sizes in pixels are known from here on
-    taken: list[Any] = []
+    taken: list[Any] = [axes.get_legend().get_window_extent()]
     turns = [k * math.pi / 4 + 0.4 for k in range(8)]
     places = [(r * math.cos(turn), r * math.sin(turn)) for r in (6, 12, 20, 30, 42, 56, 72, 90) for turn in turns]
     inside = axes.get_window_extent()
@@ -271,7 +271,8 @@ def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
         for x, y in [(3.0, 2.0), *places]:
             mark.set_position((x, y))
             box = mark.get_window_extent().padded(2)  # 75 next to 225 is not 75225
-            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(box.overlaps(t) for t in taken):
+            corners_inside = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+            if corners_inside and not any(box.overlaps(t) for t in taken):
                 break
         if math.hypot(x, y) > 10:
             axes.annotate("", mark.xy, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)
