@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .dynamics import ExampleTracker, Mean, Report
 from .functional import difficulty_scores
 from .number_checks import check_integer, check_number
@@ -105,11 +106,11 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
         )
     logits, labels = (held[name] for name in ("logits", "labels"))
     for name, x in (("logits", logits), ("labels", labels)):
-        if not isinstance(x, Tensor) and getattr(getattr(x, "dtype", None), "kind", "O") not in "fiu":
-            came = getattr(x, "dtype", type(x).__name__)
+        if not (_is_dense(x) if isinstance(x, Tensor) else _is_plain(x)):
+            came = x.layout if isinstance(x, Tensor) else getattr(x, "dtype", type(x).__name__)
             raise ValueError(f"{file}: {name} must be an array of numbers, got {came}")
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
-    if not logits.is_floating_point() or logits.dim() != 2 or not logits.shape[1]:
+    if logits.dtype not in FLOATS or logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"{file}: logits must be floating point [N, C], got {logits.dtype} {list(logits.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{file}: labels must be integers, got {labels.dtype}")
@@ -122,6 +123,16 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
             f"{file}: labels must be in [0, {logits.shape[1]}), or {IGNORED} for none, got {int(wrong[0])}"
         )
     return logits, labels
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
+
+
+def _is_plain(x: Any) -> bool:
+    """Return whether an array of numpy's holds numbers that torch has."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and dtype.kind in "fiu" and dtype.isnative and dtype.itemsize <= 8
 
 
 def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Report:
