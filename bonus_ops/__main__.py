@@ -145,8 +145,8 @@ def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Re
             )
         if differs := int(((labels != first) & (labels != IGNORED) & (first != IGNORED)).sum()):
             raise ValueError(
-                f"{file}: labels must be those of {files[0]}, row by row, but {differs} of {len(labels)} differ: is the "
-                "order of the rows another?"
+                f"{file}: labels must be those of {files[0]}, row by row, but {differs} of {len(labels)} differ: "
+                "are the rows in another order?"
             )
     if not shape[0]:
         raise ValueError(f"{files[0]}: holds no rows")

@@ -82,8 +82,8 @@ def _check_formulas(loss: GapLoss) -> None:
         if not isinstance(result, Tensor) or result.shape != gap.shape:
             came = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise RuntimeError(
-                f"bonus must have formulas shaped like the gap, but of a gap [2] {type(loss).__name__}.{name} is {came}\n"
-                "Expected a number for each; check_loss(bonus) tells more."
+                "bonus must have formulas shaped like the gap, but of a gap [2] "
+                f"{type(loss).__name__}.{name} is {came}\nExpected a number for each; check_loss(bonus) tells more."
             )
 
 

@@ -102,7 +102,7 @@ WRONG_FILES = {
     "negative label": (other(labels=np.full(N, -1)), r"labels must be in \[0, 4\), or -100 for none, got -1"),
     "text": (other(labels=np.array(["a"] * N)), "labels must be an array of numbers, got <U1"),
     "whole logits": (other(logits=np.zeros((N, C), int)), r"logits must be floating point \[N, C\], got torch.int64"),
-    "numbers of another machine": (other(logits=np.zeros((N, C), ">f4")), "logits must be an array of numbers, got >f4"),
+    "another byte order": (other(logits=np.zeros((N, C), ">f4")), "logits must be an array of numbers, got >f4"),
     "float8 logits": (
         lambda path: torch.save({"logits": torch.zeros(N, C).to(torch.float8_e5m2), "labels": torch.zeros(N)}, path),
         r"logits must be floating point \[N, C\], got torch.float8_e5m2",
@@ -182,13 +182,13 @@ def test_nothing_is_written_where_one_of_two_files_cannot_be(tmp_path, capsys):
     good, folder = saved(tmp_path / "a.npz", epoch()), tmp_path / "folder"
     folder.mkdir()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    for csv, plot, match in (
+    for table, plot, match in (
         (folder, tmp_path / "map.png", "folder: expected a file to write, got a folder"),
         (tmp_path / "t.csv", folder, "folder: expected a file to write, got a folder"),
         (good, tmp_path / "map.png", "a.npz: expected a file of its own to write, got one that this call uses already"),
         (tmp_path / "t.png", tmp_path / "t.png", "t.png: expected a file of its own to write"),
     ):
-        assert match in says(["suspects", good, "--csv", str(csv), "--plot", str(plot)], capsys)
+        assert match in says(["suspects", good, "--csv", str(table), "--plot", str(plot)], capsys)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 

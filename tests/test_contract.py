@@ -347,7 +347,9 @@ class Unknown(Formulas):
 
 
 def test_a_pair_that_numba_cannot_compile_is_named_with_its_reason(launches):
-    with pytest.raises(NotImplementedError, match="numba cannot compile unknown_value or .*the kernel of Unknown: Unknown attribute"):
+    with pytest.raises(
+        NotImplementedError, match="numba cannot compile unknown_value or .*the kernel of Unknown: Unknown attribute"
+    ):
         bonus_cross_entropy(logits_of(), LABELS, bonus=Unknown(), implementation="numba")
     value = bonus_cross_entropy(logits_of(), LABELS, bonus=Unknown())
     assert launches == {"triton": 0, "numba": 0}
