@@ -34,7 +34,7 @@ class LogBonus(Bonus):
     are equally accurate, .2 to 1.4 points above cross-entropy at the same learning rate, and not above cross-entropy at
     twice that rate. On digits their probabilities are as good as cross-entropy's. On text whose classes overlap, the
     negative log-likelihood rises by 26 % at .75 and by 17 % at .5; a temperature fitted on held-out rows repairs both.
-    At 1 it is 2.5 to 3 times cross-entropy's on all four tasks, and with rare classes the accuracy falls too. So take
+    At 1 it is 2.4 to 3 times cross-entropy's on all four tasks, and with rare classes the accuracy falls too. So take
     .5 or .75, fit a temperature where the probabilities are used, and cross-entropy (``bonus=None``) where you cannot;
     ``log_end=1`` is for large margins and for the paper's figures.
 
