@@ -139,8 +139,8 @@ def bonus_cross_entropy_with_scores(
         >>> loss, scores = bonus_cross_entropy_with_scores(torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 0]))
         >>> scores.margin
         tensor([ 2., -2.])
-        >>> scores.difficulty("el2n").argmax()  # the hardest example
-        tensor(1)
+        >>> scores.hardest(1, by="el2n")
+        tensor([1])
     """
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
