@@ -182,6 +182,9 @@ class Report:
         grid = figure.add_gridspec(1 + len(rows), max(shown, 1), height_ratios=[6] + [1.4] * len(rows))
         scatter = figure.add_subplot(grid[0, :])
         marks = self._scatter(scatter, indices)
+        handles = scatter.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8, title="kind (number of examples)",
+                      title_fontsize=8)  # fmt: skip
         for row, kind in enumerate(rows, 1):
             for column, index in enumerate(marked[kind]):
                 axes = figure.add_subplot(grid[row, column])
@@ -214,7 +217,6 @@ class Report:
         axes.axvline(self.cuts[1], color="gray", linewidth=0.8, linestyle=":")
         axes.set_xlabel("entropy early in training, nats (right: the model was unsure)")
         axes.set_ylabel("mean EL2N over training (up: the model contradicts the label)")
-        axes.legend(loc="lower right", fontsize=8, title="kind (number of examples)", title_fontsize=8)
         return marks
 
     def _table(self) -> dict[str, list[Any]]:
@@ -263,7 +265,7 @@ def _of(what: str, things: Any, index: int, n_examples: int) -> Any:
 def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
     """Move each mark to the nearest place inside the axes that is free, and tie it to its point."""
     figure.draw_without_rendering()  # sizes in pixels are known from here on
-    taken: list[Any] = [axes.get_legend().get_window_extent()]
+    taken: list[Any] = []
     turns = [k * math.pi / 4 + 0.4 for k in range(8)]
     places = [(r * math.cos(turn), r * math.sin(turn)) for r in (6, 12, 20, 30, 42, 56, 72, 90) for turn in turns]
     inside = axes.get_window_extent()
