@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import accuracy, digits, host, linear, plots, report, sigmoid, soft, speed, tracker
-from .record import ROOT, commit, environment, plain, progress
+from .record import ROOT, commit, environment, progress, write
 
 SECTIONS = {
     "accuracy": accuracy.run,
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     if "report" not in options.sections:
         measure(results, options, ["python -m bench", *arguments])
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")
+        write(path, results)
         results = json.loads(path.read_text())  # what `report` will read
     elif not results:
         sys.exit(f"{path}: nothing measured yet; run `python -m bench`")

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from .claims_verdict import ABOVE_ZERO
-from .record import commit, environment, plain, progress
+from .record import commit, environment, progress, write
+from .tables import table
 
 NAMES = ("encouraging", "prioritisation", "separation", "suspects", "calibration")
 HEIGHTS = {"separation": 9, "calibration": 9}  # of the pictures that are not 5 inches high
@@ -73,7 +74,7 @@ def run(
         stamp["processes"] = 1 if quick else PROCESSES
         results[name] = section | stamp | {"elapsed_s": time.perf_counter() - start}
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
+        write(path, results)  # kept if the next one fails
     progress("")
     return report(folder)
 
@@ -158,13 +159,6 @@ def _bar(v: dict[str, Any]) -> str:
     if low is None or high is None:
         return f"<= {high:g}" if low is None else "> 0" if low == ABOVE_ZERO else f">= {low:g}"
     return f"{low:g} to {high:g}"
-
-
-def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a Markdown table."""
-    from .report import _table
-
-    return _table(header, rows)
 
 
 def cell(found: dict[str, Any], digits: int = 2) -> str:

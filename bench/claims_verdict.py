@@ -7,11 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-# two-sided 95 % points of Student's t by degrees of freedom; beyond 30 the normal's
-STUDENT = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+from scipy import stats
+
 REPRODUCED = "reproduced"
 ON_AVERAGE = "on average only: the interval crosses the bar"
 NOT_REPRODUCED = "not reproduced"
@@ -23,8 +20,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     n = len(values)
     half = math.nan
     if n > 1:
-        t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96
-        half = t * statistics.stdev(values) / math.sqrt(n)
+        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": statistics.fmean(values), "half": half, "seeds": n}
 
 

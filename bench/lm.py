@@ -25,7 +25,8 @@ import torch
 from . import lm_model, measure
 from .lm_model import BONUS, LOGITS, LOSSES, PLAIN, Sizes
 from .lm_text import N_PIECES, text
-from .record import commit, environment, plain, progress
+from .record import commit, environment, progress, write
+from .tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES, QUICK = Sizes(N_PIECES, 64, 2, 128, 16, 500), Sizes(512, 16, 1, 16, 4, 6)
@@ -67,7 +68,7 @@ def run(
         stamp = {"command": command, "commit": commit(), "date": date, "quick": quick}
         results[name] = SECTIONS[name](quick, progress) | stamp | {"elapsed_s": time.perf_counter() - start}
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")  # kept if the next one fails
+        write(path, results)  # kept if the next one fails
     progress("")
     return report(folder)
 
@@ -223,8 +224,6 @@ def markdown(results: dict[str, Any], pictures: list[str]) -> str:
 
 
 def _cost(section: dict[str, Any]) -> str:
-    from .report import _table
-
     of = section["sizes"]
     what, step = "last layer and loss", "step"
     rows = (
@@ -240,13 +239,11 @@ def _cost(section: dict[str, Any]) -> str:
         f"take {section['logits_bytes'] / MiB:.0f} MiB, its gradients take {section['gradients_bytes'] / MiB:.1f}. "
         f"Medians; lower is better but for tokens a second. *{PLAIN}* is `linear_bonus_cross_entropy` with "
         f"`bonus=None`, *{BONUS}* with `LogBonus(0.75)`; *{PLAIN}* and *{LOGITS}* give the same loss.\n\n"
-        + _table(header, rows)
+        + table(header, rows)
     )
 
 
 def _train_report(section: dict[str, Any]) -> str:
-    from .report import _table
-
     of, told, runs = section["sizes"], section["text"], section["runs"]
     rows = ([name, *(f"{run[key]:.2f}" for key in COLUMNS), f"{run['seconds']:.0f}"] for name, run in runs.items())
     hardest = (
@@ -263,10 +260,10 @@ def _train_report(section: dict[str, Any]) -> str:
         f"same weights with the same batches. Quality on {scored} pieces that were kept apart; perplexity and ECE "
         "(expected calibration error over 15 bins of confidence): lower is better. All of it comes from "
         "`linear_difficulty_scores`. One seed tells of no difference between losses that is small.\n\n"
-        + _table(["loss", *COLUMNS.values(), "s"], rows)
+        + table(["loss", *COLUMNS.values(), "s"], rows)
         + f"\nThe {len(runs[BONUS]['hardest'])} hardest pieces by `margin`, in logits (how far the piece is ahead of "
         "the likeliest other), trained with the bonus:\n\n"
-        + _table(["margin", "cross-entropy, nats", "before", "piece", "the model would rather say"], hardest)
+        + table(["margin", "cross-entropy, nats", "before", "piece", "the model would rather say"], hardest)
     )
 
 

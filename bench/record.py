@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -16,7 +17,7 @@ import torch
 
 from bonus_ops import call, losses
 
-__all__ = ["ROOT", "between", "commit", "environment", "plain", "progress"]
+__all__ = ["ROOT", "between", "commit", "environment", "plain", "progress", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,3 +97,9 @@ def plain(x: Any) -> Any:
     if isinstance(x, float):
         return float(f"{x:.5g}") if math.isfinite(x) else None
     return x
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write a record, a section a line."""
+    lines = (f"{json.dumps(name)}: {json.dumps(plain(of), allow_nan=False)}" for name, of in results.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

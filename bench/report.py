@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .record import between
+from .tables import table
 
 TABLE_GAPS = (-20, -10, 0, 3, 6, 9, 12, 15, 16, 20, 30, 60, 87, 90)
 Bounds = list[dict[str, Any]]
@@ -53,9 +54,9 @@ def opening(results: dict[str, Any]) -> str:
     return "\n".join([
         WORDS,
         f"## What was won\n\n{len(won)} of {sum(map(len, by_verdict.values()))} bounds are met.\n",
-        _table(["wanted", "measured"], won),
+        table(["wanted", "measured"], won),
         "## What was missed\n",
-        _table(["wanted", "measured", "where missed"], lost) if lost else "Nothing.\n",
+        table(["wanted", "measured", "where missed"], lost) if lost else "Nothing.\n",
     ])  # fmt: skip
 
 
@@ -71,12 +72,6 @@ def _bounds(results: dict[str, Any]) -> Bounds:
 def _stamp(section: dict[str, Any]) -> str:
     quick = " `--quick` is a smoke run: its figures mean nothing." if section.get("quick") else ""
     return f"`{section['command']}`, {section['date']}, commit {section['commit']}.{quick}"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
 def _environment(section: dict[str, Any]) -> str:
@@ -109,7 +104,7 @@ def _errors(columns: list[str], series: dict[str, Any], at: Iterable[int]) -> st
         for quantity, by_name in series.items()
         for name, errors in by_name.items()
     )
-    return _table(["error of", "by", *columns], rows)
+    return table(["error of", "by", *columns], rows)
 
 
 def _number(x: float | None, form: str = "{:.3g}") -> str:
@@ -132,12 +127,12 @@ def _speed(section: dict[str, Any]) -> str:
     labels = list(dict.fromkeys(label for case in cases for label in case["ratios"] if label != GPU_RATIO))
 
     def by_provider(cell: Callable[[dict[str, Any]], str]) -> str:
-        return _table(["case", *names], ([_case(c), *(cell(c["providers"][n]) for n in names)] for c in cases))
+        return table(["case", *names], ([_case(c), *(cell(c["providers"][n]) for n in names)] for c in cases))
 
     parts = {
         INTRO.format(where=f"{'one thread' if section['threads'] == 1 else 'one GPU'}, {memory}"): "",
         "Required on one CPU thread:": _verdicts(section["bounds"]),
-        "Ratio of times, median over the rounds:": _table(
+        "Ratio of times, median over the rounds:": table(
             ["case", *labels], ([_case(c), *(_ratio(c, label) for label in labels)] for c in cases)
         ),
         "Time in ms, median and half the interquartile range:": by_provider(_time),
@@ -182,14 +177,14 @@ def _bandwidth(section: dict[str, Any]) -> str:
         GPU_RATIO,
     ]
     if copy is None:
-        return _table(["copy bandwidth", *header[1:]], [[NOT_MEASURED] * len(header)])
+        return table(["copy bandwidth", *header[1:]], [[NOT_MEASURED] * len(header)])
     rows = (
         [_case(c), _get(c["providers"]["difficulty_scores"], "share_of_copy"),
          _get(c["providers"]["ours"], "share_of_copy"),
          _ratio(c, GPU_RATIO) if GPU_RATIO in c["ratios"] else NOT_MEASURED]
         for c in section["cases"]
     )  # fmt: skip
-    return f"Copy bandwidth {copy:.3g} GB/s, read plus written; - where all of it fits caches.\n\n" + _table(
+    return f"Copy bandwidth {copy:.3g} GB/s, read plus written; - where all of it fits caches.\n\n" + table(
         header, rows
     )
 
@@ -199,7 +194,7 @@ def _of_process(section: dict[str, Any]) -> str:
         return ""
     times = ([name, _time({"time_ms": times})] for name, times in section["two_threads"]["time_ms"].items())
     calls = ([f"first call, {name}", f"{1e3 * s:.3g}"] for name, s in section["first_call_s"].items())
-    return _table(["1024x32000 float32, loss, scores and gradient; first calls of 64x10", "ms"], [*times, *calls])
+    return table(["1024x32000 float32, loss, scores and gradient; first calls of 64x10", "ms"], [*times, *calls])
 
 
 def _skipped(cases: list[dict[str, Any]]) -> str:
@@ -216,7 +211,7 @@ def _verdicts(bounds: Bounds) -> str:
     if not bounds:
         return ""
     rows = ([what, _verdict(same), _values(failed or same)] for what, same, failed in _by_bound(bounds))
-    return _table(["bound", "verdict", "values"], rows)
+    return table(["bound", "verdict", "values"], rows)
 
 
 def _verdict(same: Bounds) -> str:
@@ -255,11 +250,11 @@ def _soft(section: dict[str, Any]) -> str:
             "and no bonus; the paper's formula is eager. Squared error is that of the softmax, with hard labels.\n",
             _verdicts(section["bounds"]),
             "Ratio of times, median over the rounds:\n",
-            _table(["case", "target", *labels], ([*_asked(c), *(_ratio(c, label) for label in labels)] for c in cases)),
+            table(["case", "target", *labels], ([*_asked(c), *(_ratio(c, label) for label in labels)] for c in cases)),
             "Time in ms, median and half the interquartile range:\n",
-            _table(["case", "target", *names], times),
+            table(["case", "target", *names], times),
             "Peak extra memory in gradients:\n",
-            _table(["case", "target", *names], peaks),
+            table(["case", "target", *names], peaks),
         ]
     )
 
@@ -278,7 +273,7 @@ def _sigmoid(section: dict[str, Any]) -> str:
     return (
         "Forward and backward of `bonus_binary_cross_entropy_with_logits`, summed; eager is the formula as users write "
         "it, for None torch's own fused operator.\n\n"
-        f"{_verdicts(section['bounds'])}\n{_table(header, rows)}"
+        f"{_verdicts(section['bounds'])}\n{table(header, rows)}"
     )
 
 
@@ -293,7 +288,7 @@ def _linear(section: dict[str, Any]) -> str:
 
     def by_case(header: list[str], cell: Callable[[dict[str, Any], str], str], *more: str) -> str:
         rows = ([_layer(c), *(_number(c[key] / mib) for key in more), *(cell(c, n) for n in header)] for c in cases)
-        return _table(["rows x hidden x classes", *more, *header], rows)
+        return table(["rows x hidden x classes", *more, *header], rows)
 
     return "\n".join([
         '"ours" is `linear_bonus_cross_entropy_with_scores` with `LogBonus(0.75)`, forward and backward; "scores '
@@ -322,8 +317,8 @@ def _host(section: dict[str, Any]) -> str:
     shape = "x".join(map(str, section["shape"]))
     return "\n".join([
         _verdicts(section["bounds"]),
-        _table([f"{shape}, forward and backward", "us of CPU time, least", "median", "ratio"], times),
-        _table(["call", "dtype", "forward launches", "backward launches"], launches),
+        table([f"{shape}, forward and backward", "us of CPU time, least", "median", "ratio"], times),
+        table(["call", "dtype", "forward launches", "backward launches"], launches),
     ])  # fmt: skip
 
 
@@ -338,7 +333,7 @@ def _tracker(section: dict[str, Any]) -> str:
         for name, times in case["time_ms"].items()
     )
     header = ["", "step", "ms, median and half the interquartile range", "ratio"]
-    return f"{_verdicts(section['bounds'])}\n{_table(header, rows)}"
+    return f"{_verdicts(section['bounds'])}\n{table(header, rows)}"
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -365,11 +360,11 @@ def _digits(section: dict[str, Any]) -> str:
             "seeds, mean ± standard deviation; \"earlier\" is another measurement of this setup, 5 seeds. The bonus "
             "raises margins and keeps confident rows teaching. No claim is made about accuracy: its differences are "
             "about as large as the spread of the seeds.\n",
-            _table(["loss", *COLUMNS.values()], rows),
+            table(["loss", *COLUMNS.values()], rows),
             _verdicts(section["bounds"]),
             f"The ten hardest training images of {section['hardest_of']}, seed 0, by "
             '`scores.difficulty("margin")` averaged over the last epochs:\n',
-            _table(["image", "label", "prediction", "runner-up", "margin"], hardest),
+            table(["image", "label", "prediction", "runner-up", "margin"], hardest),
         ]
     )  # fmt: skip
 
@@ -415,7 +410,7 @@ def readme_block(results: dict[str, Any]) -> str:
     return (
         f"`python -m bench`, one thread of an {_cpu(where)}, float32 and bfloat16. Times of forward and backward,\n"
         "below 1 the first is faster:\n\n"
-        + _table(["time of", "measured", "wanted", ""], rows)
+        + table(["time of", "measured", "wanted", ""], rows)
         + f"\nOf {len(verdicts)} bounds {verdicts.count(MET)} are met; [cpu.md](bench/results/cpu.md) opens with both "
         "lists.\n"
     )

@@ -73,20 +73,20 @@ def wrong_loss(z, y):
 
 
 def wrong_as_nan_loss(z, y):
-    return Outcome(bonus_cross_entropy(z, y) * float("nan"))
+    return Outcome(bonus_cross_entropy(z, y, bonus=LogBonus(0.75)) * float("nan"))
 
 
 def wrong_gradient(z, y):
-    return Outcome(bonus_cross_entropy(z, y) + (z - z.detach())[:, 0].sum() / len(y) / 100)
+    return Outcome(bonus_cross_entropy(z, y, bonus=LogBonus(0.75)) + (z - z.detach())[:, 0].sum() / len(y) / 100)
 
 
 def wrong_el2n(z, y):
-    loss, scores = bonus_cross_entropy_with_scores(z, y)
+    loss, scores = bonus_cross_entropy_with_scores(z, y, bonus=LogBonus(0.75))
     return Outcome(loss, scores._replace(el2n=scores.el2n * 1.001))
 
 
 def wrong_runner_up(z, y):
-    loss, scores = bonus_cross_entropy_with_scores(z, y)
+    loss, scores = bonus_cross_entropy_with_scores(z, y, bonus=LogBonus(0.75))
     return Outcome(loss, scores._replace(runner_up=scores.runner_up.roll(1)))
 
 

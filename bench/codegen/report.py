@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..machines import LAUNCH_US, MACHINES, REACHABLE
-from ..report import _table
+from ..tables import table
 from . import gates, roofline
 
 INTRO = """# What the compiler makes of the kernels
@@ -44,9 +44,9 @@ def markdown(results: dict[str, Any]) -> str:
         "### Soft targets, the sigmoid family\n",
         _times(results, list(dict.fromkeys(c["call"] for c in results["cases"] if ", " in c["call"]))),
         ABOVE.format(most=gates.MOST_INSTRUCTIONS),
-        _table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
+        table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
         "No stack and no spill are wanted; not so:\n",
-        _table(["kernel", "what"], gates.spilled(results["builds"])),
+        table(["kernel", "what"], gates.spilled(results["builds"])),
         "## Machines\n\nNone of these numbers was measured here; `bench/machines.py` says where they come from.\n",
         _machines(),
     ]
@@ -96,7 +96,7 @@ def _kernels(results: dict[str, Any]) -> str:
     rows = sorted(grouped.items(), key=lambda item: (order.index(item[0][2]), item[0][0], item[0][1], min(item[1])))
     header = ["kernel", "dtype", "target", "classes", "rows x lanes", "threads", "registers", "stack", "shared",
               "loads", "stores", "exp a logit", "instructions a logit", "whole", "barriers in loops"]  # fmt: skip
-    return _table(header, (_row(key, by_classes) for key, by_classes in rows))
+    return table(header, (_row(key, by_classes) for key, by_classes in rows))
 
 
 def _row(key: tuple[Any, ...], by_classes: dict[int, float]) -> list[Any]:
@@ -122,7 +122,7 @@ def _times(results: dict[str, Any], calls: list[str]) -> str:
             )
             row.append(_cell(case, results, machine))
         rows.append(row)
-    return _table(["rows x classes", *MACHINES], rows)
+    return table(["rows x classes", *MACHINES], rows)
 
 
 def _cell(case: dict[str, Any] | None, results: dict[str, Any], machine: Any) -> str:
@@ -140,4 +140,4 @@ def _machines() -> str:
     )  # fmt: skip
     header = ["GPU", "target", "SMs or CUs", "GHz", "TB/s", "1e12 exp/s", "1e12 lane instructions/s",
               "instructions while memory brings a bf16 logit", "source"]  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)

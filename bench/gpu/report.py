@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..record import between
-from ..report import _table
+from ..tables import table
 from .goals import ANCHORS, MET, NOT_MEASURED, Times, goals, ratio
 from .peers import COMPILED, EAGER, LOSS_ONLY, OURS
 from .steps import SHAPES
@@ -30,14 +30,14 @@ def markdown(results: dict[str, Any], picture: str | None = None) -> str:
         DRY if results["dry"] else "",
         "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in _facts(results).items()) + "\n",
         "## Goals\n\nRatios within this run; R and W: reading and writing the logits once at its copy bandwidth.\n",
-        _table(["goal", "at", "wanted", "outcome", "verdict"], ([r["goal"], r["at"], f"{r['limit']:g}",
+        table(["goal", "at", "wanted", "outcome", "verdict"], ([r["goal"], r["at"], f"{r['limit']:g}",
                NOT_MEASURED if r["outcome"] is None else f"{r['outcome']:.3f}", r["verdict"]] for r in rows)),
         "Published by others, on other machines:\n",
-        _table(["at", "ms, published", "ours, ms"], ([f"{a[0]} x {a[1]}: {what}", ms,
+        table(["at", "ms, published", "ours, ms"], ([f"{a[0]} x {a[1]}: {what}", ms,
                _ms(Times(steps).ms(a, OURS, mode))] for a, mode, ms, what in ANCHORS)),
         f"![Goals]({picture})\n" if picture else "",
         "## Steps\n",
-        _table(["step", "status", "seconds", "what"], ([name, step["status"], f"{step['seconds']:.0f}", _note(step)]
+        table(["step", "status", "seconds", "what"], ([name, step["status"], f"{step['seconds']:.0f}", _note(step)]
                for name, step in steps.items())),
         "## Times, ms, median\n\nBackward starts from an upstream gradient of 1/2, one made in forward from 1.\n",
         _times(steps),
@@ -80,7 +80,7 @@ def readme_table(results: dict[str, Any]) -> str:
              _share(ratio(None if once is None else 3 * once, train)),
              *(_ms(times.ms(shape, peer, "train")) for peer in (EAGER, COMPILED, "Liger-Kernel"))]
         )  # fmt: skip
-    return where + _table(header, rows)
+    return where + table(header, rows)
 
 
 def draw(results: dict[str, Any], path: Path) -> bool:
@@ -131,7 +131,7 @@ def _times(steps: dict[str, Any]) -> str:
     columns = list(dict.fromkeys((row["provider"], row["mode"]) for row in rows))
     cases = list(dict.fromkeys((row["n_rows"], row["n_classes"], row["dtype"]) for row in rows))
     times = Times(steps)
-    return _table(
+    return table(
         ["rows x classes", *(f"{provider}, {mode}" for provider, mode in columns)],
         ([f"{a} x {b} {dtype}", *(_ms(times.ms((a, b), *column, dtype)) for column in columns)]
          for a, b, dtype in cases),
@@ -142,7 +142,7 @@ def _targets(steps: dict[str, Any]) -> str:
     def ms(row: dict[str, Any], provider: str) -> float | None:
         return row["ms"][provider]["median"] if "ms" in row else None
 
-    return _table(
+    return table(
         ["rows x classes", "target", OURS, "eager torch, no bonus, no scores", "ours / eager"],
         ([f"{r['n_rows']} x {r['n_classes']}", r["target"], _ms(ms(r, OURS)), _ms(ms(r, EAGER)),
           _ms(ratio(ms(r, OURS), ms(r, EAGER)))] for r in steps.get("targets", {}).get("rows", [])),
@@ -151,7 +151,7 @@ def _targets(steps: dict[str, Any]) -> str:
 
 def _small(steps: dict[str, Any]) -> str:
     rows = steps.get("small", {}).get("rows", [])
-    return _table(
+    return table(
         ["rows x classes", "provider", "host, us", "replayed, us"],
         ([f"{r['n_rows']} x {r['n_classes']}", r["provider"], *(f"{r[k]:.1f}" if k in r else "-"
           for k in ("host_us", "replay_us"))] for r in rows),
