@@ -124,7 +124,7 @@ def _local_classes(call: Any, mesh_dim: int) -> tuple[Tensor, Tensor, ClassShard
     (_, _, n_local), (_, _, first) = compute_local_shape_and_global_offset(logits.shape, mesh, placements)
     shard = ClassShard(mesh.get_group(mesh_dim), first, first + n_local)
     options = LogitOptions(call["logit_scale"], call["softcap"])
-    terms = Terms(decode(call["loss"], _whole(call["fields"])), None, None, None, options, call["ignore_index"])
+    terms = Terms(decode(call["loss"], _whole(call["fields"])), None, None, options, call["ignore_index"], None)
     return logits.to_local().flatten(0, 1), _whole(call["target"]).reshape(-1), shard, terms
 
 
@@ -161,8 +161,9 @@ def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
 def _labels_backward(call: Any, mesh_dim: int) -> DTensor:
     logits, (rows, label, shard, terms) = call["logits"], _local_classes(call, mesh_dim)
     grad_loss, grad_lse, saved = _whole(call["grad_loss"]), _whole(call["grad_lse"]), _whole(call["saved"])
-    pull = shards.pull_of(Saved(*saved), terms, saved.new_empty(()), grad_loss, grad_lse)
-    grad = shards.gradient(rows, label, shard, terms, pull, torch.empty_like(rows))
+    n_classes = label.new_tensor(logits.shape[2])
+    pull = shards.pull_of(Saved(*saved), label, terms, n_classes, None, grad_loss, grad_lse)
+    grad = shards.gradient(rows, label, shard, terms, n_classes, pull, torch.empty_like(rows))
     return DTensor.from_local(
         grad.view(logits.to_local().shape), logits.device_mesh, logits.placements, run_check=False,
         shape=logits.shape, stride=torch.empty(logits.shape, device="meta").stride(),

@@ -32,7 +32,7 @@ class LinearScores(Scores):
     Attributes:
         last_layer_grad_norm: ``||dL/d(weight, bias)||_F = ||dL/dz||_2 ||(hidden, 1)||_2``, exact, float32, [0, inf);
             higher is harder; NaN where ignored. Of what ``reduction="none"`` returns: with class weights and
-            ``row_weight``.
+            ``row_weight``; of ``"mean"`` with ``weight`` and ``bonus_weight`` the bonus weighs as it does in that.
     """
 
     last_layer_grad_norm: Tensor

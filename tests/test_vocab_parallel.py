@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from bonus_ops import (
     Focal,
     GeneralizedCrossEntropy,
+    LogBonus,
+    Poly1,
     PowerBonus,
     SoftmaxSquaredError,
     bonus_cross_entropy,
@@ -77,6 +79,26 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
         ("smoothing-weight", "backwards", "typical", {"bonus": None, "label_smoothing": 0.2, "weight": True}),
         ("smoothing-everything", "uneven", "typical",
          {**EVERYTHING, "bonus": None, "label_smoothing": 0.2, "weight": True}),
+        *[(f"smoothed-bonus-{regime}", where, regime, {"label_smoothing": 0.2, "reduction": reduction})
+          for where, regime, reduction in [
+              ("equal", "typical", "mean"), ("empty", "confident", "none"), ("uneven", "wrong", "none"),
+              ("uneven", "shifted", "none"), ("backwards", "ties", "none"), ("uneven", "masked", "none"),
+              ("uneven", "all-ignored", "sum"), ("uneven", "no-rows", "sum"),
+          ]],
+        *[(f"smoothed-{type(loss).__name__}-{regime}", "uneven", regime,
+           {"bonus": loss, "label_smoothing": 0.2, "reduction": "none"})
+          for regime in ("typical", "confident", "wrong")
+          for loss in (Focal(2.0), GeneralizedCrossEntropy(0.7), LogBonus(1.0), PowerBonus(2.0), Poly1(),
+                       LogBonus(0.9, start=0.2, abrupt=0.95))],
+        ("smoothed-label-alone", "uneven", "typical", {"label_smoothing": 0.2, "bonus_smoothing": 0.0}),
+        ("smoothed-bonus-alone", "uneven", "wrong", {"bonus_smoothing": 0.3}),
+        ("bonus-weight", "uneven", "typical", {"bonus_weight": True}),
+        ("bonus-weight-weight", "backwards", "typical", {"bonus_weight": True, "weight": True}),
+        ("bonus-weight-smoothed", "uneven", "wrong",
+         {"bonus_weight": True, "weight": True, "label_smoothing": 0.2, "bonus_smoothing": 0.3}),
+        ("smoothed-bonus-weight", "uneven", "typical", {"weight": True, "label_smoothing": 0.2}),
+        ("smoothed-bonus-everything", "uneven", "wrong",
+         {**EVERYTHING, "weight": True, "bonus_weight": True, "label_smoothing": 0.2, "reduction": "none"}),
     ]
     for dtype in (torch.float64, torch.float32)
 }  # fmt: skip
@@ -103,6 +125,13 @@ LINEAR: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         ("smoothing-weight", "backwards", {"bonus": None, "label_smoothing": 0.2, "rows": 4, "weight": True}),
         ("smoothing-everything", "uneven",
          {**EVERYTHING, "bonus": None, "label_smoothing": 0.2, "weight": True, "rows": 4}),
+        ("smoothed-bonus", "uneven", {"label_smoothing": 0.2, "rows": 4, "bias": True}),
+        ("smoothed-bonus-none", "empty", {"label_smoothing": 0.2, "rows": 4, "reduction": "none"}),
+        ("smoothed-focal", "uneven", {"bonus": Focal(2.0), "label_smoothing": 0.2, "rows": 4}),
+        ("smoothed-label-alone", "uneven", {"label_smoothing": 0.2, "bonus_smoothing": 0.0, "rows": 4}),
+        ("bonus-weight", "uneven", {"bonus_weight": True, "weight": True, "rows": 4, "row_weight": True}),
+        ("smoothed-bonus-everything", "backwards",
+         {**EVERYTHING, "bonus_weight": True, "weight": True, "label_smoothing": 0.2, "rows": 4, "row_weight": True}),
         ("own-input-grad", "uneven", {"reduce_input_grad": False, "rows": 4}),
     ]
     for dtype in (torch.float64, torch.float32)
@@ -144,6 +173,12 @@ def class_weight(dtype: torch.dtype) -> torch.Tensor:
     weight = (torch.arange(C) + 1.0).to(dtype) / 4
     weight[3] = 0
     return weight
+
+
+def class_weights(options: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return those that a case asks for."""
+    both = {"weight": class_weight(dtype), "bonus_weight": class_weight(dtype).flip(0)}
+    return {name: x for name, x in both.items() if name in options}
 
 
 def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -196,7 +231,7 @@ def of_logits(case: Any, rank: int, world: int) -> dict[str, Any]:
     logits, target = example(regime, dtype)
     first, stop = ranges(where, world)[rank]
     mine = logits[:, first:stop].clone().requires_grad_()
-    options = {**options, "weight": class_weight(dtype)} if "weight" in options else options
+    options = {**options, **class_weights(options, dtype)}
     options = dict(options, group=None, class_range=None if where == "equal" else (first, stop))
     with CommDebugMode() as forward:
         loss, scores = vocab_parallel.bonus_cross_entropy_with_scores(mine, target, **options)
@@ -228,7 +263,7 @@ def of_layer(case: Any, rank: int, world: int) -> dict[str, Any]:
     for key, x in tensors.items():
         if x is not None and not (frozen and key != "input"):
             x.requires_grad_()
-    options = {**options, "weight": class_weight(dtype)} if "weight" in options else options
+    options = {**options, **class_weights(options, dtype)}
     chunk_rows = ops.chunk_rows
     ops.chunk_rows = lambda call: rows + rank  # the rank with the least room decides
     with CommDebugMode() as forward:
@@ -314,7 +349,8 @@ def errors(rank: int, world: int) -> dict[str, tuple[str, str]]:
         "linear own fault": outcome(linear, hidden, weight[:, 1:] if last else weight, target),
         "probabilities": outcome(loss_of, mine, mine.detach().softmax(1)),
         "class loss": outcome(loss_of, mine, target, bonus=SoftmaxSquaredError()),
-        "smoothed bonus": outcome(loss_of, mine, target, label_smoothing=0.1),
+        "bonus weight": outcome(loss_of, mine, target, bonus_weight=torch.ones(C + 1)),
+        "two weights": outcome(loss_of, mine, target, weight=torch.ones(C), bonus_weight=torch.ones(C + 1)),
         "linear class loss": outcome(linear, hidden, weight, target, bonus=SoftmaxSquaredError()),
         "range type": outcome(loss_of, mine, target, class_range=5),
         "range order": outcome(loss_of, mine, target, class_range=(5, 4)),
@@ -414,7 +450,7 @@ def alone(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Any, torch.Tenso
     logits, target = example(regime, rounded)
     ignored = target == options.get("ignore_index", -100)
     logits = logits.to(dtype).masked_fill(ignored[:, None], 0.0).requires_grad_()
-    options = {**options, "weight": class_weight(rounded).to(dtype)} if "weight" in options else options
+    options = {**options, **{name: x.to(dtype) for name, x in class_weights(options, rounded).items()}}
     loss, scores = bonus_cross_entropy_with_scores(logits, target, implementation="reference", **options)
     loss.backward(upstream(loss))
     return loss.detach(), scores, logits.grad
@@ -430,8 +466,13 @@ def truth_of_layer(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
     bias = tensors["linear_bias"] if options.pop("bias", False) else None
     frozen, weighs = options.pop("frozen", False), options.pop("row_weight", False)
     own = tensors["row_weight"] if weighs else torch.ones(N, dtype=dtype)
-    options["weight"] = class_weight(rounded).to(dtype) if "weight" in options else None
+    options = {**options, **{name: x.to(dtype) for name, x in class_weights(options, rounded).items()}}
     counts = target != -100
+    n = divisor = counts.sum()
+    if "weight" in options:
+        divisor = options["weight"][target[counts]].sum()
+        if "bonus_weight" in options and reduction == "mean":  # whose mean is over rows
+            options["bonus_weight"] = options["bonus_weight"] * (divisor / n)
     z = F.linear(tensors["input"].masked_fill(~counts[:, None], 0.0), tensors["linear_weight"], bias)
     z.retain_grad()
     common = {"reduction": "none", "implementation": "reference"}
@@ -441,8 +482,6 @@ def truth_of_layer(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
     size = tensors["input"].detach().square().sum(1) + (bias is not None)
     norm = (torch.linalg.vector_norm(dz, dim=1) * size.sqrt()).masked_fill(~counts, torch.nan)
     if reduction == "mean":
-        n = counts.sum()
-        divisor = n if options["weight"] is None else options["weight"][target[counts]].sum()
         rows, of_z = rows / divisor, of_z / n
     loss = (rows + of_z) * own
     loss = loss if reduction == "none" else loss.sum()
@@ -517,10 +556,16 @@ def test_scores_do_not_change_the_loss(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(x["without"], x["loss"], rtol=0, atol=1e-5, msg=name)
 
 
+def smooths_a_bonus(options: dict[str, Any]) -> bool:
+    """Return whether all classes pay what is not cross-entropy, of the probability that the first all-gather tells."""
+    smoothing = options.get("bonus_smoothing", options.get("label_smoothing", 0.0))
+    return smoothing > 0 and options.get("bonus", LogBonus()) is not None
+
+
 def test_one_all_gather_in_forward_and_nothing_in_backward(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name, x in rank["logits"].items():
-            assert x["sent"] == ({"allgather_base": 1}, {}), name
+            assert x["sent"] == ({"allgather_base": 1 + smooths_a_bonus(CASES[name][3])}, {}), name
 
 
 def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None:
@@ -528,10 +573,13 @@ def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None
     for rank in ranks:
         for name, x in rank["linear"].items():
             _, _, options = LINEAR[name]
-            forward, backward = {"allgather_base": 1 + -(-n_rows // options.get("rows", N))}, {}
+            a_chunk = 1 + smooths_a_bonus(options)
+            forward, backward = {"allgather_base": 1 + a_chunk * -(-n_rows // options.get("rows", N))}, {}
             if options.get("reduce_input_grad", True):
                 (backward if options.get("reduction") == "none" else forward)["allreduce"] = 1
-            if "softcap" in options or "label_smoothing" in options:  # for the norm of the last layer's gradient
+            if any(
+                name in options for name in ("softcap", "label_smoothing", "bonus_weight")
+            ):  # for the norm of the last layer's gradient
                 forward["allreduce"] = forward.get("allreduce", 0) + 1
             assert x["sent"] == (forward, backward), (name, x["sent"], forward, backward)
 
@@ -553,7 +601,8 @@ ERRORS = {
     "linear rows": ("RuntimeError", "expected the same rows on all ranks"),
     "probabilities": ("NotImplementedError", "expected class indices as target"),
     "class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
-    "smoothed bonus": ("NotImplementedError", "not done for label_smoothing"),
+    "bonus weight": ("RuntimeError", "one number for each class of all ranks, got [13]"),
+    "two weights": ("RuntimeError", "bonus_weight must have shape [12], one number a class, got [13]"),
     "linear class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
     "range type": ("TypeError", "class_range must be (first, stop) or None, got 5"),
     "range order": ("ValueError", "class_range[1] must be at least 5, got 4"),
