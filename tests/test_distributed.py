@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bonus_ops import LogBonus, PowerBonus, bonus_cross_entropy, bonus_cross_entropy_with_softmax
+from bonus_ops import LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy, bonus_cross_entropy_with_softmax
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -36,6 +36,11 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "classes-weight": ((5, 7), 1, {"weight": (torch.arange(7) + 1.0) / 4}),
     "classes-extra-dimension": ((4, 7, 3), 1, {}),
     "classes-smoothing": ((5, 7), 1, {"label_smoothing": 0.1}),
+    "classes-smoothing-plain": ((5, 7), 1, {"label_smoothing": 0.1, "bonus": None, "plain": True}),
+    "classes-smoothing-none": ((5, 7), 1, {"label_smoothing": 0.1, "reduction": "none", "z_loss": 0.1, "softcap": 3.0}),
+    "classes-smoothing-weight": ((4, 7, 3), 1, {"label_smoothing": 0.1, "weight": (torch.arange(7) + 1.0) / 4}),
+    "classes-options": ((5, 7), 1, {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5}),
+    "classes-of-all": ((5, 7), 1, {"bonus": SoftmaxSquaredError()}),
     "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-uneven": ((5, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-sharded": ((4, 7, 3), 2, {}),
@@ -210,8 +215,20 @@ def test_classes_stay_where_they_are(results: dict[str, Any]) -> None:
         assert results[name][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 1}), name
 
 
-def test_smoothed_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
-    _, _, placements, sent = results["classes-smoothing"]
+def test_the_z_loss_of_spread_classes_asks_for_the_logit_of_the_label(results: dict[str, Any]) -> None:
+    sent = {"c10d._allgather_base_": 1, "c10d_functional.all_reduce": 1}
+    assert results["classes-options"][2:] == (("R", "S(1)"), sent)
+
+
+def test_smoothed_classes_stay_too(results: dict[str, Any]) -> None:
+    for name in ("classes-smoothing", "classes-smoothing-none", "classes-smoothing-weight"):
+        # what a smoothed bonus pays is known when the sums are
+        assert results[name][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 2}), name
+    assert results["classes-smoothing-plain"][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 1})
+
+
+def test_other_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
+    _, _, placements, sent = results["classes-of-all"]
     assert placements == ("P(sum)", "S(0)")
     # once forward, once backward; gloo has no all-to-all, so DTensor gathers and keeps its part
     assert sent in ({"c10d_functional.all_gather_into_tensor": 2}, {"c10d_functional.all_to_all_single": 2})

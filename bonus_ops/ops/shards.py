@@ -44,6 +44,7 @@ __all__ = [
     "faulty",
     "gather",
     "gradient",
+    "ints_like",
     "local_sums",
     "merged",
     "message",
@@ -252,7 +253,7 @@ def message(sums: Sums, shard: Shard, terms: Terms, scores: bool) -> Tensor:
     if terms.spreads and terms.weight is not None:
         total = terms.weight[shard.first : shard.stop].sum()[None]
     # the class travels as the bits of an integer
-    told = {**rest._asdict(), "argmax": rest.argmax.to(_ints(rest.max)).view(rest.max.dtype),
+    told = {**rest._asdict(), "argmax": rest.argmax.to(ints_like(rest.max)).view(rest.max.dtype),
             "spread": sums.spread, "below": sums.below}  # fmt: skip
     return torch.cat([total, *(told[name] for name in _told(terms, scores))])
 
@@ -266,7 +267,7 @@ def merged(parts: Tensor, terms: Terms, scores: bool) -> Sums:
     zeros = torch.zeros_like(columns[0])
     argmax = torch.full_like(zeros, NO_CLASS, dtype=torch.int32)
     if "argmax" in told:
-        argmax = told["argmax"].contiguous().view(_ints(parts)).to(torch.int32)
+        argmax = told["argmax"].contiguous().view(ints_like(parts)).to(torch.int32)
     each = RowSums._make((*(told.get(name, zeros) for name in RowSums._fields[:-1]), argmax))
     rest = row_sums.merged([RowSums(*of_rank) for of_rank in zip(*each, strict=True)])
     shift = _finite(each.max) - _finite(rest.max)
@@ -499,6 +500,6 @@ def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
-def _ints(x: Tensor) -> torch.dtype:
+def ints_like(x: Tensor) -> torch.dtype:
     """Return the dtype of integers as wide as ``x``."""
     return torch.int64 if x.dtype == torch.float64 else torch.int32
