@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .call import Call
 from .checks import FLOATS, check_call, checked_ignore_index
-from .logit_options import PLAIN, LogitOptions
+from .logit_options import LogitOptions
 from .number_checks import check_integer
 from .watchers import is_transformed
 
@@ -55,8 +55,6 @@ class LinearCall(Call):
         return self._tensors
 
     def _only_by_formula(self, implementation: str | None) -> str | None:
-        if self.options != PLAIN and self.kind != "labels":
-            return "logit options of soft targets"
         return super()._only_by_formula(implementation) or ("torch.func and forward mode" if is_transformed() else None)
 
 
