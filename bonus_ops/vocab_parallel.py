@@ -305,6 +305,7 @@ _Checked = tuple[Any, shards.Shard, Tensor]  # call, shard, facts
 def _of_logits(
     input: Any, target: Any, group: Any, class_range: Any, options: _Options, validate: bool, scores: bool
 ) -> tuple[Tensor, Scores | None]:
+    _check_alone()
     check_validate(validate)
     n_ranks = shards.ranks_of(group)
 
@@ -335,6 +336,7 @@ def _of_layer(
     layer: tuple[Any, ...], group: Any, class_range: Any, options: _Options, reduce_input_grad: bool,
     budget: int | None, scores: bool,
 ) -> ops.LinearResult:  # fmt: skip
+    _check_alone()
     input, linear_weight, target, linear_bias, row_weight = layer
     shards.ranks_of(group)
 
@@ -356,12 +358,16 @@ def _of_layer(
     return ops.run_linear(call, shard, n_classes, int(facts.chunk_rows.min()), reduce_input_grad)
 
 
-def _kept(target: Any, options: _Options) -> LogitOptions:
-    """Return the checked options of logits; raise for what is not done at all."""
+def _check_alone() -> None:
+    """Raise, before any exchange, where a compiler or a transform watches, which all ranks have alike."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("classes spread over ranks: call it outside of torch.compile")
     if is_transformed():
         raise NotImplementedError("classes spread over ranks: no rule for torch.func, vmap and forward mode")
+
+
+def _kept(target: Any, options: _Options) -> LogitOptions:
+    """Return the checked options of logits; raise for what is not done at all."""
     if isinstance(target, Tensor) and target.is_floating_point():
         raise NotImplementedError(
             f"classes spread over ranks: expected class indices as target, got probabilities of {target.dtype}"

@@ -186,7 +186,8 @@ def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     shapes = {"input": (N, H), "linear_weight": (C, H), "linear_bias": (C,)}
     tensors = {k: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for k, s in shapes.items()}
     tensors["row_weight"] = (torch.rand(N, generator=draw, dtype=torch.float64) * 2).to(dtype)
-    tensors["input"][1] = torch.nan
+    for key in ("input", "row_weight"):  # of an ignored row
+        tensors[key][1] = torch.nan
     return tensors
 
 
@@ -402,6 +403,9 @@ def others(rank: int, world: int) -> dict[str, Any]:
     loss.backward(retain_graph=True)
     loss.backward()
     found["again"] = hidden.grad, embedding.grad
+    last = tensors["input"].clone().requires_grad_()
+    linear(last, embedding.detach(), target, **options).backward(torch.tensor(torch.nan))
+    found["nan upstream"] = last.grad
     with torch.no_grad():
         found["no grad"] = linear(hidden, embedding, target, **options)
     return found
@@ -465,7 +469,7 @@ def truth_of_layer(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
     target = example("typical", rounded)[1]
     bias = tensors["linear_bias"] if options.pop("bias", False) else None
     frozen, weighs = options.pop("frozen", False), options.pop("row_weight", False)
-    own = tensors["row_weight"] if weighs else torch.ones(N, dtype=dtype)
+    own = tensors["row_weight"].masked_fill(target == -100, 0.0) if weighs else torch.ones(N, dtype=dtype)
     options = {**options, **{name: x.to(dtype) for name, x in class_weights(options, rounded).items()}}
     counts = target != -100
     n = divisor = counts.sum()
@@ -660,6 +664,12 @@ def test_shapes_checkpoints_and_groups(ranks: list[dict[str, Any]]) -> None:
     whole = bonus_cross_entropy(logits, target)
     for each in found[-2:]:
         torch.testing.assert_close(each["pair"].double(), whole, rtol=2e-6, atol=2e-6)
+
+
+def test_an_upstream_gradient_of_nan_does_not_reach_an_ignored_row(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        grad = rank["others"]["nan upstream"]
+        assert (grad[1] == 0).all() and grad[[0, *range(2, N)]].isnan().all()
 
 
 def test_a_second_backward_adds_the_same(ranks: list[dict[str, Any]]) -> None:

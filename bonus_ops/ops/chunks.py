@@ -160,7 +160,8 @@ def computed(
     how = implementation, "labels" if rows.targets is None else "soft"
     if how in _BY_SUMS and not (wanted.gradient or from_chunks):
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
-    products = Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
+    factor = (1.0 / divisor).item() if on_cpu and divisor is not None else 1.0
+    products = Products(layer, factor, rows.folded)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
     size = rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)

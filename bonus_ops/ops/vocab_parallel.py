@@ -257,8 +257,12 @@ class _OfLayer(torch.autograd.Function):
             visit.backward(rest, more, own, 2 * terms.options.z_loss * own, made)
             if of.reduce_input_grad and ctx.wanted[0]:
                 dist.all_reduce(made[0], group=of.shard.group)
+        if of.reduced:  # what ignored rows add is 0 whatever the upstream gradient
+            counts = label != terms.ignore_index
+            of_rows, of_all = (torch.where(x, factor, 0.0) for x in (counts[:, None], counts.any()))
+            made = [x * y if x.numel() else x for x, y in zip(made, (of_rows, of_all, of_all), strict=True)]
         grads = [
-            ((x * factor) if of.reduced else x).to(like.dtype) if wanted else None
+            x.to(like.dtype) if wanted else None
             for wanted, x, like in zip(ctx.wanted, made, (hidden, weight, bias), strict=True)
         ]
         grad_row_weight = each * factor if ctx.needs_input_grad[3] else None
