@@ -385,7 +385,7 @@ def test_accelerate_tracks_over_two_processes_as_one(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [{}, {"smoothing": 0.0}, {"target_threshold": 0.2}, {"sum_classes": True}, {"reduction": "none"},
-     {"pos_weight": 3.0}, {"weight": torch.rand(C)}, {"smooth_dense": True, "smoothing": 0.3},
+     {"pos_weight": 3.0}, {"weight": torch.linspace(0.2, 0.9, C)}, {"smooth_dense": True, "smoothing": 0.3},
      {"target_threshold": 0.1, "sum_classes": True, "smoothing": 0.2}],
     ids=str,
 )  # fmt: skip

@@ -233,7 +233,7 @@ WEIGHTS = [(), (1,), (7,), (5, 1), (1, 7), (5, 7), (3, 1, 1), (3, 5, 7)]
 
 
 @over_reductions
-@pytest.mark.parametrize("weights", [{}, {"weight"}, {"pos_weight"}, {"weight", "pos_weight"}], ids="-".join)
+@pytest.mark.parametrize("weights", [(), ("weight",), ("pos_weight",), ("weight", "pos_weight")], ids="-".join)
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_without_bonus_it_is_torch(how, reduction, weights, soft):
     for shape in WEIGHTS if weights else WEIGHTS[:1]:

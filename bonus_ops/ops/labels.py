@@ -80,15 +80,22 @@ _WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
 
 
 def _by_rows(call: Call) -> Result:
-    """Return the result by the registered operators, which make the gradient in backward by a second read."""
+    """Return the result of rows; their gradient is made in backward, by a second read."""
     logits = call.logits()
     target = call.target.reshape(logits.shape[:2])
-    name, fields = encode(call.loss)
-    wanted = (bool(call.options.z_loss), call.scores, call.softmax)
-    function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
-    loss, lse, scores, runner_up, _, probabilities = function.apply(  # type: ignore[no-untyped-call]
-        logits, target, fields, call.ignore_index, name, call.options[:2], *wanted, call.implementation
-    )
+    wanted = (call.scores, call.softmax)
+    if not (call.input.requires_grad and torch.is_grad_enabled()) and is_plain_eager(*call.tensors()):
+        options = (call.ignore_index, cast(GapLoss, call.loss).current, *wanted, call.options, call.implementation)
+        loss, scores, runner_up, saved, probabilities = _visited(logits, target, *options)
+        of_rows = (target, saved, call.ignore_index, call.options[:2])
+        lse = logsumexp(logits, *of_rows) if call.options.z_loss else None
+    else:
+        name, fields = encode(call.loss)
+        function = _Rows if torch.compiler.is_compiling() else _ForwardModeRows
+        loss, lse, scores, runner_up, _, probabilities = function.apply(  # type: ignore[no-untyped-call]
+            logits, target, fields, call.ignore_index, name, call.options[:2], bool(call.options.z_loss), *wanted,
+            call.implementation,
+        )  # fmt: skip
     columns = (*scores, runner_up) if call.scores else None
     loss = _reduced(call, loss, lse if call.options.z_loss else None)
     return _result(call, loss, columns, probabilities if call.softmax else None)
@@ -256,6 +263,21 @@ class _MeanByKernels(torch.autograd.Function):
         return as_input(grad, input), *(None,) * 6
 
 
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _visited(
+    logits: Tensor, target: Tensor, ignore_index: int, loss: GapLoss, scores: bool, softmax: bool,
+    options: LogitOptions, implementation: str,
+) -> LabelResult:  # fmt: skip
+    if logits.device.type == "cpu":
+        reference.check_target(target, logits.shape[2], ignore_index)
+    out: LabelResult = room(implementation, "labels").forward(
+        logits, target, ignore_index, loss, scores, softmax, options
+    )
+    return out
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
@@ -265,12 +287,8 @@ def forward(
     softcap: float | None, scores: bool, softmax: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [outer, inner, C] to what `LabelResult` holds; ``loss`` and ``fields`` are what `losses.encode` returns."""
-    if logits.device.type == "cpu":
-        reference.check_target(target, logits.shape[2], ignore_index)
-    out: LabelResult = room(implementation, "labels").forward(
-        logits, target, ignore_index, decode(loss, fields), scores, softmax, LogitOptions(logit_scale, softcap)
-    )
-    return out.loss, out.scores, out.runner_up, out.saved, out.softmax
+    options = (scores, softmax, LogitOptions(logit_scale, softcap), implementation)
+    return tuple(_visited(logits, target, ignore_index, decode(loss, fields), *options))  # type: ignore[return-value]
 
 
 @forward.register_fake
