@@ -24,7 +24,7 @@ from .ops.shards import Shard as ClassShard
 from .row_sums import RowSums
 from .soft_targets import SoftTargets
 
-__all__ = ["register_row_sharding"]
+__all__ = ["by_shards", "register_row_sharding"]
 
 # the axis of rows: of the arguments that have one, and of the results
 _ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0,
@@ -117,6 +117,41 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
     if isinstance(local, Tensor):
         return wrap(local, like, axes[0])
     return tuple(wrap(*each) for each in zip(local, like, axes, strict=True))
+
+
+# --- a last layer whose classes are spread ---------------------------------------------------------------------------
+
+
+def by_shards(
+    name: str, input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Call a function of `bonus_ops.vocab_parallel` with this rank's classes of a layer; see there.
+
+    A plain tensor is the same on every rank, as is what is returned.
+    """
+    from . import vocab_parallel as functions
+
+    mesh, placements = linear_weight.device_mesh, linear_weight.placements
+    cut = [placement.is_shard(0) for placement in placements]
+    if sum(cut) != 1 or not all(c or x.is_replicate() for c, x in zip(cut, placements, strict=True)):
+        raise NotImplementedError(
+            f"{name}: a last layer whose linear_weight has placements {placements}.\nExpected Shard(0), its classes, "
+            "over one dimension of the mesh, and Replicate() over the others."
+        )
+    if linear_bias is not None:
+        if not isinstance(linear_bias, DTensor):
+            raise RuntimeError(f"{name}: expected linear_bias to be a DTensor as linear_weight is, got a plain tensor")
+        linear_bias = linear_bias.redistribute(mesh, placements).to_local()
+    (n_local, _), (first, _) = compute_local_shape_and_global_offset(linear_weight.shape, mesh, placements)
+
+    def whole(x: Any) -> Any:  # a differentiable part of the graph
+        return x.redistribute(mesh, [Replicate()] * mesh.ndim).to_local() if isinstance(x, DTensor) else x
+
+    return getattr(functions, name)(
+        whole(input), linear_weight.to_local(), whole(target), group=mesh.get_group(cut.index(True)),
+        class_range=(first, first + n_local), linear_bias=linear_bias, **{k: whole(x) for k, x in options.items()},
+    )  # fmt: skip
 
 
 # --- classes --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from bonus_ops import (
     SoftmaxSquaredError,
     bonus_cross_entropy,
     bonus_cross_entropy_with_softmax,
+    linear_bonus_cross_entropy,
+    linear_bonus_cross_entropy_with_scores,
+    linear_difficulty_scores,
 )
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -165,6 +168,34 @@ def column_parallel_results(rank: int) -> dict[str, Any]:
         loss.sum().backward()
         grads = [model.tok.weight.grad, model.output.weight.grad.full_tensor()]
         found[f"{name}-linear"] = loss.detach().flatten(), grads
+    for name, options in LAYERS.items():  # the layer's DTensor, beside hidden states that are plain or cut by positions
+        for how in ("dtensor", "sequence"):
+            model = Tokens()
+            parallelize_module(model, mesh["tp"], {"output": colwise})
+            hidden, target = model.tok(TOKENS[0]), NEXT[1]
+            if how == "sequence":
+                hidden = DTensor.from_local(hidden, mesh["tp"], [Replicate()]).redistribute(mesh["tp"], [Shard(1)])
+                target = DTensor.from_local(target, mesh["tp"], [Replicate()])
+            loss, scores = linear_bonus_cross_entropy_with_scores(hidden, model.output.weight, target, **options)
+            alone = linear_bonus_cross_entropy(hidden, model.output.weight, target, **options)
+            loss.sum().backward()
+            grads = [model.tok.weight.grad, model.output.weight.grad.full_tensor()]
+            found[f"{name}-{how}"] = loss.detach().flatten(), grads
+            assert type(loss) is torch.Tensor and torch.equal(loss, alone)
+            found[f"scores-{how}"] = [*scores, *linear_difficulty_scores(hidden, model.output.weight, target)]
+
+    def error(weight: Any, **options: Any) -> tuple[str, str]:
+        try:
+            linear_bonus_cross_entropy(model.tok(TOKENS[0]), weight, NEXT[1], **options)
+        except Exception as raised:
+            return type(raised).__name__, str(raised)
+        return "nothing", ""
+
+    weight = model.output.weight.detach()
+    found["linear errors"] = [
+        error(weight.redistribute(mesh["tp"], [Shard(1)])), error(weight, linear_bias=torch.zeros(7)),
+        error(weight, implementation="numba"),
+    ]  # fmt: skip
     return found
 
 
@@ -379,7 +410,7 @@ def test_fully_sharded_gradients_equal_one_process(results: dict[str, Any], name
         assert_within_budget(got, truth, eager, what=f"{name}: parameter {i}")
 
 
-@pytest.mark.parametrize("how", ["", "-fsdp", "-linear"])
+@pytest.mark.parametrize("how", ["", "-fsdp", "-linear", "-dtensor", "-sequence"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_column_parallel_output_layers_equal_one_process(results: dict[str, Any], name: str, how: str) -> None:
     found = []
@@ -392,6 +423,22 @@ def test_column_parallel_output_layers_equal_one_process(results: dict[str, Any]
     for i, (got, eager, truth) in enumerate(zip([loss.flatten(), *grads], *found, strict=True)):
         assert truth.abs().max() > 1e-2
         assert_within_budget(got, truth, eager, floor=2.0**-21, what=f"{name}{how}: {i}")
+
+
+@pytest.mark.parametrize("how", ["dtensor", "sequence"])
+def test_scores_of_a_layer_that_is_a_dtensor(results: dict[str, Any], how: str) -> None:
+    one = Tokens()
+    scores = linear_difficulty_scores(one.tok(TOKENS[0]), one.output.weight, NEXT[1])
+    for got, same in zip(results[f"scores-{how}"], (*scores, *scores), strict=True):
+        torch.testing.assert_close(got, same, rtol=0, atol=2e-6, equal_nan=True)
+
+
+def test_faults_of_a_layer_that_is_a_dtensor_are_clear(results: dict[str, Any]) -> None:
+    cut, bias, named = results["linear errors"]
+    assert cut[0] == "NotImplementedError" and "placements (Shard(dim=1),)" in cut[1] and "Expected Shard(0)" in cut[1]
+    assert bias == ("RuntimeError", "linear_bonus_cross_entropy: expected linear_bias to be a DTensor as linear_weight "
+                    "is, got a plain tensor")  # fmt: skip
+    assert named == ("NotImplementedError", "implementation='numba' does not run for a DTensor; None does")
 
 
 if __name__ == "__main__":
