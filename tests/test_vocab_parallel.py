@@ -682,6 +682,43 @@ def test_a_second_backward_adds_the_same(ranks: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(found[0]["no grad"].double(), loss, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def one_rank() -> Any:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_classes", [1, 2, 40])
+def test_every_loss_of_the_gap_for_one_rank(one_rank: None, n_classes: int, dtype: torch.dtype) -> None:
+    from bonus_ops import vocab_parallel
+    from tests.cases import LOSSES
+
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 60.0}
+    draw = torch.Generator().manual_seed(n_classes)
+    for scale in (1, 8, 30):
+        logits = (torch.randn(6, n_classes, generator=draw, dtype=torch.float64) * scale).to(dtype)
+        target = torch.randint(0, n_classes, (6,), generator=draw)
+        target[1] = -100
+
+        def outcome(function: Any, of: torch.dtype, logits: Any = logits, target: Any = target, **named: Any) -> Any:
+            z = logits.to(of, copy=True).requires_grad_()
+            loss = function(z, target, reduction="none", **named)
+            loss.backward(upstream(loss))
+            return loss, z.grad
+
+        for name, bonus in LOSSES.items():
+            for smoothed in ({}, options):
+                named = {"bonus": bonus, **smoothed}
+                found = outcome(vocab_parallel.bonus_cross_entropy, dtype, group=None, **named)
+                named["implementation"] = "reference"
+                eager, truth = (outcome(bonus_cross_entropy, of, **named) for of in (dtype, torch.float64))
+                for what, x, y, same in zip(("loss", "grad"), found, truth, eager, strict=True):
+                    assert_within_budget(x, y, same, floor=FLOORS[dtype], what=f"{name} {smoothed} {scale}: {what}")
+
+
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 else:
