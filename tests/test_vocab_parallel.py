@@ -14,7 +14,6 @@ from bonus_ops import (
     Focal,
     GeneralizedCrossEntropy,
     LogBonus,
-    Poly1,
     PowerBonus,
     SoftmaxSquaredError,
     bonus_cross_entropy,
@@ -24,7 +23,7 @@ from bonus_ops import (
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-TIMEOUT = 120  # seconds for all ranks, of which importing torch takes 3 to 10
+TIMEOUT = 300  # seconds for all ranks, of which importing torch takes 3 to 10
 WORLDS = (2, 4)
 N, H, C = 9, 5, 12
 
@@ -87,9 +86,7 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
           ]],
         *[(f"smoothed-{type(loss).__name__}-{regime}", "uneven", regime,
            {"bonus": loss, "label_smoothing": 0.2, "reduction": "none"})
-          for regime in ("typical", "confident", "wrong")
-          for loss in (Focal(2.0), GeneralizedCrossEntropy(0.7), LogBonus(1.0), PowerBonus(2.0), Poly1(),
-                       LogBonus(0.9, start=0.2, abrupt=0.95))],
+          for regime in ("typical", "wrong") for loss in (Focal(2.0), LogBonus(1.0))],
         ("smoothed-label-alone", "uneven", "typical", {"label_smoothing": 0.2, "bonus_smoothing": 0.0}),
         ("smoothed-bonus-alone", "uneven", "wrong", {"bonus_smoothing": 0.3}),
         ("bonus-weight", "uneven", "typical", {"bonus_weight": True}),
