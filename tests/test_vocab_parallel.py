@@ -81,7 +81,8 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
         *[(f"smoothed-bonus-{regime}", where, regime, {"label_smoothing": 0.2, "reduction": reduction})
           for where, regime, reduction in [
               ("equal", "typical", "mean"), ("empty", "confident", "none"), ("uneven", "wrong", "none"),
-              ("uneven", "shifted", "none"), ("backwards", "ties", "none"), ("uneven", "masked", "none"),
+              ("uneven", "shifted", "none"), ("empty", "low", "none"), ("backwards", "ties", "none"),
+              ("uneven", "masked", "none"),
               ("uneven", "all-ignored", "sum"), ("uneven", "no-rows", "sum"),
           ]],
         *[(f"smoothed-{type(loss).__name__}-{regime}", "uneven", regime,
@@ -145,8 +146,8 @@ def example(regime: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
         logits[rows, target] += torch.linspace(5, 40, N, dtype=torch.float64)
     elif regime == "wrong":
         logits[rows, (target + 5) % C] += 30
-    elif regime == "shifted":
-        logits += 1e4
+    elif regime in ("shifted", "low"):
+        logits += 1e4 if regime == "shifted" else -1e4
     elif regime == "ties":
         logits = logits.round()
         logits[0] = 1.0

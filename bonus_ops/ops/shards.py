@@ -276,7 +276,8 @@ def merged(parts: Tensor, terms: Terms, scores: bool) -> Sums:
         spread = (told["spread"] + totals[:, None] * shift).sum(0)
     if "below" in told:  # where the largest of a rank is not that of all, it is below
         is_top = (argmax == rest.argmax) | (argmax == NO_CLASS)
-        below = ((told["below"] + torch.where(is_top, 0.0, 1.0)) * shift.exp()).sum(0)
+        scale = (each.max - _finite(rest.max)).exp()  # 0 for a rank without a class
+        below = ((told["below"] + torch.where(is_top, 0.0, 1.0)) * scale).sum(0)
     return Sums(rest, spread, below)
 
 
