@@ -44,6 +44,7 @@ SEEDS, HIDDEN, N_BINS = 10, 128, 15
 EPOCHS = {"digits": 30, "lines": 10}
 COLUMNS = {
     "accuracy": "accuracy, %",
+    "gain": "less cross-entropy's, points",
     "nll": "NLL, nats",
     "ece": "ECE, points",
     "temperature": "best temperature",
@@ -223,7 +224,10 @@ def jobs(quick: bool) -> list[tuple[Any, ...]]:
 def conclude(results: dict[tuple[Any, ...], dict[str, list[float]]], quick: bool) -> dict[str, Any]:
     found: dict[str, dict[str, dict[str, list[float]]]] = {}  # task, loss, column: a number a seed
     for job in jobs(quick):
-        found.setdefault(f"{job[1]}, {job[2]}", {})[job[0]] = results[job]
+        found.setdefault(f"{job[1]}, {job[2]}", {})[job[0]] = dict(results[job])
+    for losses in found.values():
+        for each in losses.values():
+            each["gain"] = _gain("accuracy", each, losses[PLAIN])
     tables = {
         task: {name: {key: interval(each[key]) for key in COLUMNS} for name, each in losses.items()}
         for task, losses in found.items()
@@ -232,9 +236,13 @@ def conclude(results: dict[tuple[Any, ...], dict[str, list[float]]], quick: bool
     return {"tables": tables, "verdicts": verdicts}
 
 
+def _gain(key: str, one: dict[str, list[float]], base: dict[str, list[float]]) -> list[float]:
+    return [a - b for a, b in zip(one[key], base[key], strict=True)]
+
+
 def _verdicts(task: str, losses: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
     def gain(key: str, name: str, base: str) -> list[float]:
-        return [a - b for a, b in zip(losses[name][key], losses[base][key], strict=True)]
+        return _gain(key, losses[name], losses[base])
 
     def ratio(key: str, name: str, base: str) -> list[float]:
         return [a / b for a, b in zip(losses[name][key], losses[base][key], strict=True)]
@@ -284,31 +292,33 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
 
 
 def draw(section: dict[str, Any], figure: Any) -> None:
-    """Points with intervals: a row of panels a task, as trained and with the best temperature."""
+    """Points with intervals: a column of panels a task, a row a quantity, as trained and with the best temperature."""
     tasks = section["tables"]
-    panels = figure.subplots(3, len(tasks), squeeze=False, sharex=True)
+    panels = figure.subplots(3, len(tasks), squeeze=False, sharex=True, sharey="row")
     rows = (
-        (("accuracy",), "accuracy, %\n(higher is better)"),
-        (("nll", "nll_scaled"), "NLL, nats\n(lower is better)"),
-        (("ece", "ece_scaled"), "ECE, points\n(lower is better)"),
+        (("gain",), "accuracy less that of\ncross-entropy, points\n(higher is better)", None),
+        (("nll", "nll_scaled"), "negative log-likelihood\n(NLL), nats\n(lower is better)", (0.1, 0.2, 0.5, 1, 2, 5)),
+        (("ece", "ece_scaled"), "calibration error\n(ECE), points\n(lower is better)", (2, 5, 10, 20, 50)),
     )
     for column, (task, losses) in enumerate(tasks.items()):
-        for row, (keys, unit) in enumerate(rows):
-            axes = panels[row, column]
+        for axes, (keys, unit, ticks) in zip(panels[:, column], rows, strict=True):
             for i, key in enumerate(keys):
                 each = [one[key] for one in losses.values()]
                 x = [j + 0.2 * (i - (len(keys) - 1) / 2) for j in range(len(each))]
-                label = ("as trained", "with the best temperature")[i]
+                label = ("as trained", "logits divided by the best temperature")[i]
                 axes.errorbar(x, [e["mean"] for e in each], [e["half"] or 0 for e in each], fmt="os"[i], capsize=3,
                               markersize=4, label=label)  # fmt: skip
             axes.grid(alpha=0.3)
-            if row == 0:
-                axes.set_title(task)
+            if ticks is None:
+                axes.axhline(0, color="gray", linewidth=0.8, linestyle="--")
             else:
-                axes.set_ylim(0, None)
+                axes.set_yscale("log")
+                axes.set_yticks(ticks, map(str, ticks))
+                axes.minorticks_off()
             if column == 0:
                 axes.set_ylabel(unit)
+        panels[0, column].set_title(task)
         panels[2, column].set_xticks(range(len(losses)), list(losses), rotation=40, ha="right")
     figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     seeds = next(iter(tasks.values()))[PLAIN]["nll"]["seeds"]
-    figure.suptitle(f"Test rows: mean and 95 % confidence interval over {seeds} seeds")
+    figure.suptitle(f"Test rows: mean and 95 % confidence interval over {seeds} seeds", x=0.02, ha="left")

@@ -297,7 +297,8 @@ DATA = {
     "synth": "synthetic, rare modes hard,\nrandom wrong labels",
     "rare_gauss": "rare digits are hard,\nnoise for images",
 }
-WHEN = {"_last": ", last epoch", "_early": ", epoch 6", "_mean": ", mean of epochs", "_half": ", mean of first half"}
+WHEN = {"_last": ", last epoch", "_early": ", epoch 6", "_mean": ", mean of epochs", "_half": ", mean of first half",
+        " never learned = T": " if never learned one an epoch"}  # fmt: skip
 
 
 def _in_words(score: str) -> str:

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .checks import FLOATS
 from .dynamics import ExampleTracker, Mean, Report
 from .functional import difficulty_scores
+from .number_checks import check_integer, check_number
 from .scores import Scores
 
 __all__ = ["main"]
@@ -48,14 +50,28 @@ def main(arguments: list[str] | None = None) -> int:
     suspects.add_argument("--plot", type=Path, metavar="FILE", help="draw the map there; needs matplotlib")
     options = parser.parse_args(arguments)
     try:
+        check_integer("argument --top", "top", options.top, 0)
+        check_number("argument --share", "share", options.share, "[0, 1]")
+        _check_targets(options.files, [file for file in (options.csv, options.plot) if file is not None])
         report = _report([_read(file) for file in options.files], options.files, options.share)
-        if options.top < 0:
-            raise ValueError(f"--top must be at least 0, got {options.top}")
         _write(report, options.csv, options.plot)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         suspects.error(str(error).splitlines()[0])
     print(_table(report, options.top))
     return 0
+
+
+def _check_targets(read: list[Path], written: list[Path]) -> None:
+    """Raise where a file cannot be written, or would take the place of another of this call."""
+    taken = {file.resolve() for file in read}
+    for file in written:
+        if file.is_dir():
+            raise IsADirectoryError(f"{file}: expected a file to write, got a folder")
+        if not file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{file}: no such folder")
+        if file.resolve() in taken:
+            raise FileExistsError(f"{file}: expected a file of its own to write, got one that this call uses already")
+        taken.add(file.resolve())
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -86,15 +102,15 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
     """Return logits [N, C] and labels [N], int64."""
     if missing := [name for name in ("logits", "labels") if name not in held]:
         raise ValueError(
-            f"{file}: expected logits and labels, lacks {' and '.join(missing)}; has {', '.join(held) or '-'}"
+            f"{file}: expected logits and labels, lacks {' and '.join(missing)}; has {', '.join(map(str, held)) or '-'}"
         )
     logits, labels = (held[name] for name in ("logits", "labels"))
     for name, x in (("logits", logits), ("labels", labels)):
-        if not isinstance(x, Tensor) and getattr(getattr(x, "dtype", None), "kind", "O") not in "fiu":
-            came = getattr(x, "dtype", type(x).__name__)
+        if not (_is_dense(x) if isinstance(x, Tensor) else _is_plain(x)):
+            came = x.layout if isinstance(x, Tensor) else getattr(x, "dtype", type(x).__name__)
             raise ValueError(f"{file}: {name} must be an array of numbers, got {came}")
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
-    if not logits.is_floating_point() or logits.dim() != 2 or not logits.shape[1]:
+    if logits.dtype not in FLOATS or logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"{file}: logits must be floating point [N, C], got {logits.dtype} {list(logits.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{file}: labels must be integers, got {labels.dtype}")
@@ -109,13 +125,28 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
+
+
+def _is_plain(x: Any) -> bool:
+    """Return whether an array of numpy's holds numbers that torch has."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and dtype.kind in "fiu" and dtype.isnative and dtype.itemsize <= 8
+
+
 def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Report:
     read = [_checked(held, file) for held, file in zip(epochs, files, strict=True)]
-    shape = read[0][0].shape
-    for (logits, _), file in zip(read, files, strict=True):
+    shape, first = read[0][0].shape, read[0][1]
+    for (logits, labels), file in zip(read, files, strict=True):
         if logits.shape != shape:
             raise ValueError(
                 f"{file}: logits must have the shape of {files[0]}, {list(shape)}, got {list(logits.shape)}"
+            )
+        if differs := int(((labels != first) & (labels != IGNORED) & (first != IGNORED)).sum()):
+            raise ValueError(
+                f"{file}: labels must be those of {files[0]}, row by row, but {differs} of {len(labels)} differ: "
+                "are the rows in another order?"
             )
     if not shape[0]:
         raise ValueError(f"{files[0]}: holds no rows")
@@ -138,9 +169,6 @@ def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Re
 
 
 def _write(report: Report, csv: Path | None, plot: Path | None) -> None:
-    for file in (csv, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{file}: no such folder")
     if plot is not None:  # first: it may lack matplotlib, or know no such format
         report.plot(plot)
     if csv is not None:

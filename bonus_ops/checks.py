@@ -67,6 +67,24 @@ def _check_fields(bonus: Any) -> None:
                 f"bonus must have fields that are numbers or None, but {kind.__name__}.{field.name} is "
                 f"{type(value).__name__}"
             )
+    if isinstance(bonus, GapLoss) and not isinstance(bonus.kernel, str) and not torch.compiler.is_compiling():
+        _check_formulas(bonus)
+
+
+def _check_formulas(loss: GapLoss) -> None:
+    """Raise where a formula of the caller's own gives another shape, which would broadcast in silence."""
+    gap = torch.zeros(2, device="cpu")
+    for name, formula in (("value", loss.value), ("slope", loss.slope)):
+        try:
+            result = formula(gap)
+        except Exception:  # raised again where it is needed, if it is, with the caller's gap
+            continue
+        if not isinstance(result, Tensor) or result.shape != gap.shape:
+            came = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise RuntimeError(
+                "bonus must have formulas shaped like the gap, but of a gap [2] "
+                f"{type(loss).__name__}.{name} is {came}\nExpected a number for each; check_loss(bonus) tells more."
+            )
 
 
 _checked_once = functools.lru_cache(maxsize=256)(_check_fields)

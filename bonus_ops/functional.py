@@ -63,7 +63,7 @@ def bonus_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         label_smoothing: a in [0, 1]; cross-entropy is paid by shares ``(1 - a) onehot + a / C``, and the bonus too.
         bonus: the loss of the gap, a `GapLoss`, or a `ClassLoss` of all classes; None is plain cross-entropy. Default
-            ``LogBonus(log_end=0.75)``.
+            ``LogBonus(log_end=0.5)``.
         bonus_smoothing: in [0, 1], a smoothing of the bonus of its own; None is ``label_smoothing``.
         bonus_weight: factor of each class for the bonus alone, [C]; ``mean`` divides the bonus by the number of rows.
             None is ``weight``.
@@ -92,7 +92,7 @@ def bonus_cross_entropy(
         tensor(0.2395, grad_fn=<...>)
         >>> bonus_cross_entropy(logits, torch.tensor([0])).backward()
         >>> logits.grad
-        tensor([[-0.8836,  0.4418,  0.4418]])
+        tensor([[-0.5483,  0.2741,  0.2741]])
 
     References:
         Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
@@ -139,8 +139,8 @@ def bonus_cross_entropy_with_scores(
         >>> loss, scores = bonus_cross_entropy_with_scores(torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 0]))
         >>> scores.margin
         tensor([ 2., -2.])
-        >>> scores.difficulty("el2n").argmax()  # the hardest example
-        tensor(1)
+        >>> scores.hardest(1, by="el2n")
+        tensor([1])
     """
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,

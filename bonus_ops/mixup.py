@@ -61,7 +61,7 @@ def mixup_cross_entropy(
         weight: factor of each class, [C]; ``mean`` divides either loss by its own weights.
         ignore_index: a label that costs 0; the other label of the row still counts.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
         logit_scale: as in `bonus_cross_entropy`.
         softcap: as in `bonus_cross_entropy`.
         z_loss: as in `bonus_cross_entropy`, of either loss by its share.

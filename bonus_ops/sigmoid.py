@@ -65,7 +65,7 @@ def bonus_binary_cross_entropy_with_logits(
         reduce: deprecated, as in torch.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         pos_weight: factor of the positive share of each element, broadcastable to ``input``.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
         alpha: balance in [0, 1]: factor alpha of the positive share, 1 - alpha of the negative one. None: both 1.
         normalizer: what ``"mean"`` divides the sum by, instead of the number of elements: a number > 0 or a 0-d tensor.
             Detectors take the number of positives, see `PositiveCount`.

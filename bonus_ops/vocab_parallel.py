@@ -95,7 +95,7 @@ def bonus_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; over rows: every rank returns the whole loss.
         ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
         label_smoothing: as in `bonus_ops.bonus_cross_entropy`, of the bonus too unless ``bonus_smoothing=0``.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.75)``.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
         bonus_smoothing: as in `bonus_ops.bonus_cross_entropy`; 0 spares the second all-gather.
         bonus_weight: factor of each class's bonus, [C] of all ranks, the same on every rank.
         logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.

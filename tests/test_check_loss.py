@@ -148,6 +148,18 @@ def test_a_wrong_loss_is_told_what_is_wrong(kind, problem):
         check_loss(loss)
 
 
+@pytest.mark.parametrize(("kind", "name", "came"), [(Sum, "value", r"\[\]"), (Number, "slope", "float")])
+def test_a_loss_whose_formula_has_another_shape_raises_where_it_is_used(kind, name, came):
+    logits, message = torch.tensor([[2.0, 0.0, 1.0]]), rf"of a gap \[2\] {kind.__name__}.{name} is {came}\nExpected"
+    for target in (torch.tensor([0]), logits.softmax(1)):
+        with pytest.raises(RuntimeError, match=message):
+            bonus_ops.bonus_cross_entropy(logits, target, bonus=kind())
+    with pytest.raises(RuntimeError, match=message):
+        bonus_ops.bonus_binary_cross_entropy_with_logits(logits, logits.sigmoid(), bonus=kind())
+    with pytest.raises(RuntimeError, match=message):
+        bonus_ops.linear_bonus_cross_entropy(logits, torch.eye(3), torch.tensor([0]), bonus=kind())
+
+
 def test_a_right_loss_without_a_kernel_says_that_its_formulas_run():
     result = check_loss(Square())
     assert result.ok and "triton: the loss has no kernel, its formulas run" in result.skipped

@@ -102,11 +102,22 @@ WRONG_FILES = {
     "negative label": (other(labels=np.full(N, -1)), r"labels must be in \[0, 4\), or -100 for none, got -1"),
     "text": (other(labels=np.array(["a"] * N)), "labels must be an array of numbers, got <U1"),
     "whole logits": (other(logits=np.zeros((N, C), int)), r"logits must be floating point \[N, C\], got torch.int64"),
+    "another byte order": (other(logits=np.zeros((N, C), ">f4")), "logits must be an array of numbers, got >f4"),
+    "float8 logits": (
+        lambda path: torch.save({"logits": torch.zeros(N, C).to(torch.float8_e5m2), "labels": torch.zeros(N)}, path),
+        r"logits must be floating point \[N, C\], got torch.float8_e5m2",
+    ),
+    "sparse logits": (
+        lambda path: torch.save({"logits": torch.eye(N).to_sparse(), "labels": torch.zeros(N)}, path),
+        "logits must be an array of numbers, got torch.sparse_coo",
+    ),
+    "numbers for names": (lambda path: torch.save({1: torch.eye(2)}, path), "lacks logits and labels; has 1"),
     "flat logits": (other(logits=np.zeros(N)), r"logits must be floating point \[N, C\], got torch.float64 \[60\]"),
     "no rows": (other(logits=np.zeros((0, C)), labels=np.zeros(0, int)), "holds no rows"),
     "no class": (other(logits=np.zeros((N, 0))), r"logits must be floating point \[N, C\]"),
     "all ignored": (other(labels=np.full(N, -100)), "no row has a label"),
 }
+PT = ("float8 logits", "sparse logits", "numbers for names")
 
 
 def says(arguments, capsys):
@@ -121,13 +132,14 @@ def says(arguments, capsys):
 @pytest.mark.parametrize("fault", WRONG_FILES)
 def test_of_a_wrong_file_one_line_is_said_and_nothing_is_written(tmp_path, capsys, fault):
     make, match = WRONG_FILES[fault]
-    make(tmp_path / "a.npz")
+    path = tmp_path / ("a.pt" if fault in PT else "a.npz")
+    make(path)
     good, before = saved(tmp_path / "b.npz", epoch()), sorted(tmp_path.iterdir())
-    alone, second = [str(tmp_path / "a.npz")], [good, str(tmp_path / "a.npz")]
+    alone, second = [str(path)], [good, str(path)]
     for files in (alone, second) if fault != "all ignored" else (alone,):
         err = says(["suspects", *files, "--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "m.png")], capsys)
         match = match if files is alone or fault != "no rows" else "logits must have the shape of"
-        assert err.startswith("python -m bonus_ops suspects: ") and re.search("a.npz: .*" + match, err), err
+        assert err.startswith("python -m bonus_ops suspects: ") and re.search(path.name + ": .*" + match, err), err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -154,8 +166,8 @@ def test_a_wrong_call_is_one_line_too(tmp_path, capsys):
         ([], "the following arguments are required"),
         (["suspects"], "the following arguments are required: FILE"),
         (["suspect", good], "invalid choice: 'suspect'"),
-        (["suspects", good, "--top", "-1"], "--top must be at least 0, got -1"),
-        (["suspects", good, "--share", "2"], "suspect must be in [0, 1], got 2.0"),
+        (["suspects", good, "--top", "-1"], "argument --top: top must be at least 0, got -1"),
+        (["suspects", good, "--share", "2"], "argument --share: share must be in [0, 1], got 2.0"),
         (["suspects", good, small], "small.npz: logits must have the shape of"),
         (["suspects", good, "--csv", str(tmp_path / "no" / "t.csv")], "t.csv: no such folder"),
         (["suspects", str(tmp_path / "a.txt")], "no such file"),
@@ -164,3 +176,25 @@ def test_a_wrong_call_is_one_line_too(tmp_path, capsys):
         assert match in says(arguments, capsys)
     (tmp_path / "a.csv").write_text("")
     assert "a.csv: expected a file .npz, .pt or .pth" in says(["suspects", str(tmp_path / "a.csv")], capsys)
+
+
+def test_nothing_is_written_where_one_of_two_files_cannot_be(tmp_path, capsys):
+    good, folder = saved(tmp_path / "a.npz", epoch()), tmp_path / "folder"
+    folder.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    for table, plot, match in (
+        (folder, tmp_path / "map.png", "folder: expected a file to write, got a folder"),
+        (tmp_path / "t.csv", folder, "folder: expected a file to write, got a folder"),
+        (good, tmp_path / "map.png", "a.npz: expected a file of its own to write, got one that this call uses already"),
+        (tmp_path / "t.png", tmp_path / "t.png", "t.png: expected a file of its own to write"),
+    ):
+        assert match in says(["suspects", good, "--csv", str(table), "--plot", str(plot)], capsys)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_epochs_whose_rows_come_in_another_order_are_refused(tmp_path, capsys):
+    arrays = epoch()
+    files = [saved(tmp_path / "a.npz", arrays), saved(tmp_path / "b.npz", {k: x[::-1] for k, x in arrays.items()})]
+    assert "b.npz: labels must be those of" in says(["suspects", *files], capsys)
+    arrays["labels"] = np.where(np.arange(N) < 5, -100, arrays["labels"])  # rows that are left out may differ
+    assert main(["suspects", files[0], saved(tmp_path / "c.npz", arrays)]) == 0

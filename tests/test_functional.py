@@ -92,7 +92,7 @@ def test_the_module_takes_the_same_options_but_the_tensors():
 
 def test_the_default_is_the_conservative_log_bonus_of_the_paper():
     logits, target = typical(generator(), 9, 6, torch.float32)
-    expected = bonus_cross_entropy(logits, target, bonus=LogBonus(log_end=0.75, strength=1.0, clamp=1e-5))
+    expected = bonus_cross_entropy(logits, target, bonus=LogBonus(log_end=0.5, strength=1.0, clamp=1e-5))
     assert bonus_cross_entropy(logits, target) == expected == BonusCrossEntropyLoss()(logits, target)
     assert expected != bonus_cross_entropy(logits, target, bonus=None)
 

@@ -38,15 +38,15 @@ def conservative(p, log_end):
 # Every variant as its paper writes it, a function of p alone, in float64: the naive form is the point.
 FORMULAS = [
     (CrossEntropy(), lambda p: -p.log()),
-    (LogBonus(), lambda p: -p.log() + conservative(p, 0.75)),
+    (LogBonus(), lambda p: -p.log() + conservative(p, 0.5)),
     (LogBonus(0.0), lambda p: -p.log() + conservative(p, 0.0)),
     (LogBonus(0.5, strength=0.3), lambda p: -p.log() + 0.3 * conservative(p, 0.5)),
     (LogBonus(1.0), lambda p: -p.log() + (1 - p).clamp(min=1e-5).log()),
     (LogBonus(1.0, clamp=0.2), lambda p: -p.log() + (1 - p).clamp(min=0.2).log()),
     (LogBonus(1.0, clamp=None), lambda p: -p.log() + (1 - p).log()),
-    (LogBonus(start=0.4), lambda p: -p.log() + (conservative(p, 0.75) - math.log(0.6)) * (p >= 0.4)),
+    (LogBonus(0.75, start=0.4), lambda p: -p.log() + (conservative(p, 0.75) - math.log(0.6)) * (p >= 0.4)),
     (LogBonus(1.0, start=0.5), lambda p: -p.log() + ((1 - p).clamp(min=1e-5).log() - math.log(0.5)) * (p >= 0.5)),
-    (LogBonus(abrupt=0.6), lambda p: -p.log() + conservative(p, 0.75) * (p <= 0.6)),
+    (LogBonus(0.75, abrupt=0.6), lambda p: -p.log() + conservative(p, 0.75) * (p <= 0.6)),
     (PowerBonus(2.0), lambda p: -p.log() - p**2),
     (PowerBonus(0.5, strength=2.0), lambda p: -p.log() - 2 * p**0.5),
     (PowerBonus(3.0, start=0.3, abrupt=0.8), lambda p: -p.log() - (p**3 - 0.3**3) * (p >= 0.3) * (p <= 0.8)),

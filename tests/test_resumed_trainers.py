@@ -299,6 +299,40 @@ def test_lightning_needs_a_tracker():
         TrackExamples(3)
 
 
+def some(difficulty: Tensor, generator: torch.Generator) -> Tensor:
+    """Visit 6, 14 or 10 examples, as the epoch has it."""
+    weight = torch.zeros(NUM)
+    weight[torch.randperm(NUM, generator=generator)[: (6, 14, 10)[int(torch.randint(3, (), generator=generator))]]] = 1
+    return weight
+
+
+def of_lengths(*lengths: int) -> DifficultySampler:
+    """Return a sampler whose first epochs have these lengths."""
+    for seed in range(1000):
+        sampler = DifficultySampler(torch.rand(NUM), some, seed=seed)
+        if all(len(sampler.set_epoch(epoch) or sampler) == n for epoch, n in enumerate(lengths)):
+            sampler.set_epoch(0)
+            return sampler
+    raise AssertionError("no seed has them")
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}], ids=str)
+def test_lightning_counts_the_batches_of_the_epoch_that_begins(tmp_path, lightning_module, workers):
+    sampler, module, tracker = of_lengths(6, 14, 10), lightning_module(), ExampleTracker(NUM, FIELDS)
+    fit(tmp_path, module, tracker, loader(sampler, **workers), reload_dataloaders_every_n_epochs=1)
+    visited = [sum(len(batch) for of, batch in module.visited if of == epoch) for epoch in range(3)]
+    assert visited == [6, 14, 10] and int(tracker.count.sum()) == 30
+
+
+def test_lightning_refuses_to_cut_the_epochs_of_a_sampler_short(tmp_path, lightning_module):
+    sampler, tracker = of_lengths(6, 14, 10), ExampleTracker(NUM, FIELDS)
+    with pytest.raises(ValueError, match="with a DifficultySampler the Trainer needs reload_dataloaders_every_n_ep"):
+        fit(tmp_path, lightning_module(), tracker, loader(sampler))
+    sampler.set_epoch(2)
+    with pytest.raises(ValueError, match=r"epoch that begins, 0, got 2: .*Call sampler.set_epoch\(0\) before fit"):
+        fit(tmp_path, lightning_module(), tracker, loader(sampler), reload_dataloaders_every_n_epochs=1)
+
+
 @pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
 def test_lightning_visits_what_the_sampler_chose(tmp_path, lightning_module, workers):
     tracker = ExampleTracker(NUM, FIELDS)

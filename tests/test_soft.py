@@ -102,13 +102,13 @@ class Row(NamedTuple):
 
 LOSSES = {
     "cross_entropy": Row(None, lambda gap: 0 * gap),
-    "log_bonus": Row(LogBonus(), log_bonus(0.75)),
+    "log_bonus": Row(LogBonus(0.75), log_bonus(0.75)),
     "log_bonus_0": Row(LogBonus(0.0), lambda gap: -prob(gap)),
     "log_bonus_.3": Row(LogBonus(0.3, strength=0.7), lambda gap: 0.7 * log_bonus(0.3)(gap)),
     "log_bonus_.5": Row(LogBonus(0.5), log_bonus(0.5)),
     "log_bonus_1": Row(LogBonus(1.0), clamped),
     "log_bonus_exact": Row(LogBonus(1.0, clamp=None), lambda gap: logsigmoid(-gap)),
-    "log_bonus_window": Row(LogBonus(start=0.2, abrupt=0.8), windowed(log_bonus(0.75), 0.2, 0.8)),
+    "log_bonus_window": Row(LogBonus(0.75, start=0.2, abrupt=0.8), windowed(log_bonus(0.75), 0.2, 0.8)),
     "log_bonus_.3_start": Row(LogBonus(0.3, start=0.1), windowed(log_bonus(0.3), 0.1, 1.0)),
     "power_bonus": Row(PowerBonus(2.5, strength=-0.5), lambda gap: 0.5 * torch.exp(2.5 * logsigmoid(gap))),
     "power_bonus_.5": Row(PowerBonus(0.5), lambda gap: -torch.exp(0.5 * logsigmoid(gap))),

@@ -334,6 +334,8 @@ def test_too_few_images_are_named_before_anything_is_written(images, tmp_path):
         tracked().report().plot(tmp_path / "map.png", images=images)
     with pytest.raises(ValueError, match=r"plot: captions must be indexed by example, one for each of 40, got 3: none"):
         tracked().report().plot(tmp_path / "map.png", images=torch.rand(NUM, 4, 4), captions="abc")
+    with pytest.raises(ValueError, match=r"plot: images must be indexed by example, one for each of 40, got int: none"):
+        tracked().report().plot(tmp_path / "map.png", images=3)
     assert not list(tmp_path.iterdir())
 
 
@@ -362,6 +364,20 @@ def test_marks_do_not_collide_and_are_as_near_as_can_be(spread):
     assert len(marks) >= 10
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(math.hypot(*mark.get_position()) <= 91 for mark in marks)
+
+
+@needs_matplotlib
+def test_marks_stay_inside_the_map_and_the_legend_hides_no_part_of_it():
+    tracker = ExampleTracker(NUM, EPOCH_ONE)
+    at_the_top = torch.arange(NUM) < 30  # the others in the opposite corner
+    tracker.update(scores(at_the_top.float(), (~at_the_top).float()), torch.arange(NUM))
+    tracker.end_epoch()
+    figure = tracker.report(suspect=1.0, uncertain=0.25).plot(shown=10)
+    inside = figure.axes[0].get_window_extent()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == 20 and not any(inside.overlaps(legend.get_window_extent()) for legend in figure.legends)
+    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
+    assert figure.axes[0].get_legend() is None
 
 
 @needs_matplotlib

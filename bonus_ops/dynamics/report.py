@@ -182,6 +182,9 @@ class Report:
         grid = figure.add_gridspec(1 + len(rows), max(shown, 1), height_ratios=[6] + [1.4] * len(rows))
         scatter = figure.add_subplot(grid[0, :])
         marks = self._scatter(scatter, indices)
+        handles = scatter.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8, title="kind (number of examples)",
+                      title_fontsize=8)  # fmt: skip
         for row, kind in enumerate(rows, 1):
             for column, index in enumerate(marked[kind]):
                 axes = figure.add_subplot(grid[row, column])
@@ -214,7 +217,6 @@ class Report:
         axes.axvline(self.cuts[1], color="gray", linewidth=0.8, linestyle=":")
         axes.set_xlabel("entropy early in training, nats (right: the model was unsure)")
         axes.set_ylabel("mean EL2N over training (up: the model contradicts the label)")
-        axes.legend(loc="lower right", fontsize=8, title="kind (number of examples)", title_fontsize=8)
         return marks
 
     def _table(self) -> dict[str, list[Any]]:
@@ -253,15 +255,15 @@ def _of(what: str, things: Any, index: int, n_examples: int) -> Any:
     """Return the thing of an example, or say what is missing."""
     try:
         return things[index]
-    except (IndexError, KeyError):
-        came = f", got {len(things)}" if hasattr(things, "__len__") else ""
+    except (IndexError, KeyError, TypeError):
+        came = f", got {len(things)}" if hasattr(things, "__len__") else f", got {type(things).__name__}"
         raise ValueError(
             f"plot: {what} must be indexed by example, one for each of {n_examples}{came}: none for {index}"
         ) from None
 
 
 def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
-    """Move each mark to the nearest place around its point where it covers no other, and tie it to the point."""
+    """Move each mark to the nearest place inside the axes that is free, and tie it to its point."""
     figure.draw_without_rendering()  # sizes in pixels are known from here on
     taken: list[Any] = []
     turns = [k * math.pi / 4 + 0.4 for k in range(8)]
@@ -271,7 +273,8 @@ def _spread(figure: Any, axes: Any, marks: list[Any]) -> None:
         for x, y in [(3.0, 2.0), *places]:
             mark.set_position((x, y))
             box = mark.get_window_extent().padded(2)  # 75 next to 225 is not 75225
-            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(box.overlaps(t) for t in taken):
+            corners_inside = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+            if corners_inside and not any(box.overlaps(t) for t in taken):
                 break
         if math.hypot(x, y) > 10:
             axes.annotate("", mark.xy, xytext=(x, y), textcoords="offset points", arrowprops=LEADER)

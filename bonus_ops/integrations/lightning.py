@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from ..dynamics import ExampleTracker
+from ..policies import DifficultySampler
 
 __all__ = ["TrackExamples"]
 
@@ -30,11 +32,13 @@ class TrackExamples(Callback):
     Args:
         tracker: of the training set; moved to the module's device.
 
-    Where epochs differ in length (`DifficultySampler`), Lightning ends each at the number of batches it counted when it
-    loaded the loader: ``Trainer(reload_dataloaders_every_n_epochs=1)`` counts anew.
+    Lightning counts an epoch's batches when it loads the loader. With a `DifficultySampler`, whose epochs differ in
+    length, it has to load it every epoch, ``Trainer(reload_dataloaders_every_n_epochs=1)``, always with that sampler,
+    which is set here to the epoch to come. Before a training that resumes, set it yourself.
 
     Raises:
         TypeError: ``tracker`` is no `ExampleTracker`.
+        ValueError: a `DifficultySampler` whose epochs Lightning would cut short or fill up with repeated examples.
         ValueError: while it trains: ``training_step`` returns no ``"scores"`` or no ``"index"``. ``"target"`` may be
             left out where the scores know it.
     """
@@ -54,6 +58,13 @@ class TrackExamples(Callback):
         self.tracker.to(pl_module.device)
         if self._first is None:
             self._first = self.tracker.epoch - trainer.current_epoch
+        for sampler in _samplers(trainer):
+            if trainer.reload_dataloaders_every_n_epochs != 1:
+                said = "Trainer needs reload_dataloaders_every_n_epochs=1, or it ends epochs where the first one ended"
+                raise ValueError(f"TrackExamples: with a DifficultySampler the {said}")
+            if sampler.epoch != (now := trainer.current_epoch):
+                said = f"expected it at the epoch that begins, {now}, got {sampler.epoch}: batches are counted already"
+                raise ValueError(f"TrackExamples: {said}. Call sampler.set_epoch({now}) before fit")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,8 +85,10 @@ class TrackExamples(Callback):
         self._end_epochs(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the processes and begin the next epoch."""
+        """Merge the processes and begin the next epoch, which Lightning is about to count."""
         self._end_epochs(trainer.current_epoch + 1)
+        for sampler in _samplers(trainer):
+            sampler.set_epoch(trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End what ended unseen."""
@@ -96,3 +109,12 @@ class TrackExamples(Callback):
         """Go on from a saved state."""
         self.tracker.load_state_dict(state_dict["tracker"])
         self._first = state_dict["first"]
+
+
+def _samplers(trainer: Trainer) -> list[DifficultySampler]:
+    """Return those of the training loaders, also out of what Lightning shards them with over processes."""
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    owners = [*loaders, *(getattr(loader, "batch_sampler", None) for loader in loaders)]
+    found = [getattr(owner, "sampler", None) for owner in owners]
+    found = [getattr(getattr(sampler, "dataset", None), "_sampler", sampler) for sampler in found]
+    return list({id(sampler): sampler for sampler in found if isinstance(sampler, DifficultySampler)}.values())

@@ -31,7 +31,7 @@ class TrackExamples(TrainerCallback):
     ``data.map(lambda row, i: {"index": i}, with_indices=True)``. Tokens are reduced to sequences. Evaluations are not
     tracked; their loss is the same. Epochs end and processes merge with the Trainer's; the state goes into each
     checkpoint and comes back when training resumes from one in ``output_dir``. Where epochs differ in length
-    (`DifficultySampler`), a Trainer ends each at the number of batches of the first.
+    (`DifficultySampler`), a Trainer ends each at the number of batches of the first: let that be the longest.
 
     Args:
         tracker: of the training set; moved to the device of the Trainer.

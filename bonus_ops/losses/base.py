@@ -80,6 +80,7 @@ class GapLoss(Loss):
 
     A loss of your own is a frozen dataclass of numbers with two formulas; for the GPU `kernel` is a pair of
     ``@triton.jit`` functions ``(gap, params) -> tensor``, fed by `parameters`. Without it the formulas run.
+    `check_loss` tells whether the formulas belong together: a slope of the wrong sign trains the wrong way in silence.
 
     Raises:
         NotImplementedError: when called without a formula it needs.

@@ -56,6 +56,9 @@ class DifficultySampler(Sampler[int]):
     left over for the epoch, so that shards are disjoint and of equal length. Skip `DistributedSampler`. Where a library
     shards what the sampler gives (accelerate, Lightning), leave ``rank`` and ``world_size`` alone.
 
+    Some trainers count the batches of an epoch beforehand: a Trainer of transformers once, from the first epoch,
+    Lightning whenever it loads the loader (`bonus_ops.integrations.lightning` sees to it).
+
     Args:
         difficulty: float [num_examples], or a function that returns it, called once an epoch. Higher is harder. NaN
             and +inf are not known, or never seen: visited with weight 1. -inf is taken out, as by `guarded`: weight 0.
@@ -198,8 +201,9 @@ class DifficultySampler(Sampler[int]):
 
         Args:
             position: how many examples of this epoch this process has trained on, from the epoch's beginning, what was
-                trained before a resumption included: batches times batch size, at most ``len(sampler)``. None takes
-                what was handed out, which is more where a DataLoader has workers: they fetch ahead.
+                trained before a resumption included: batches times batch size, at most ``len(sampler)``; where a
+                library shards what the sampler gives, of all processes together. None takes what was handed out,
+                which is more where a DataLoader has workers: they fetch ahead.
 
         Raises:
             TypeError, ValueError: ``position`` is no int, negative, or more than the epoch has.

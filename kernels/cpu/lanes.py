@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .names import element, exp_below, int32, narrow, real, real_size, size, vector, widen
+from .names import element, exp_below, int32, narrow, real, real_size, size, transpose, vector, widen
 from .rows import row_at
 from .tile import (
     ARGMAX,
@@ -22,6 +22,7 @@ from .tile import SLOPE as PART_Z
 from .tile import VALUE as PART2
 
 BETWEEN = 16  # numbers between classes, or those of a row would share few lines of the cache
+SQUARE = 8  # rows and classes that are transposed by vectors
 BLOCK = 32  # classes added up on their own, so that sums of many lose no digits
 
 OF_LOGIT = SLOPE_OF_LOGIT = SCALED = source = None  # of the options of logits, bound by what compiles the loop
@@ -34,6 +35,12 @@ def rows_of_tile(p, row, last):
 
 def class_at(p, k, exps):
     return exps + k * (p.tile + BETWEEN) * real_size
+
+
+def rows_in_squares(p, n, class_stride):
+    """Return how many rows of a tile can be transposed by vectors: whole squares of numbers side by side."""
+    side_by_side = (size == real_size) & (p.n_inner == 1) & (class_stride == 1) & (p.n_classes >= SQUARE)
+    return n // SQUARE * SQUARE if side_by_side else 0
 
 
 def as_they_lie(p, n, exps):
@@ -63,23 +70,22 @@ def load(p, row, n, exps):
             )
             for i in range(n):
                 out[i] = widen(z[i])
-    elif p.n_inner == 1:
-        z, stride = (
-            vector(
-                p.logits + row * p.outer_stride * size,
-                (n - 1) * p.outer_stride + (p.n_classes - 1) * p.class_stride + 1,
-                element,
-            ),
-            p.outer_stride,
-        )
-        for k in range(p.n_classes):
-            out, at = vector(class_at(p, k, exps), p.tile, real), k * p.class_stride
-            for i in range(n):
-                out[i] = widen(z[i * stride + at])
     else:
+        whole = rows_in_squares(p, n, p.class_stride)
+        for first in range(0, p.n_classes, SQUARE):
+            k = min(first, p.n_classes - SQUARE)
+            for i in range(0, whole, SQUARE):
+                at = (row + i) * p.outer_stride + k
+                transpose(
+                    p.logits + at * size,
+                    p.outer_stride * size,
+                    class_at(p, k, exps) + i * real_size,
+                    class_at(p, 1, 0),
+                    real,
+                )
         everything, lane = vector(exps, p.n_classes * (p.tile + BETWEEN), real), p.tile + BETWEEN
-        outer, inner = row // p.n_inner, row % p.n_inner
-        for i in range(n):
+        outer, inner = (row + whole) // p.n_inner, (row + whole) % p.n_inner
+        for i in range(whole, n):
             at = outer * p.outer_stride + inner * p.inner_stride
             z = vector(p.logits + at * size, (p.n_classes - 1) * p.class_stride + 1, element)
             for k in range(p.n_classes):
@@ -153,27 +159,31 @@ def write(p, row, n, index, column, exps):
             for i in range(n):
                 x = column[AT_TARGET + i] if index[LABEL + i] == c else e[i] * column[SCALE + i]
                 out[i] = narrow(0.0 if index[LABEL + i] < 0 else x)
-    elif p.n_inner == 1:
-        stride = p.out_outer_stride
-        out = vector(
-            p.out + row * stride * size, (n - 1) * stride + (p.n_classes - 1) * p.out_class_stride + 1, element
-        )
+    else:
         for k in range(p.n_classes):
-            e, c, at = vector(class_at(p, k, exps), p.tile, real), int32(k), k * p.out_class_stride
+            e, c = vector(class_at(p, k, exps), p.tile, real), int32(k)
             for i in range(n):
                 x = column[AT_TARGET + i] if index[LABEL + i] == c else e[i] * column[SCALE + i]
-                out[i * stride + at] = narrow(0.0 if index[LABEL + i] < 0 else x)
-    else:
+                e[i] = 0.0 if index[LABEL + i] < 0 else x
+        whole = rows_in_squares(p, n, p.out_class_stride)
+        for first in range(0, p.n_classes, SQUARE):
+            k = min(first, p.n_classes - SQUARE)
+            for i in range(0, whole, SQUARE):
+                at = (row + i) * p.out_outer_stride + k
+                transpose(
+                    class_at(p, k, exps) + i * real_size,
+                    class_at(p, 1, 0),
+                    p.out + at * size,
+                    p.out_outer_stride * size,
+                    real,
+                )
         everything, lane = vector(exps, p.n_classes * (p.tile + BETWEEN), real), p.tile + BETWEEN
-        outer, inner = row // p.n_inner, row % p.n_inner
-        for i in range(n):
+        outer, inner = (row + whole) // p.n_inner, (row + whole) % p.n_inner
+        for i in range(whole, n):
             at = outer * p.out_outer_stride + inner * p.out_inner_stride
             out = vector(p.out + at * size, (p.n_classes - 1) * p.out_class_stride + 1, element)
-            label, scale = index[LABEL + i], column[SCALE + i]
             for k in range(p.n_classes):
-                out[k * p.out_class_stride] = narrow(0.0 if label < 0 else everything[k * lane + i] * scale)
-            if label >= 0:
-                out[label * p.out_class_stride] = narrow(column[AT_TARGET + i])
+                out[k * p.out_class_stride] = narrow(everything[k * lane + i])
             inner += 1
             if inner == p.n_inner:
                 outer, inner = outer + 1, 0

@@ -71,6 +71,43 @@ def with_twos(typingctx: Any, several: Any, places: Any) -> Any:
 
 
 @intrinsic
+def transpose(typingctx: Any, source: Any, stride: Any, out: Any, out_stride: Any, kind: Any) -> Any:
+    """Write the columns of 8 rows of 8 numbers of a kind as rows, by vectors; strides of rows are in bytes."""
+    number = _number(kind)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        of = context.get_data_type(number)
+        eight, size = ir.VectorType(of, 8), context.get_abi_sizeof(of)
+
+        def row_at(address: Any, stride: Any, i: int) -> Any:
+            at = builder.add(address, builder.mul(stride, ir.Constant(ir.IntType(64), i)))
+            return builder.inttoptr(at, eight.as_pointer())
+
+        def mixed(a: Any, b: Any, places: tuple[int, ...]) -> Any:
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), 8), places))
+
+        rows = [builder.load(row_at(args[0], args[1], i), align=size) for i in range(8)]
+        for step, low, high in _MIXES:
+            pairs = [(i, i + step) for i in range(8) if not i & step]
+            for i, j in pairs:
+                rows[i], rows[j] = mixed(rows[i], rows[j], low), mixed(rows[i], rows[j], high)
+        for i, place in enumerate(_PLACES):
+            builder.store(rows[i], row_at(args[2], args[3], place), align=size)
+        return context.get_dummy_value()
+
+    return types.void(*(types.intp,) * 4, kind), codegen
+
+
+# numbers of two rows, by halves of four as vectors mix them best: ones, pairs, then the halves themselves
+_MIXES = (
+    (1, (0, 8, 1, 9, 4, 12, 5, 13), (2, 10, 3, 11, 6, 14, 7, 15)),
+    (2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15)),
+    (4, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15)),
+)
+_PLACES = (0, 2, 1, 3, 4, 6, 5, 7)
+
+
+@intrinsic
 def unrelated(typingctx: Any, address: Any) -> Any:
     """Return an address whose relation to others the compiler does not know, so that it checks for overlap at run time.
 

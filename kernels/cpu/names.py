@@ -14,6 +14,7 @@ Of any:
     vector(address, n, kind), numbers(address, n, kind), record(address, kind)   what lies at an address: an array, a
                           tuple of a known length, a plan
     with_twos(tuple, places)   numbers of which some are known to be 2, by a set of bits
+    transpose(source, stride, out, out_stride, kind)    8 rows of 8 numbers at an address, written as columns
     unrelated(address)    the same address, whose distance from others is not known
     call5, call8, call9   of a tuple: the address of a C function, and as many integers to call it with
 """
@@ -21,4 +22,4 @@ Of any:
 given_element = given_size = widen_given = None
 element = size = real = real_size = widen = narrow = read = exp = log = where = largest_of = None
 exp_below = bounded = exp_of_bounded = None
-int32 = int64 = float32 = vector = numbers = record = with_twos = unrelated = call5 = call8 = call9 = None
+int32 = int64 = float32 = transpose = vector = numbers = record = with_twos = unrelated = call5 = call8 = call9 = None

@@ -331,7 +331,7 @@ def twins(element: str) -> dict[str, Any]:
         element=in_memory, widen=widen, narrow=narrow, read=widen, size=in_memory.bitwidth // 8,
         real=real, real_size=real.bitwidth // 8, int32=types.int32, int64=types.int64, float32=types.float32,
         vector=memory.vector, numbers=memory.numbers, record=memory.record, unrelated=memory.unrelated,
-        with_twos=memory.with_twos,
+        with_twos=memory.with_twos, transpose=memory.transpose,
         call5=memory.call5, call8=memory.call8, call9=memory.call9,
     )  # fmt: skip
     if double:
