@@ -16,14 +16,15 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import reference
-from .kernels.results import empty_labels
 from .logit_options import LogitOptions
-from .losses import decode
+from .losses import GapLoss, decode
 from .ops import labels, shards, soft, vocab_parallel  # noqa: F401  the operators must exist
-from .ops.shards import Saved, Terms
+from .ops.shards import Saved, Smoothed, Terms
 from .ops.shards import Shard as ClassShard
+from .row_sums import RowSums
+from .soft_targets import SoftTargets
 
-__all__ = ["register_row_sharding"]
+__all__ = ["by_shards", "register_row_sharding"]
 
 # the axis of rows: of the arguments that have one, and of the results
 _ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1, "runner_up": 0, "grad_loss": 0,
@@ -47,9 +48,10 @@ def register_row_sharding() -> None:
     - Replicated mesh dimensions stay so.
     - Rows sharded, ``Shard(0)``: no logit is moved. Ranks may hold different numbers of rows, or none.
     - Classes sharded over one mesh dimension, ``Shard(1)``, as a parallel head leaves them, with class indices as
-      target and neither smoothing nor `ClassLoss`: no logit is moved. One all-gather of a few floats a row in forward,
-      as in `vocab_parallel`, none in backward; loss and scores are replicated, the gradient comes back as ``Shard(1)``.
-    - Anything else, such as smoothed classes: right, but the logits are moved to ``Shard(0)`` by an all-to-all, in the
+      target and no `ClassLoss`: no logit is moved. One all-gather of a few floats a row in forward, two where a bonus
+      is smoothed, as in `vocab_parallel`, none in backward; loss and scores are replicated, the gradient comes back as
+      ``Shard(1)``.
+    - Anything else, such as probabilities: right, but the logits are moved to ``Shard(0)`` by an all-to-all, in the
       forward and in the backward, and the gradient comes back as ``Shard(0)``.
     - With extra dimensions [N, C, d1, ...], N must divide by the ranks; otherwise the logits are gathered on each.
 
@@ -81,8 +83,11 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
             call[name] = DTensor.from_local(call[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
     by_classes = [placement.is_shard(2) for placement in logits.placements]
     kind = op._schema.name.removeprefix("bonus_ops::")
+    loss = decode(call["loss"], _whole(call["fields"])) if any(by_classes) else None
     if (
         kind in _BY_CLASSES
+        and call.get("probabilities") is None
+        and isinstance(loss, GapLoss)
         and sum(by_classes) == 1
         and all(cut or placement.is_replicate() for cut, placement in zip(by_classes, logits.placements, strict=True))
     ):
@@ -114,6 +119,41 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
     return tuple(wrap(*each) for each in zip(local, like, axes, strict=True))
 
 
+# --- a last layer whose classes are spread ---------------------------------------------------------------------------
+
+
+def by_shards(
+    name: str, input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Call a function of `bonus_ops.vocab_parallel` with this rank's classes of a layer; see there.
+
+    A plain tensor is the same on every rank, as is what is returned.
+    """
+    from . import vocab_parallel as functions
+
+    mesh, placements = linear_weight.device_mesh, linear_weight.placements
+    cut = [placement.is_shard(0) for placement in placements]
+    if sum(cut) != 1 or not all(c or x.is_replicate() for c, x in zip(cut, placements, strict=True)):
+        raise NotImplementedError(
+            f"{name}: a last layer whose linear_weight has placements {placements}.\nExpected Shard(0), its classes, "
+            "over one dimension of the mesh, and Replicate() over the others."
+        )
+    if linear_bias is not None:
+        if not isinstance(linear_bias, DTensor):
+            raise RuntimeError(f"{name}: expected linear_bias to be a DTensor as linear_weight is, got a plain tensor")
+        linear_bias = linear_bias.redistribute(mesh, placements).to_local()
+    (n_local, _), (first, _) = compute_local_shape_and_global_offset(linear_weight.shape, mesh, placements)
+
+    def whole(x: Any) -> Any:  # a differentiable part of the graph
+        return x.redistribute(mesh, [Replicate()] * mesh.ndim).to_local() if isinstance(x, DTensor) else x
+
+    return getattr(functions, name)(
+        whole(input), linear_weight.to_local(), whole(target), group=mesh.get_group(cut.index(True)),
+        class_range=(first, first + n_local), linear_bias=linear_bias, **{k: whole(x) for k, x in options.items()},
+    )  # fmt: skip
+
+
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
@@ -123,9 +163,15 @@ def _local_classes(call: Any, mesh_dim: int) -> tuple[Tensor, Tensor, ClassShard
     mesh, placements = logits.device_mesh, logits.placements
     (_, _, n_local), (_, _, first) = compute_local_shape_and_global_offset(logits.shape, mesh, placements)
     shard = ClassShard(mesh.get_group(mesh_dim), first, first + n_local)
+    targets, dtype = None, reference.accumulation_dtype(logits.dtype)
+    if "label" in call:
+        weight, bonus_weight = (x if x is None else _whole(x).to(dtype) for x in (call["weight"], call["bonus_weight"]))
+        targets = SoftTargets(None, weight, bonus_weight, call["smoothing"], call["bonus_smoothing"])
+    loss = decode(call["loss"], _whole(call["fields"]))
     options = LogitOptions(call["logit_scale"], call["softcap"])
-    terms = Terms(decode(call["loss"], _whole(call["fields"])), None, None, None, options, call["ignore_index"])
-    return logits.to_local().flatten(0, 1), _whole(call["target"]).reshape(-1), shard, terms
+    terms = Terms(loss, targets, None, options, call["ignore_index"], None)
+    label = _whole(call["target"] if targets is None else call["label"])
+    return logits.to_local().flatten(0, 1).detach(), label.reshape(-1), shard, terms
 
 
 def _whole(x: Any) -> Any:
@@ -135,38 +181,80 @@ def _whole(x: Any) -> Any:
     return cast(DTensor, x.detach()).redistribute(x.device_mesh, [Replicate()] * x.device_mesh.ndim).to_local()
 
 
-def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
-    logits, (rows, label, shard, terms) = call["logits"], _local_classes(call, mesh_dim)
-    local = vocab_parallel.rows_of(rows.detach(), label, shard, terms, call["scores"], False)
-    counts = label != terms.ignore_index
-    out = empty_labels(logits.to_local()[..., :0], False, False)
-    scores, runner_up, softmax = out.scores, out.runner_up, out.softmax
-    if call["scores"]:
-        *columns, runner_up = reference.scores_of_sums(local.sums, counts)
-        scores = torch.stack(columns)
-    mesh, replicated = logits.device_mesh, [Replicate()] * logits.device_mesh.ndim
-    if call["softmax"]:
-        z = terms.options.applied(rows.detach().to(local.lse.dtype))
-        p = torch.exp(z - reference.logsumexp_of_sums(local.sums)[:, None]).masked_fill(~counts[:, None], 0.0)
-        softmax = DTensor.from_local(
-            p.to(logits.dtype).view(logits.to_local().shape), mesh, logits.placements, run_check=False,
-            shape=logits.shape, stride=torch.empty(logits.shape, device="meta").stride(),
-        )  # fmt: skip
-    saved = torch.stack(shards.saved_of(local.sums))
-    found = [DTensor.from_local(x, mesh, replicated, run_check=False) for x in (local.loss, scores, runner_up, saved)]
-    given = softmax if isinstance(softmax, DTensor) else DTensor.from_local(softmax, mesh, replicated, run_check=False)
-    return *found, given
+def _of_rows(call: Any, *found: Tensor) -> tuple[DTensor, ...]:
+    """Return numbers of rows as every rank has them."""
+    mesh = call["logits"].device_mesh
+    return tuple(DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False) for x in found)
 
 
-def _labels_backward(call: Any, mesh_dim: int) -> DTensor:
-    logits, (rows, label, shard, terms) = call["logits"], _local_classes(call, mesh_dim)
-    grad_loss, grad_lse, saved = _whole(call["grad_loss"]), _whole(call["grad_lse"]), _whole(call["saved"])
-    pull = shards.pull_of(Saved(*saved), terms, saved.new_empty(()), grad_loss, grad_lse)
-    grad = shards.gradient(rows, label, shard, terms, pull, torch.empty_like(rows))
+def _of_logits(call: Any, local: Tensor) -> DTensor:
+    """Return this rank's [N, C_local] as a part of what is shaped and sharded like the logits."""
+    logits = call["logits"]
     return DTensor.from_local(
-        grad.view(logits.to_local().shape), logits.device_mesh, logits.placements, run_check=False,
+        local.view(logits.to_local().shape), logits.device_mesh, logits.placements, run_check=False,
         shape=logits.shape, stride=torch.empty(logits.shape, device="meta").stride(),
     )  # fmt: skip
 
 
-_BY_CLASSES = {"labels_forward": _labels_forward, "labels_backward": _labels_backward}
+def _columns(call: Any, sums: RowSums, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores and runner-up of rows; no scores where they were not asked for."""
+    if not call["scores"]:
+        return sums.max.new_empty((0,), dtype=torch.float32), sums.argmax
+    *columns, runner_up = reference.scores_of_sums(sums, counts)
+    return torch.stack(columns), runner_up
+
+
+def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
+    rows, label, shard, terms = _local_classes(call, mesh_dim)
+    local = vocab_parallel.rows_of(rows, label, shard, terms, call["scores"], False)
+    counts = label != terms.ignore_index
+    scores, runner_up = _columns(call, local.sums, counts)
+    found = _of_rows(call, local.loss, scores, runner_up if call["scores"] else runner_up[:0])
+    saved = _of_rows(call, torch.stack(shards.saved_of(local.sums)))
+    if not call["softmax"]:
+        return *found, *saved, *_of_rows(call, rows.new_empty((0,)))
+    z = terms.options.applied(rows.to(local.lse.dtype))
+    p = torch.exp(z - reference.logsumexp_of_sums(local.sums)[:, None]).masked_fill(~counts[:, None], 0.0)
+    return *found, *saved, _of_logits(call, p.to(rows.dtype))
+
+
+def _labels_backward(call: Any, mesh_dim: int) -> DTensor:
+    saved = Saved(*_whole(call["saved"]))
+    return _backward(call, mesh_dim, saved, None)
+
+
+def _soft_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
+    rows, label, shard, terms = _local_classes(call, mesh_dim)
+    local = vocab_parallel.rows_of(rows, label, shard, terms, call["scores"], False)
+    scores, runner_up = _columns(call, local.sums, label != terms.ignore_index)
+    # the logsumexp first, where the z-loss looks for it; a class as the bits of an integer
+    saved = [local.lse, *shards.saved_of(local.sums)]
+    if local.more is not None:
+        top, *others = local.more
+        saved += [top.to(shards.ints_like(local.lse)).view(local.lse.dtype), *others]
+    return _of_rows(call, local.loss, scores, runner_up, torch.stack(saved))
+
+
+def _soft_backward(call: Any, mesh_dim: int) -> DTensor:
+    _, *saved = _whole(call["saved"])
+    more = None
+    if saved[3:]:
+        top, *others = saved[3:]
+        more = Smoothed(top.view(shards.ints_like(top)).to(torch.int32), *others)
+    return _backward(call, mesh_dim, Saved(*saved[:3]), more)
+
+
+def _backward(call: Any, mesh_dim: int, saved: Saved, more: Smoothed | None) -> DTensor:
+    rows, label, shard, terms = _local_classes(call, mesh_dim)
+    n_classes = label.new_tensor(call["logits"].shape[2])
+    upstream = _whole(call["grad_loss"]), _whole(call["grad_lse"])
+    pull = shards.pull_of(saved, label, terms, n_classes, more, *upstream)
+    return _of_logits(call, shards.gradient(rows, label, shard, terms, n_classes, pull, torch.empty_like(rows)))
+
+
+_BY_CLASSES = {
+    "labels_forward": _labels_forward,
+    "labels_backward": _labels_backward,
+    "soft_forward": _soft_forward,
+    "soft_backward": _soft_backward,
+}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .checks import check_bonus, check_reduction, checked_label_smoothing
+from .checks import check_bonus, check_implementation, check_reduction, check_validate, checked_label_smoothing
 from .functional import _DEFAULT_BONUS
 from .linear_call import LinearCall
 from .logit_options import checked_options
@@ -32,7 +33,7 @@ class LinearScores(Scores):
     Attributes:
         last_layer_grad_norm: ``||dL/d(weight, bias)||_F = ||dL/dz||_2 ||(hidden, 1)||_2``, exact, float32, [0, inf);
             higher is harder; NaN where ignored. Of what ``reduction="none"`` returns: with class weights and
-            ``row_weight``.
+            ``row_weight``; of ``"mean"`` with ``weight`` and ``bonus_weight`` the bonus weighs as it does in that.
     """
 
     last_layer_grad_norm: Tensor
@@ -92,7 +93,9 @@ def linear_bonus_cross_entropy(
 
     Args:
         input: what the last layer takes, [..., H], float16, bfloat16, float32 or float64.
-        linear_weight: [C, H], dtype of ``input``; it may be tied with an embedding.
+        linear_weight: [C, H], dtype of ``input``; it may be tied with an embedding. A DTensor whose classes are spread
+            over ranks is served by `vocab_parallel` and the result is the same on each; ``input`` and ``target`` are
+            then the same on every rank, plain or DTensors, and ``linear_bias`` is a DTensor.
         target: class indices [...], int64 or uint8.
         linear_bias: [C], or None.
         weight: factor of each class, [C], as in `bonus_cross_entropy`.
@@ -138,6 +141,14 @@ def linear_bonus_cross_entropy(
         https://arxiv.org/abs/2410.10989; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
         ICLR 2025, https://arxiv.org/abs/2411.09009.
     """
+    if _is_dtensor(linear_weight):
+        found: Tensor = _by_shards(
+            "linear_bonus_cross_entropy", input, linear_weight, target, implementation, validate,
+            linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight,
+            row_weight=row_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, budget=budget,
+        )  # fmt: skip
+        return found
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
         bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
@@ -185,6 +196,14 @@ def linear_bonus_cross_entropy_with_scores(
         >>> scores.last_layer_grad_norm
         tensor([0.1686, 0.3803])
     """
+    if _is_dtensor(linear_weight):
+        found: tuple[Tensor, LinearScores] = _by_shards(
+            "linear_bonus_cross_entropy_with_scores", input, linear_weight, target, implementation, validate,
+            linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight,
+            row_weight=row_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, budget=budget,
+        )  # fmt: skip
+        return found
     call = LinearCall(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
         bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
@@ -217,11 +236,35 @@ def linear_difficulty_scores(
         As `linear_bonus_cross_entropy`.
     """
     with torch.no_grad():
+        if _is_dtensor(linear_weight):
+            _, found = _by_shards(
+                "linear_bonus_cross_entropy_with_scores", input, linear_weight, target, implementation, validate,
+                linear_bias=linear_bias, ignore_index=ignore_index, bonus=None, reduction="none",
+                logit_scale=logit_scale, softcap=softcap,
+            )  # fmt: skip
+            return Scores(*found, target=found.target)
         call = LinearCall(
             input, linear_weight, target, linear_bias, None, "none", ignore_index, 0.0, None, None, None, None,
             checked_options(logit_scale, softcap, 0.0), None, implementation, validate, True, False,
         )  # fmt: skip
         return cast(Scores, linear.run(call).scores)
+
+
+def _is_dtensor(x: Any) -> bool:
+    """Return whether this is a DTensor; who has one has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _by_shards(name: str, input: Any, linear_weight: Any, target: Any, implementation: Any, validate: Any,
+               **options: Any) -> Any:  # fmt: skip
+    from .distributed import by_shards
+
+    check_implementation(implementation)
+    check_validate(validate)
+    if implementation not in (None, "reference"):
+        raise NotImplementedError(f"implementation={implementation!r} does not run for a DTensor; None does")
+    return by_shards(name, input, linear_weight, target, **options)
 
 
 class LinearBonusCrossEntropyLoss(torch.nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from .call import Call
 from .checks import FLOATS, check_call, checked_ignore_index
-from .logit_options import PLAIN, LogitOptions
+from .logit_options import LogitOptions
 from .number_checks import check_integer
 from .watchers import is_transformed
 
@@ -41,7 +41,10 @@ class LinearCall(Call):
         # of one row first: torch, asked for its words, may compute on what it is shown
         check_call(logits[:1], labels[:1] if isinstance(labels, Tensor) else labels, weight,
                    checked_ignore_index(ignore_index), reduction, 0.0, autocast)  # fmt: skip
-        self.row_weight_given = None if row_weight is None else _checked_row_weight(row_weight, input, shape)
+        self.row_weight_given = None
+        if row_weight is not None:  # that of an ignored row is not looked at, and gets no gradient
+            weights = _checked_row_weight(row_weight, input, shape)
+            self.row_weight_given = weights.masked_fill(labels == ignore_index, 0.0)
         self._tensors = input, linear_weight, target, linear_bias, weight, bonus_weight, row_weight
         super().__init__(
             logits, labels, weight, None, ignore_index, None, reduction, label_smoothing, bonus, bonus_smoothing,
@@ -55,8 +58,6 @@ class LinearCall(Call):
         return self._tensors
 
     def _only_by_formula(self, implementation: str | None) -> str | None:
-        if self.options != PLAIN and self.kind != "labels":
-            return "logit options of soft targets"
         return super()._only_by_formula(implementation) or ("torch.func and forward mode" if is_transformed() else None)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "rows",
     "scores",
     "scores_of_sums",
+    "share_times",
     "soft_rows",
     "softmax",
     "z_of",
@@ -220,17 +221,17 @@ def soft_rows(logits: Tensor, label: Tensor, ignore_index: int, loss: Loss, targ
     log_p = torch.where(is_top, logsigmoid(gap), log_p)
     v = targets.of_bonus(n_classes).of(hard)
     if isinstance(loss, GapLoss):
-        value = _share_times(v, loss.excess(gap))
+        value = share_times(v, loss.excess(gap))
     else:
         value = loss.class_value(torch.sigmoid(gap), torch.sigmoid(-gap), log_p, v)
     if loss.adds_to_cross_entropy:
-        value = value + _share_times(targets.of_cross_entropy(n_classes).of(hard), -log_p)
+        value = value + share_times(targets.of_cross_entropy(n_classes).of(hard), -log_p)
     bad = counts & ((label < 0) | (label >= n_classes))  # unchecked on a GPU and while compiling
     total = torch.where(bad, math.nan, value.sum(-1))
     return torch.where(counts, total, 0.0)
 
 
-def _share_times(share: Tensor, value: Tensor) -> Tensor:
+def share_times(share: Tensor, value: Tensor) -> Tensor:
     """Return the product; a class without a share costs nothing even where its loss is infinite."""
     return share * torch.where((share == 0) & value.isinf(), 0.0, value)
 

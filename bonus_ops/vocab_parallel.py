@@ -48,6 +48,12 @@ class _Options(NamedTuple):
     softcap: float | None
     z_loss: float
 
+    @property
+    def n_weights(self) -> int | None:
+        """How many classes there are, where class weights tell."""
+        given = [x for x in (self.weight, self.bonus_weight) if isinstance(x, Tensor) and x.dim() == 1]
+        return len(given[0]) if given else None
+
 
 def bonus_cross_entropy(
     input: Tensor,
@@ -74,7 +80,9 @@ def bonus_cross_entropy(
         gap = z_y - logsumexp(rest)      L = value(gap)      dL/dz_y = -A      dL/dz_k = A exp(z_k - logsumexp(rest))
 
     One all-gather in forward carries 12 bytes a row of every rank (24 with scores, 4 more with smoothing; twice that
-    for float64); backward sends nothing. The loss has the same bits on every rank.
+    for float64); backward sends nothing. A bonus that is smoothed depends on every probability, which the ranks know
+    when the first has come: it takes 8 bytes a row more (4 with scores) and a second all-gather of 8. The loss has the
+    same bits on every rank.
 
     Args:
         input: logits of this rank's classes, [C_local], [N, C_local] or [N, C_local, d1, ...], float16, bfloat16,
@@ -86,10 +94,10 @@ def bonus_cross_entropy(
         weight: factor of each class, [C] of all ranks, the same on every rank, dtype of ``input``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; over rows: every rank returns the whole loss.
         ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
-        label_smoothing: as in `bonus_ops.bonus_cross_entropy`; of plain cross-entropy only, so far.
+        label_smoothing: as in `bonus_ops.bonus_cross_entropy`, of the bonus too unless ``bonus_smoothing=0``.
         bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
-        bonus_smoothing: as ``label_smoothing``.
-        bonus_weight: not done so far.
+        bonus_smoothing: as in `bonus_ops.bonus_cross_entropy`; 0 spares the second all-gather.
+        bonus_weight: factor of each class's bonus, [C] of all ranks, the same on every rank.
         logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
         softcap: see there.
         z_loss: see there.
@@ -106,8 +114,8 @@ def bonus_cross_entropy(
         TypeError, ValueError, RuntimeError, IndexError: as `bonus_ops.bonus_cross_entropy`.
         ValueError: the class ranges overlap, leave out a class or do not fit the shards; on every rank.
         IndexError: a label of no class; on every rank.
-        NotImplementedError: probabilities as target; smoothing or ``bonus_weight`` with a bonus; a `ClassLoss`;
-            `torch.func` and forward mode. RuntimeError for a second derivative.
+        NotImplementedError: probabilities as target; a `ClassLoss`; `torch.func` and forward mode. RuntimeError for a
+            second derivative.
 
     Example:
         >>> import torch.distributed as dist
@@ -192,7 +200,8 @@ def linear_bonus_cross_entropy(
     As `bonus_cross_entropy` of ``linear(input, linear_weight, linear_bias)``, by chunks of rows whose logits become
     gradients in the forward pass. One all-gather of a few bytes before any product finds what does not fit, one a chunk
     carries the sums of its rows while the next chunk's logits are made, and one all-reduce adds up the gradient of
-    ``input``: in forward, or in backward for ``reduction="none"``.
+    ``input``: in forward, or in backward for ``reduction="none"``. A smoothed bonus takes a second all-gather a chunk,
+    which nothing overlaps.
 
     Args:
         input: what the last layer takes, [..., H], the same on every rank.
@@ -207,7 +216,7 @@ def linear_bonus_cross_entropy(
         label_smoothing: as in `bonus_cross_entropy`.
         bonus: as in `bonus_cross_entropy`.
         bonus_smoothing: as in `bonus_cross_entropy`.
-        bonus_weight: not done so far.
+        bonus_weight: factor of each class's bonus, [C] of all ranks.
         row_weight: factor of each row's loss, its z-loss included, shaped like ``target``, the same on every rank; the
             divisor of ``"mean"`` does not know it. Differentiable.
         logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
@@ -296,6 +305,7 @@ _Checked = tuple[Any, shards.Shard, Tensor]  # call, shard, facts
 def _of_logits(
     input: Any, target: Any, group: Any, class_range: Any, options: _Options, validate: bool, scores: bool
 ) -> tuple[Tensor, Scores | None]:
+    _check_alone()
     check_validate(validate)
     n_ranks = shards.ranks_of(group)
 
@@ -307,7 +317,7 @@ def _of_logits(
             n_local = input.shape[axis]
             # what the logits of all ranks would be, as far as checks can see: one number of memory
             shape = list(input.shape)
-            shape[axis] = n_local * n_ranks if options.weight is None else len(options.weight)
+            shape[axis] = options.n_weights or n_local * n_ranks
             logits = input.new_empty(()).expand(shape)
         call = Call(
             logits, target, options.weight, None, options.ignore_index, None, options.reduction,
@@ -318,7 +328,7 @@ def _of_logits(
         shard = shards.shard_of(group, class_range, n_local)
         return call, shard, shards.facts_of(shard, n_local, call.target)
 
-    call, shard, _ = _agreed(group, input, options.weight, checked)[0] if validate else checked()
+    call, shard, _ = _agreed(group, input, options.n_weights, checked)[0] if validate else checked()
     return ops.run(call, input, shard, validate)
 
 
@@ -326,45 +336,50 @@ def _of_layer(
     layer: tuple[Any, ...], group: Any, class_range: Any, options: _Options, reduce_input_grad: bool,
     budget: int | None, scores: bool,
 ) -> ops.LinearResult:  # fmt: skip
+    _check_alone()
     input, linear_weight, target, linear_bias, row_weight = layer
     shards.ranks_of(group)
 
     def checked() -> _Checked:
         kept = _kept(target, options)
-        n_classes = None if options.weight is None else len(options.weight)
         call = LinearCall(
             input, linear_weight, target, linear_bias, options.weight, options.reduction, options.ignore_index,
             options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, kept,
-            budget, "reference", False, scores, scores, n_classes,
+            budget, "reference", False, scores, scores, options.n_weights,
         )  # fmt: skip
         ops.check_done(call)
         shard = shards.shard_of(group, class_range, len(linear_weight))
         return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))
 
-    (call, shard, _), facts = _agreed(group, input, options.weight, checked)
+    (call, shard, _), facts = _agreed(group, input, options.n_weights, checked)
     n_classes = int((facts.stop - facts.first).sum())
     if call.input.device.type == "cpu":
         check_target(call.target, n_classes, call.ignore_index)
     return ops.run_linear(call, shard, n_classes, int(facts.chunk_rows.min()), reduce_input_grad)
 
 
-def _kept(target: Any, options: _Options) -> LogitOptions:
-    """Return the checked options of logits; raise for what is not done at all."""
+def _check_alone() -> None:
+    """Raise, before any exchange, where a compiler or a transform watches, which all ranks have alike."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("classes spread over ranks: call it outside of torch.compile")
     if is_transformed():
         raise NotImplementedError("classes spread over ranks: no rule for torch.func, vmap and forward mode")
+
+
+def _kept(target: Any, options: _Options) -> LogitOptions:
+    """Return the checked options of logits; raise for what is not done at all."""
     if isinstance(target, Tensor) and target.is_floating_point():
         raise NotImplementedError(
             f"classes spread over ranks: expected class indices as target, got probabilities of {target.dtype}"
         )
-    if options.weight is not None and not (isinstance(options.weight, Tensor) and options.weight.dim() == 1):
-        came = list(options.weight.shape) if isinstance(options.weight, Tensor) else type(options.weight).__name__
-        raise RuntimeError(f"expected weight of shape [C], one number for each class of all ranks, got {came}")
+    for name, x in (("weight", options.weight), ("bonus_weight", options.bonus_weight)):
+        if x is not None and not (isinstance(x, Tensor) and x.dim() == 1):
+            came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise RuntimeError(f"expected {name} of shape [C], one number for each class of all ranks, got {came}")
     return checked_options(options.logit_scale, options.softcap, options.z_loss)
 
 
-def _agreed(group: Any, input: Any, weight: Tensor | None, checked: Callable[[], _Checked]) -> tuple[_Checked, Facts]:
+def _agreed(group: Any, input: Any, n_weights: int | None, checked: Callable[[], _Checked]) -> tuple[_Checked, Facts]:
     """Return what ``checked`` returns and the facts of all ranks; raise on all where a rank raises."""
     try:
         mine = checked()
@@ -372,5 +387,5 @@ def _agreed(group: Any, input: Any, weight: Tensor | None, checked: Callable[[],
         shards.facts_of_all(group, None, input.device if isinstance(input, Tensor) else torch.device("cpu"))
         raise
     facts = shards.facts_of_all(group, mine[2], mine[2].device)
-    shards.check_facts(facts, None if weight is None else len(weight))
+    shards.check_facts(facts, n_weights)
     return mine, facts

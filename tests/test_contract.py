@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
 
 from bonus_ops import (
     GapLoss,
@@ -26,6 +27,7 @@ from bonus_ops import (
     difficulty_scores,
     linear_bonus_cross_entropy,
     mixup_cross_entropy,
+    vocab_parallel,
 )
 from bonus_ops.kernels.cpu import threads
 from bonus_ops.kernels.formulas.language import jit
@@ -80,6 +82,14 @@ linear           triton      triton     triton     .          .            none 
 linear           numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
 linear           reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
 linear           None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference
+linear, smoothing  triton      triton     triton     .          .            none       none       none       triton     none       cannot     cannot
+linear, smoothing  numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
+linear, smoothing  reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
+linear, smoothing  None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference
+linear, options  triton  none       none       .          .            none       none       none       none       none       cannot     cannot
+linear, options  numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
+linear, options  reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
+linear, options  None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference
 own pair         triton      triton     triton     .          .            triton     triton     triton     triton     none       cannot     cannot
 own pair         numba       numba      numba      .          .            numba      numba      numba      numba      none       cannot     cannot
 own pair         reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
@@ -144,6 +154,11 @@ class Pair(Formulas):
     kernel = (doubled_value, doubled_slope)
 
 
+def of_layer(z: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Return the loss of a layer whose output is its input."""
+    return linear_bonus_cross_entropy(z, torch.eye(3, dtype=z.dtype, device=z.device), target, **options)
+
+
 LABELS = torch.tensor([0, 2, 1, 2])
 OTHERS = torch.tensor([1, 1, 0, 2])
 PROBABILITIES = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0], [0.3, 0.3, 0.4]])
@@ -157,9 +172,9 @@ KINDS: dict[str, tuple[Tensor, Callable[..., Tensor]]] = {  # the target, and a 
     "options": (
         LABELS, lambda z, t, **k: bonus_cross_entropy(z, t, logit_scale=0.5, softcap=3.0, z_loss=0.1, **k)
     ),
-    "linear": (
-        LABELS, lambda z, t, **k: linear_bonus_cross_entropy(z, torch.eye(3, dtype=z.dtype, device=z.device), t, **k)
-    ),
+    "linear": (LABELS, lambda z, t, **k: of_layer(z, t, **k)),
+    "linear, smoothing": (LABELS, lambda z, t, **k: of_layer(z, t, label_smoothing=0.1, **k)),
+    "linear, options": (LABELS, lambda z, t, **k: of_layer(z, t, label_smoothing=0.1, softcap=3.0, z_loss=0.1, **k)),
     "own pair": (LABELS, lambda z, t, **k: bonus_cross_entropy(z, t, bonus=Pair(), **k)),
     "own pair, sigmoid": (
         PROBABILITIES, lambda z, t, **k: bonus_binary_cross_entropy_with_logits(z, t, bonus=Pair(), **k)
@@ -330,6 +345,127 @@ def test_kernels_that_are_compiled_for_gpus_refuse_a_cpu(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match="tensors are on the CPU and TRITON_INTERPRET is not set"):
         bonus_cross_entropy(logits_of(), LABELS, implementation="triton")
+
+
+# --- what a training step does around a loss --------------------------------------------------------------------------
+
+# Cells: right, the result is that of the reference on the logits; or what is raised instead
+#     once     RuntimeError: no second derivative
+#     func     NotImplementedError: no rule for torch.func
+#     graph    an error of the compiler, which quotes ours: outside of torch.compile
+STEPS = """
+                      compile    autocast   checkpoint  scaler    twice      grad       vmap       jvp
+labels                right      right      right       right     right      right      right      right
+smoothing             right      right      right       right     right      right      right      right
+linear                right      right      right       right     right      right      right      right
+linear, smoothing     right      right      right       right     right      right      right      right
+linear, options       right      right      right       right     right      right      right      right
+sharded               graph      right      right       right     once       func       func       func
+sharded, smoothing    graph      right      right       right     once       func       func       func
+sharded linear        graph      right      right       right     once       func       func       func
+"""
+REFUSALS = {
+    "once": (RuntimeError, "no second derivative"),
+    "func": (NotImplementedError, "no rule for torch.func"),
+    "graph": (torch._dynamo.exc.TorchDynamoException, "outside of torch.compile"),
+}
+SHARDED: dict[str, Callable[..., Tensor]] = {  # over one rank
+    "sharded": lambda z, t: vocab_parallel.bonus_cross_entropy(z, t, group=None),
+    "sharded, smoothing": lambda z, t: vocab_parallel.bonus_cross_entropy(z, t, group=None, label_smoothing=0.1),
+    "sharded linear": lambda z, t: vocab_parallel.linear_bonus_cross_entropy(z, torch.eye(3), t, group=None),
+}
+
+
+def step_cells() -> Iterator[Any]:
+    heads, *lines = ([cell for cell in line.split("  ") if cell.strip()] for line in STEPS.strip("\n").split("\n"))
+    for kind, *expected in lines:
+        for step, cell in zip(heads, expected, strict=True):
+            yield pytest.param(kind.strip(), step.strip(), cell.strip(), id=f"{kind.strip()}-{step.strip()}")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def by_rows_of_any_number(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    """One graph, with dynamic rows, serves two batches."""
+    compiled, found = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True), []
+    for n_rows in (4, 3):
+        logits = logits_of()
+        value = compiled(logits[:n_rows], target[:n_rows])
+        value.backward()
+        found += [value.detach(), logits.grad]
+    return found
+
+
+def under_autocast(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    logits = logits_of(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(logits, target)
+    value.backward()
+    assert value.dtype == torch.float32
+    return value.detach(), logits.grad.float()
+
+
+def scaled_and_unscaled(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    logits = torch.nn.Parameter(logits_of().detach())
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD([logits])
+    scaler.scale(loss(logits, target)).backward()
+    scaler.unscale_(optimizer)
+    return logits.grad
+
+
+def checkpointed(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    logits = logits_of()
+    value = checkpoint(lambda z: loss(z * 1, target), logits, use_reentrant=False)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+def twice(loss: Callable[..., Tensor], target: Tensor) -> Any:
+    logits = logits_of()
+    (first,) = torch.autograd.grad(loss(logits, target), logits, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), logits)
+
+
+TRAINING: dict[str, Callable[..., Any]] = {
+    "compile": by_rows_of_any_number, "autocast": under_autocast, "checkpoint": checkpointed,
+    "scaler": scaled_and_unscaled, "twice": twice, **{name: SITUATIONS[name] for name in ("grad", "vmap", "jvp")},
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linear, options": dict(label_smoothing=0.1, softcap=3.0, z_loss=0.1),
+    **dict.fromkeys(("smoothing", "linear, smoothing", "sharded, smoothing"), dict(label_smoothing=0.1)),
+}
+
+
+@pytest.mark.parametrize(("kind", "step", "expected"), list(step_cells()))
+def test_steps_are_right_or_say_why_not(kind, step, expected, request):
+    if kind in SHARDED:
+        request.getfixturevalue("one_rank")
+    torch._dynamo.reset()
+    loss = SHARDED.get(kind) or KINDS[kind][1]
+    if expected in REFUSALS:
+        error, words = REFUSALS[expected]
+        with pytest.raises(error, match=words):
+            TRAINING[step](loss, LABELS)
+        return
+
+    def true(z: Tensor, t: Tensor) -> Tensor:
+        return bonus_cross_entropy(z, t, implementation="reference", **OPTIONS.get(kind, {}))
+
+    found, truth = (TRAINING[step](f, LABELS) for f in (loss, true))
+    rounding = dict(rtol=2.0**-7, atol=2.0**-9) if step == "autocast" else dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, truth, **rounding)
+
+
+def test_every_step_is_asked():
+    assert {cell.values[1] for cell in step_cells()} == set(TRAINING)
 
 
 # --- a kernel that Numba cannot compile -------------------------------------------------------------------------------

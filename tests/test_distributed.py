@@ -1,4 +1,4 @@
-"""Two gloo ranks: DistributedDataParallel, and DTensors by rows. Run as a script, this file is one rank."""
+"""Two gloo ranks: DistributedDataParallel, FSDP2, output layers by classes, and DTensors. As a script, one rank."""
 
 import os
 import subprocess
@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from bonus_ops import LogBonus, PowerBonus, bonus_cross_entropy, bonus_cross_entropy_with_softmax
+from bonus_ops import (
+    LinearBonusCrossEntropyLoss,
+    LogBonus,
+    PowerBonus,
+    SoftmaxSquaredError,
+    bonus_cross_entropy,
+    bonus_cross_entropy_with_softmax,
+    linear_bonus_cross_entropy,
+    linear_bonus_cross_entropy_with_scores,
+    linear_difficulty_scores,
+)
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
@@ -36,6 +46,11 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "classes-weight": ((5, 7), 1, {"weight": (torch.arange(7) + 1.0) / 4}),
     "classes-extra-dimension": ((4, 7, 3), 1, {}),
     "classes-smoothing": ((5, 7), 1, {"label_smoothing": 0.1}),
+    "classes-smoothing-plain": ((5, 7), 1, {"label_smoothing": 0.1, "bonus": None, "plain": True}),
+    "classes-smoothing-none": ((5, 7), 1, {"label_smoothing": 0.1, "reduction": "none", "z_loss": 0.1, "softcap": 3.0}),
+    "classes-smoothing-weight": ((4, 7, 3), 1, {"label_smoothing": 0.1, "weight": (torch.arange(7) + 1.0) / 4}),
+    "classes-options": ((5, 7), 1, {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5}),
+    "classes-of-all": ((5, 7), 1, {"bonus": SoftmaxSquaredError()}),
     "extra-dimension": ((4, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-uneven": ((5, 7, 3), 0, {"reduction": "none"}),
     "extra-dimension-sharded": ((4, 7, 3), 2, {}),
@@ -68,13 +83,130 @@ def model() -> torch.nn.Module:
     return layer
 
 
+class Tokens(torch.nn.Module):
+    """A model of tokens: an embedding, and either an output layer or a head that is layer and loss."""
+
+    def __init__(self, head: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.tok = torch.nn.Embedding(7, 4)
+        self.output = torch.nn.Linear(4, 7, bias=False) if head is None else head
+        with torch.no_grad():
+            for i, x in enumerate(self.parameters()):
+                x.copy_(torch.linspace(-3, 3, x.numel()).view_as(x).add(i).sin() * 2)
+
+    def forward(self, tokens: torch.Tensor, *target: torch.Tensor) -> torch.Tensor:
+        return self.output(self.tok(tokens), *target)
+
+
+TOKENS = torch.arange(12).view(2, 2, 3) % 7  # of two ranks
+NEXT = (TOKENS + 1) % 7
+NEXT[1, 0, 1] = -100
+HEADS: dict[str, dict[str, Any]] = {
+    "head": {}, "head-sum": {"reduction": "sum"}, "head-none": {"reduction": "none"},
+    "head-smoothing": {"label_smoothing": 0.1, "bias": False},
+}  # fmt: skip
+LAYERS: dict[str, dict[str, Any]] = {
+    "colwise": {}, "colwise-none": {"reduction": "none"}, "colwise-plain": {"bonus": None},
+    "colwise-smoothing": {"label_smoothing": 0.1},
+}  # fmt: skip
+
+
+def head_of(options: dict[str, Any]) -> torch.nn.Module:
+    return LinearBonusCrossEntropyLoss(4, 7, **options)
+
+
+def fully_sharded_gradients(rank: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh, found = init_device_mesh("cpu", (N_RANKS,)), {}
+    for name, options in {"fsdp": None, **{f"fsdp-{name}": x for name, x in HEADS.items()}}.items():
+        model = Tokens(None if options is None else head_of(options))
+        fully_shard(model.output, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if options is None:
+            loss = bonus_cross_entropy(model(TOKENS[rank]).flatten(0, 1), NEXT[rank].flatten())
+        else:
+            loss = model(TOKENS[rank], NEXT[rank])
+        loss.sum().backward()
+        found[name] = [p.grad.full_tensor() for p in model.parameters()]
+    return found
+
+
+def column_parallel_results(rank: int) -> dict[str, Any]:
+    """Output layers as torchtitan builds them; the whole target is plain, the same on both ranks."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from bonus_ops import vocab_parallel
+
+    # the data's dimension has one rank: FSDP2 on top of the classes'
+    mesh, found = init_device_mesh("cpu", (1, N_RANKS), mesh_dim_names=("dp", "tp")), {}
+    colwise = ColwiseParallel(input_layouts=Replicate(), output_layouts=Shard(-1), use_local_output=False)
+    for under_fsdp in (False, True):
+        for name, options in LAYERS.items():
+            model = Tokens()
+            parallelize_module(model, mesh["tp"], {"output": colwise})
+            if under_fsdp:
+                fully_shard(model.output, mesh=mesh["dp"])
+                fully_shard(model, mesh=mesh["dp"])
+            logits = model(TOKENS[0])
+            assert isinstance(logits, DTensor) and logits.placements == (Shard(2),)
+            loss = bonus_cross_entropy(logits.flatten(0, 1), NEXT[1].flatten(), **options)
+            loss.sum().backward()
+            grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+            found[f"{name}-fsdp" if under_fsdp else name] = loss.full_tensor().detach(), grads
+    for name, options in LAYERS.items():  # the layer's shard itself, without its logits
+        model = Tokens()
+        parallelize_module(model, mesh["tp"], {"output": colwise})
+        weight = model.output.weight.to_local()
+        loss = vocab_parallel.linear_bonus_cross_entropy(
+            model.tok(TOKENS[0]), weight, NEXT[1], group=mesh.get_group("tp"), class_range=(4 * rank, 4 + 3 * rank),
+            **options,
+        )  # fmt: skip
+        loss.sum().backward()
+        grads = [model.tok.weight.grad, model.output.weight.grad.full_tensor()]
+        found[f"{name}-linear"] = loss.detach().flatten(), grads
+    for name, options in LAYERS.items():  # the layer's DTensor, beside hidden states that are plain or cut by positions
+        for how in ("dtensor", "sequence"):
+            model = Tokens()
+            parallelize_module(model, mesh["tp"], {"output": colwise})
+            hidden, target = model.tok(TOKENS[0]), NEXT[1]
+            if how == "sequence":
+                hidden = DTensor.from_local(hidden, mesh["tp"], [Replicate()]).redistribute(mesh["tp"], [Shard(1)])
+                target = DTensor.from_local(target, mesh["tp"], [Replicate()])
+            loss, scores = linear_bonus_cross_entropy_with_scores(hidden, model.output.weight, target, **options)
+            alone = linear_bonus_cross_entropy(hidden, model.output.weight, target, **options)
+            loss.sum().backward()
+            grads = [model.tok.weight.grad, model.output.weight.grad.full_tensor()]
+            found[f"{name}-{how}"] = loss.detach().flatten(), grads
+            assert type(loss) is torch.Tensor and torch.equal(loss, alone)
+            found[f"scores-{how}"] = [*scores, *linear_difficulty_scores(hidden, model.output.weight, target)]
+
+    def error(weight: Any, **options: Any) -> tuple[str, str]:
+        try:
+            linear_bonus_cross_entropy(model.tok(TOKENS[0]), weight, NEXT[1], **options)
+        except Exception as raised:
+            return type(raised).__name__, str(raised)
+        return "nothing", ""
+
+    weight = model.output.weight.detach()
+    found["linear errors"] = [
+        error(weight.redistribute(mesh["tp"], [Shard(1)])), error(weight, linear_bias=torch.zeros(7)),
+        error(weight, implementation="numba"),
+    ]  # fmt: skip
+    return found
+
+
 def rank_main(rank: int, folder: str) -> None:
     import torch.distributed as dist
 
     assert "bonus_ops.distributed" not in sys.modules, "bonus_ops must not import its rule"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=N_RANKS, init_method=f"file://{folder}/store")
-    results = {**sharded_results(), "ddp": data_parallel_gradients(rank)}
+    results = {**sharded_results(), "ddp": data_parallel_gradients(rank),
+               **fully_sharded_gradients(rank), **column_parallel_results(rank)}  # fmt: skip
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
@@ -210,8 +342,20 @@ def test_classes_stay_where_they_are(results: dict[str, Any]) -> None:
         assert results[name][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 1}), name
 
 
-def test_smoothed_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
-    _, _, placements, sent = results["classes-smoothing"]
+def test_the_z_loss_of_spread_classes_asks_for_the_logit_of_the_label(results: dict[str, Any]) -> None:
+    sent = {"c10d._allgather_base_": 1, "c10d_functional.all_reduce": 1}
+    assert results["classes-options"][2:] == (("R", "S(1)"), sent)
+
+
+def test_smoothed_classes_stay_too(results: dict[str, Any]) -> None:
+    for name in ("classes-smoothing", "classes-smoothing-none", "classes-smoothing-weight"):
+        # what a smoothed bonus pays is known when the sums are
+        assert results[name][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 2}), name
+    assert results["classes-smoothing-plain"][2:] == (("R", "S(1)"), {"c10d._allgather_base_": 1})
+
+
+def test_other_classes_are_exchanged_for_rows(results: dict[str, Any]) -> None:
+    _, _, placements, sent = results["classes-of-all"]
     assert placements == ("P(sum)", "S(0)")
     # once forward, once backward; gloo has no all-to-all, so DTensor gathers and keeps its part
     assert sent in ({"c10d_functional.all_gather_into_tensor": 2}, {"c10d_functional.all_to_all_single": 2})
@@ -246,6 +390,55 @@ def test_data_parallel_gradients_equal_one_process(results: dict[str, Any]) -> N
     for got, parameter in zip(results["ddp"], one.parameters(), strict=True):
         # 2^-20: float32 sums of 8 products of inputs up to 8 against float64
         assert_within_budget(got, parameter.grad, None, floor=2.0**-20, what="DistributedDataParallel")
+
+
+@pytest.mark.parametrize("name", ["fsdp", *(f"fsdp-{name}" for name in HEADS)])
+def test_fully_sharded_gradients_equal_one_process(results: dict[str, Any], name: str) -> None:
+    options = HEADS.get(name.removeprefix("fsdp-"))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        one = Tokens(None if options is None else head_of(options)).to(dtype)
+        for tokens, target in zip(TOKENS, NEXT, strict=True):
+            if options is None:
+                loss = bonus_cross_entropy(one(tokens).flatten(0, 1), target.flatten())
+            else:
+                loss = one(tokens, target)
+            (loss.sum() / N_RANKS).backward()
+        found.append([p.grad for p in one.parameters()])
+    for i, (got, eager, truth) in enumerate(zip(results[name], *found, strict=True)):
+        assert truth.abs().max() > 1e-2
+        assert_within_budget(got, truth, eager, what=f"{name}: parameter {i}")
+
+
+@pytest.mark.parametrize("how", ["", "-fsdp", "-linear", "-dtensor", "-sequence"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_column_parallel_output_layers_equal_one_process(results: dict[str, Any], name: str, how: str) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        one = Tokens().to(dtype)
+        loss = bonus_cross_entropy(one(TOKENS[0]).flatten(0, 1), NEXT[1].flatten(), **LAYERS[name])
+        loss.sum().backward()
+        found.append([loss.detach().flatten(), *(p.grad for p in one.parameters())])
+    loss, grads = results[name + how]
+    for i, (got, eager, truth) in enumerate(zip([loss.flatten(), *grads], *found, strict=True)):
+        assert truth.abs().max() > 1e-2
+        assert_within_budget(got, truth, eager, floor=2.0**-21, what=f"{name}{how}: {i}")
+
+
+@pytest.mark.parametrize("how", ["dtensor", "sequence"])
+def test_scores_of_a_layer_that_is_a_dtensor(results: dict[str, Any], how: str) -> None:
+    one = Tokens()
+    scores = linear_difficulty_scores(one.tok(TOKENS[0]), one.output.weight, NEXT[1])
+    for got, same in zip(results[f"scores-{how}"], (*scores, *scores), strict=True):
+        torch.testing.assert_close(got, same, rtol=0, atol=2e-6, equal_nan=True)
+
+
+def test_faults_of_a_layer_that_is_a_dtensor_are_clear(results: dict[str, Any]) -> None:
+    cut, bias, named = results["linear errors"]
+    assert cut[0] == "NotImplementedError" and "placements (Shard(dim=1),)" in cut[1] and "Expected Shard(0)" in cut[1]
+    assert bias == ("RuntimeError", "linear_bonus_cross_entropy: expected linear_bias to be a DTensor as linear_weight "
+                    "is, got a plain tensor")  # fmt: skip
+    assert named == ("NotImplementedError", "implementation='numba' does not run for a DTensor; None does")
 
 
 if __name__ == "__main__":

@@ -228,6 +228,62 @@ def test_ignored_rows_may_hold_anything():
 
 
 @EVERY_REDUCTION
+@pytest.mark.parametrize("poison", ["upstream", "row_weight"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_leaks_from_ignored_rows(reduction, poison, frozen, implementation, value):
+    """Not from a hidden state of NaN, nor where its upstream gradient or its row_weight is no number."""
+    found = []
+    for poisoned in (True, False):
+        layer = Layer()
+        weight, upstream = torch.ones(N), torch.tensor(2.0)
+        if reduction == "none":
+            upstream = torch.linspace(0.5, 1.5, N)
+        if poisoned:
+            with torch.no_grad():
+                layer.hidden[1] = math.nan
+            if poison == "row_weight":
+                weight[1] = value
+            elif reduction == "none":
+                upstream[1] = value
+            else:
+                upstream = torch.tensor(value)
+        for x in layer.parameters()[1:]:
+            x.requires_grad_(not frozen)
+        weight.requires_grad_()
+        loss = layer.loss(reduction=reduction, row_weight=weight, implementation=implementation)
+        loss.backward(upstream)
+        found.append((loss.detach(), *(x.grad for x in (layer.hidden, weight, *layer.parameters()[1:]))))
+    (loss, hidden, of_weight, *others), truth = found
+    assert torch.equal(hidden[1], torch.zeros(H)) and of_weight[1] == 0
+    assert torch.equal(loss, truth[0])
+    if poison == "upstream" and reduction != "none":
+        assert not hidden[[0, *range(2, N)]].isfinite().any()  # as the upstream gradient
+        return
+    for x, y in zip((hidden, of_weight, *others), truth[1:], strict=True):
+        assert x is y is None or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", ["numba", "reference"])
+@pytest.mark.parametrize("n_rows", [3, 0])
+def test_an_upstream_gradient_of_nothing_teaches_nothing(implementation, n_rows):
+    layer = Layer(n=n_rows)
+    layer.target.fill_(-100)
+    loss = layer.loss(reduction="sum", implementation=implementation)
+    for x in torch.autograd.grad(loss, layer.parameters(), torch.tensor(math.nan)):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_classes_without_a_weight(reduction):
+    layer = Layer()
+    loss = layer.loss(weight=torch.zeros(C), reduction=reduction)
+    other = bonus_cross_entropy(layer.logits(), layer.target, torch.zeros(C), reduction=reduction)
+    torch.testing.assert_close([loss, *layer.gradients(loss)], [other, *layer.gradients(other)], equal_nan=True)
+
+
+@EVERY_REDUCTION
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("implementation", ["numba", "reference"])
 def test_rows_all_ignored_and_no_rows(reduction, scores, implementation):
@@ -238,7 +294,8 @@ def test_rows_all_ignored_and_no_rows(reduction, scores, implementation):
         loss = layer.with_scores(**options)[0] if scores else layer.loss(**options)
         expected = bonus_cross_entropy(layer.logits(), layer.target, reduction=reduction)
         assert torch.equal(loss.isnan(), expected.isnan()) and loss.shape == expected.shape
-        for x in layer.gradients(loss):
+        for x, y in zip(layer.gradients(loss), layer.gradients(expected), strict=True):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())  # nothing but zeros
             assert (x == 0).all() or reduction == "mean"
 
 

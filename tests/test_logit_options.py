@@ -293,14 +293,16 @@ def layer(dtype=torch.float64, n_rows=9, size=6, n_classes=70):
 
 @names
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("others", ["", "class weights and rows'", "smoothing"])
+@pytest.mark.parametrize("others", ["", "class weights and rows'", "smoothing", "smoothing and rows'"])
 @pytest.mark.parametrize("budget", [None, 3 * 128 * 8])
 def test_a_last_layer_has_them_too(options, reduction, others, budget):
     hidden, weight, bias, target = layer()
-    named = {"label_smoothing": 0.1} if others == "smoothing" else {}
+    named = {"label_smoothing": 0.1} if others.startswith("smoothing") else {}
     row_weight = None
+    if others.endswith("rows'"):
+        row_weight = torch.linspace(0.1, 1.0, 9, dtype=torch.float64)
     if others.startswith("class"):
-        named["weight"], row_weight = torch.rand(70, dtype=torch.float64) + 0.5, torch.rand(9, dtype=torch.float64)
+        named["weight"] = torch.linspace(0.5, 1.5, 70, dtype=torch.float64)
     found = []
     for ours in (True, False):
         x, w, b = (a.clone().requires_grad_() for a in (hidden, weight, bias))
@@ -329,6 +331,22 @@ def test_a_last_layer_has_them_too(options, reduction, others, budget):
         found.append((loss, *(a.grad for a in (x, w, b) + ((rw,) if rw is not None else ())), *scores))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-5 if one.dtype == torch.float32 else 1e-9, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("row_weight", [None, torch.linspace(0.1, 1.0, 9)])
+def test_the_z_loss_of_a_last_layer_visits_the_logits_once(monkeypatch, smoothing, row_weight):
+    from bonus_ops.kernels.cpu import threads
+
+    hidden, weight, bias, target = layer(torch.float32)
+    loops, run = [], threads.run
+    monkeypatch.setattr(threads, "run", lambda *args: loops.append(args) or run(*args))
+    loss = bonus_ops.linear_bonus_cross_entropy(
+        hidden.requires_grad_(), weight.requires_grad_(), target, linear_bias=bias, row_weight=row_weight,
+        label_smoothing=smoothing, z_loss=0.1, budget=3 * 128 * 4,
+    )  # fmt: skip
+    loss.backward()
+    assert len(loops) == 3  # chunks
 
 
 @names

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from bonus_ops import (
     Focal,
     GeneralizedCrossEntropy,
+    LogBonus,
     PowerBonus,
     SoftmaxSquaredError,
     bonus_cross_entropy,
@@ -22,7 +23,7 @@ from bonus_ops import (
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-TIMEOUT = 120  # seconds for all ranks, of which importing torch takes 3 to 10
+TIMEOUT = 300  # seconds for all ranks, of which importing torch takes 3 to 10
 WORLDS = (2, 4)
 N, H, C = 9, 5, 12
 
@@ -77,6 +78,25 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
         ("smoothing-weight", "backwards", "typical", {"bonus": None, "label_smoothing": 0.2, "weight": True}),
         ("smoothing-everything", "uneven", "typical",
          {**EVERYTHING, "bonus": None, "label_smoothing": 0.2, "weight": True}),
+        *[(f"smoothed-bonus-{regime}", where, regime, {"label_smoothing": 0.2, "reduction": reduction})
+          for where, regime, reduction in [
+              ("equal", "typical", "mean"), ("empty", "confident", "none"), ("uneven", "wrong", "none"),
+              ("uneven", "shifted", "none"), ("empty", "low", "none"), ("backwards", "ties", "none"),
+              ("uneven", "masked", "none"),
+              ("uneven", "all-ignored", "sum"), ("uneven", "no-rows", "sum"),
+          ]],
+        *[(f"smoothed-{type(loss).__name__}-{regime}", "uneven", regime,
+           {"bonus": loss, "label_smoothing": 0.2, "reduction": "none"})
+          for regime in ("typical", "wrong") for loss in (Focal(2.0), LogBonus(1.0))],
+        ("smoothed-label-alone", "uneven", "typical", {"label_smoothing": 0.2, "bonus_smoothing": 0.0}),
+        ("smoothed-bonus-alone", "uneven", "wrong", {"bonus_smoothing": 0.3}),
+        ("bonus-weight", "uneven", "typical", {"bonus_weight": True}),
+        ("bonus-weight-weight", "backwards", "typical", {"bonus_weight": True, "weight": True}),
+        ("bonus-weight-smoothed", "uneven", "wrong",
+         {"bonus_weight": True, "weight": True, "label_smoothing": 0.2, "bonus_smoothing": 0.3}),
+        ("smoothed-bonus-weight", "uneven", "typical", {"weight": True, "label_smoothing": 0.2}),
+        ("smoothed-bonus-everything", "uneven", "wrong",
+         {**EVERYTHING, "weight": True, "bonus_weight": True, "label_smoothing": 0.2, "reduction": "none"}),
     ]
     for dtype in (torch.float64, torch.float32)
 }  # fmt: skip
@@ -103,6 +123,13 @@ LINEAR: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         ("smoothing-weight", "backwards", {"bonus": None, "label_smoothing": 0.2, "rows": 4, "weight": True}),
         ("smoothing-everything", "uneven",
          {**EVERYTHING, "bonus": None, "label_smoothing": 0.2, "weight": True, "rows": 4}),
+        ("smoothed-bonus", "uneven", {"label_smoothing": 0.2, "rows": 4, "bias": True}),
+        ("smoothed-bonus-none", "empty", {"label_smoothing": 0.2, "rows": 4, "reduction": "none"}),
+        ("smoothed-focal", "uneven", {"bonus": Focal(2.0), "label_smoothing": 0.2, "rows": 4}),
+        ("smoothed-label-alone", "uneven", {"label_smoothing": 0.2, "bonus_smoothing": 0.0, "rows": 4}),
+        ("bonus-weight", "uneven", {"bonus_weight": True, "weight": True, "rows": 4, "row_weight": True}),
+        ("smoothed-bonus-everything", "backwards",
+         {**EVERYTHING, "bonus_weight": True, "weight": True, "label_smoothing": 0.2, "rows": 4, "row_weight": True}),
         ("own-input-grad", "uneven", {"reduce_input_grad": False, "rows": 4}),
     ]
     for dtype in (torch.float64, torch.float32)
@@ -119,8 +146,8 @@ def example(regime: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
         logits[rows, target] += torch.linspace(5, 40, N, dtype=torch.float64)
     elif regime == "wrong":
         logits[rows, (target + 5) % C] += 30
-    elif regime == "shifted":
-        logits += 1e4
+    elif regime in ("shifted", "low"):
+        logits += 1e4 if regime == "shifted" else -1e4
     elif regime == "ties":
         logits = logits.round()
         logits[0] = 1.0
@@ -146,12 +173,19 @@ def class_weight(dtype: torch.dtype) -> torch.Tensor:
     return weight
 
 
+def class_weights(options: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return those that a case asks for."""
+    both = {"weight": class_weight(dtype), "bonus_weight": class_weight(dtype).flip(0)}
+    return {name: x for name, x in both.items() if name in options}
+
+
 def layer(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(6)
     shapes = {"input": (N, H), "linear_weight": (C, H), "linear_bias": (C,)}
     tensors = {k: torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for k, s in shapes.items()}
     tensors["row_weight"] = (torch.rand(N, generator=draw, dtype=torch.float64) * 2).to(dtype)
-    tensors["input"][1] = torch.nan
+    for key in ("input", "row_weight"):  # of an ignored row
+        tensors[key][1] = torch.nan
     return tensors
 
 
@@ -196,7 +230,7 @@ def of_logits(case: Any, rank: int, world: int) -> dict[str, Any]:
     logits, target = example(regime, dtype)
     first, stop = ranges(where, world)[rank]
     mine = logits[:, first:stop].clone().requires_grad_()
-    options = {**options, "weight": class_weight(dtype)} if "weight" in options else options
+    options = {**options, **class_weights(options, dtype)}
     options = dict(options, group=None, class_range=None if where == "equal" else (first, stop))
     with CommDebugMode() as forward:
         loss, scores = vocab_parallel.bonus_cross_entropy_with_scores(mine, target, **options)
@@ -228,7 +262,7 @@ def of_layer(case: Any, rank: int, world: int) -> dict[str, Any]:
     for key, x in tensors.items():
         if x is not None and not (frozen and key != "input"):
             x.requires_grad_()
-    options = {**options, "weight": class_weight(dtype)} if "weight" in options else options
+    options = {**options, **class_weights(options, dtype)}
     chunk_rows = ops.chunk_rows
     ops.chunk_rows = lambda call: rows + rank  # the rank with the least room decides
     with CommDebugMode() as forward:
@@ -314,7 +348,8 @@ def errors(rank: int, world: int) -> dict[str, tuple[str, str]]:
         "linear own fault": outcome(linear, hidden, weight[:, 1:] if last else weight, target),
         "probabilities": outcome(loss_of, mine, mine.detach().softmax(1)),
         "class loss": outcome(loss_of, mine, target, bonus=SoftmaxSquaredError()),
-        "smoothed bonus": outcome(loss_of, mine, target, label_smoothing=0.1),
+        "bonus weight": outcome(loss_of, mine, target, bonus_weight=torch.ones(C + 1)),
+        "two weights": outcome(loss_of, mine, target, weight=torch.ones(C), bonus_weight=torch.ones(C + 1)),
         "linear class loss": outcome(linear, hidden, weight, target, bonus=SoftmaxSquaredError()),
         "range type": outcome(loss_of, mine, target, class_range=5),
         "range order": outcome(loss_of, mine, target, class_range=(5, 4)),
@@ -366,6 +401,9 @@ def others(rank: int, world: int) -> dict[str, Any]:
     loss.backward(retain_graph=True)
     loss.backward()
     found["again"] = hidden.grad, embedding.grad
+    last = tensors["input"].clone().requires_grad_()
+    linear(last, embedding.detach(), target, **options).backward(torch.tensor(torch.nan))
+    found["nan upstream"] = last.grad
     with torch.no_grad():
         found["no grad"] = linear(hidden, embedding, target, **options)
     return found
@@ -414,7 +452,7 @@ def alone(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Any, torch.Tenso
     logits, target = example(regime, rounded)
     ignored = target == options.get("ignore_index", -100)
     logits = logits.to(dtype).masked_fill(ignored[:, None], 0.0).requires_grad_()
-    options = {**options, "weight": class_weight(rounded).to(dtype)} if "weight" in options else options
+    options = {**options, **{name: x.to(dtype) for name, x in class_weights(options, rounded).items()}}
     loss, scores = bonus_cross_entropy_with_scores(logits, target, implementation="reference", **options)
     loss.backward(upstream(loss))
     return loss.detach(), scores, logits.grad
@@ -429,9 +467,14 @@ def truth_of_layer(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
     target = example("typical", rounded)[1]
     bias = tensors["linear_bias"] if options.pop("bias", False) else None
     frozen, weighs = options.pop("frozen", False), options.pop("row_weight", False)
-    own = tensors["row_weight"] if weighs else torch.ones(N, dtype=dtype)
-    options["weight"] = class_weight(rounded).to(dtype) if "weight" in options else None
+    own = tensors["row_weight"].masked_fill(target == -100, 0.0) if weighs else torch.ones(N, dtype=dtype)
+    options = {**options, **{name: x.to(dtype) for name, x in class_weights(options, rounded).items()}}
     counts = target != -100
+    n = divisor = counts.sum()
+    if "weight" in options:
+        divisor = options["weight"][target[counts]].sum()
+        if "bonus_weight" in options and reduction == "mean":  # whose mean is over rows
+            options["bonus_weight"] = options["bonus_weight"] * (divisor / n)
     z = F.linear(tensors["input"].masked_fill(~counts[:, None], 0.0), tensors["linear_weight"], bias)
     z.retain_grad()
     common = {"reduction": "none", "implementation": "reference"}
@@ -441,8 +484,6 @@ def truth_of_layer(case: Any, dtype: torch.dtype) -> tuple[torch.Tensor, list[to
     size = tensors["input"].detach().square().sum(1) + (bias is not None)
     norm = (torch.linalg.vector_norm(dz, dim=1) * size.sqrt()).masked_fill(~counts, torch.nan)
     if reduction == "mean":
-        n = counts.sum()
-        divisor = n if options["weight"] is None else options["weight"][target[counts]].sum()
         rows, of_z = rows / divisor, of_z / n
     loss = (rows + of_z) * own
     loss = loss if reduction == "none" else loss.sum()
@@ -517,10 +558,16 @@ def test_scores_do_not_change_the_loss(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(x["without"], x["loss"], rtol=0, atol=1e-5, msg=name)
 
 
+def smooths_a_bonus(options: dict[str, Any]) -> bool:
+    """Return whether all classes pay what is not cross-entropy, of the probability that the first all-gather tells."""
+    smoothing = options.get("bonus_smoothing", options.get("label_smoothing", 0.0))
+    return smoothing > 0 and options.get("bonus", LogBonus()) is not None
+
+
 def test_one_all_gather_in_forward_and_nothing_in_backward(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name, x in rank["logits"].items():
-            assert x["sent"] == ({"allgather_base": 1}, {}), name
+            assert x["sent"] == ({"allgather_base": 1 + smooths_a_bonus(CASES[name][3])}, {}), name
 
 
 def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None:
@@ -528,10 +575,13 @@ def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None
     for rank in ranks:
         for name, x in rank["linear"].items():
             _, _, options = LINEAR[name]
-            forward, backward = {"allgather_base": 1 + -(-n_rows // options.get("rows", N))}, {}
+            a_chunk = 1 + smooths_a_bonus(options)
+            forward, backward = {"allgather_base": 1 + a_chunk * -(-n_rows // options.get("rows", N))}, {}
             if options.get("reduce_input_grad", True):
                 (backward if options.get("reduction") == "none" else forward)["allreduce"] = 1
-            if "softcap" in options or "label_smoothing" in options:  # for the norm of the last layer's gradient
+            if any(
+                name in options for name in ("softcap", "label_smoothing", "bonus_weight")
+            ):  # for the norm of the last layer's gradient
                 forward["allreduce"] = forward.get("allreduce", 0) + 1
             assert x["sent"] == (forward, backward), (name, x["sent"], forward, backward)
 
@@ -553,7 +603,8 @@ ERRORS = {
     "linear rows": ("RuntimeError", "expected the same rows on all ranks"),
     "probabilities": ("NotImplementedError", "expected class indices as target"),
     "class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
-    "smoothed bonus": ("NotImplementedError", "not done for label_smoothing"),
+    "bonus weight": ("RuntimeError", "one number for each class of all ranks, got [13]"),
+    "two weights": ("RuntimeError", "bonus_weight must have shape [12], one number a class, got [13]"),
     "linear class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
     "range type": ("TypeError", "class_range must be (first, stop) or None, got 5"),
     "range order": ("ValueError", "class_range[1] must be at least 5, got 4"),
@@ -613,6 +664,12 @@ def test_shapes_checkpoints_and_groups(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(each["pair"].double(), whole, rtol=2e-6, atol=2e-6)
 
 
+def test_an_upstream_gradient_of_nan_does_not_reach_an_ignored_row(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        grad = rank["others"]["nan upstream"]
+        assert (grad[1] == 0).all() and grad[[0, *range(2, N)]].isnan().all()
+
+
 def test_a_second_backward_adds_the_same(ranks: list[dict[str, Any]]) -> None:
     case = ("uneven", torch.float32, {})
     loss, _, grads = truth_of_layer(case, torch.float64)
@@ -621,6 +678,43 @@ def test_a_second_backward_adds_the_same(ranks: list[dict[str, Any]]) -> None:
     for got, truth in ((hidden, grads["input"]), (weight, grads["linear_weight"])):
         torch.testing.assert_close(got.double(), 2 * truth / upstream(loss).item(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[0]["no grad"].double(), loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def one_rank() -> Any:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n_classes", [1, 2, 40])
+def test_every_loss_of_the_gap_for_one_rank(one_rank: None, n_classes: int, dtype: torch.dtype) -> None:
+    from bonus_ops import vocab_parallel
+    from tests.cases import LOSSES
+
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 60.0}
+    draw = torch.Generator().manual_seed(n_classes)
+    for scale in (1, 8, 30):
+        logits = (torch.randn(6, n_classes, generator=draw, dtype=torch.float64) * scale).to(dtype)
+        target = torch.randint(0, n_classes, (6,), generator=draw)
+        target[1] = -100
+
+        def outcome(function: Any, of: torch.dtype, logits: Any = logits, target: Any = target, **named: Any) -> Any:
+            z = logits.to(of, copy=True).requires_grad_()
+            loss = function(z, target, reduction="none", **named)
+            loss.backward(upstream(loss))
+            return loss, z.grad
+
+        for name, bonus in LOSSES.items():
+            for smoothed in ({}, options):
+                named = {"bonus": bonus, **smoothed}
+                found = outcome(vocab_parallel.bonus_cross_entropy, dtype, group=None, **named)
+                named["implementation"] = "reference"
+                eager, truth = (outcome(bonus_cross_entropy, of, **named) for of in (dtype, torch.float64))
+                for what, x, y, same in zip(("loss", "grad"), found, truth, eager, strict=True):
+                    assert_within_budget(x, y, same, floor=FLOORS[dtype], what=f"{name} {smoothed} {scale}: {what}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..number_checks import check_number
 __all__ = ["GapLoss", "Loss", "decode", "encode"]
 
 _CLASSES: dict[str, type[Loss]] = {}
-_FORMULAS = {"value", "slope", "excess", "class_value", "bonus", "bonus_slope", "class_bonus", "error"}
+_FORMULAS = {"value", "slope", "excess", "excess_slope", "class_value", "bonus", "bonus_slope", "class_bonus", "error"}
 
 
 class Loss:
@@ -111,6 +111,10 @@ class GapLoss(Loss):
     def excess(self, gap: Tensor) -> Tensor:
         """Return ``value``, less cross-entropy where the loss adds to it."""
         return self.value(gap)
+
+    def excess_slope(self, gap: Tensor) -> Tensor:
+        """Return ``-d excess / d gap``."""
+        return self.slope(gap) - torch.sigmoid(-gap) if self.adds_to_cross_entropy else self.slope(gap)
 
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return share * self.value(log_p - torch.log(rest))

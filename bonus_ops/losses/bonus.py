@@ -93,3 +93,9 @@ class Bonus(GapLoss):
     def slope(self, gap: Tensor) -> Tensor:
         p, rest = torch.sigmoid(gap), torch.sigmoid(-gap)
         return torch.add(rest, self._in_window(gap, self.bonus_slope(gap, p, rest)), alpha=self.strength)
+
+    def excess_slope(self, gap: Tensor) -> Tensor:
+        if self.strength == 0:
+            return torch.zeros_like(gap)
+        slope = self.bonus_slope(gap, torch.sigmoid(gap), torch.sigmoid(-gap))
+        return self.strength * self._in_window(gap, slope)

@@ -36,5 +36,8 @@ class CrossEntropy(GapLoss):
     def excess(self, gap: Tensor) -> Tensor:
         return torch.zeros_like(gap)
 
+    def excess_slope(self, gap: Tensor) -> Tensor:
+        return torch.zeros_like(gap)
+
     def class_value(self, p: Tensor, rest: Tensor, log_p: Tensor, share: Tensor | float) -> Tensor:
         return torch.zeros_like(p)

@@ -160,7 +160,8 @@ def computed(
     how = implementation, "labels" if rows.targets is None else "soft"
     if how in _BY_SUMS and not (wanted.gradient or from_chunks):
         return _from_sums(_summed(layer, rows, kept), rows, kept, out)
-    products = Products(layer, 1.0 / divisor.item() if on_cpu and divisor is not None else 1.0, rows.folded)
+    factor = (1.0 / divisor).item() if on_cpu and divisor is not None else 1.0
+    products = Products(layer, factor, rows.folded)
     n_bytes = row_bytes(n_classes, products.dtype, layer.hidden.device)
     size = rows_of_chunk(n_rows, n_bytes, budget, layer.hidden.device)
     buffer = layer.hidden.new_empty(min(size, n_rows), n_bytes // products.dtype.itemsize, dtype=products.dtype)
@@ -283,14 +284,10 @@ _OfChunk = tuple[Tensor, Any, Any, Any]  # loss, logsumexp, scores, runner-up; N
 
 def _labels_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
     loops, row, options = room("numba", "labels"), (of.ignore_index, of.loss), of.of_product
-    if of.z_upstream is not None:  # of each row its own: the gradient takes a second visit
-        out = loops.visit(z, of.label, *row, scores, None, True, options, 1.0)
-        if gradient:
-            loops.backward(z, of.label, out.saved, _each(of, out.saved), _of_lse(of, out.lse), *row, options, out=z)
-        return out.loss, out.lse, out.scores, out.runner_up
     upstream = (1.0 if of.upstream is None else of.upstream) if gradient else None
-    out = loops.visit(z, of.label, *row, scores, upstream, False, options, 0.0, out=z)
-    return out.loss, None, out.scores, out.runner_up
+    z_factor = 0.0 if of.z_upstream is None else 1.0
+    out = loops.visit(z, of.label, *row, scores, upstream, False, options, z_factor, z, of.z_upstream)
+    return out.loss, out.lse, out.scores, out.runner_up
 
 
 def _labels_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
@@ -313,9 +310,10 @@ def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChun
     upstream = None
     if gradient:
         upstream = torch.ones(1, dtype=reference.accumulation_dtype(z.dtype)) if of.upstream is None else of.upstream
-    row = (of.ignore_index, of.loss, scores, upstream, of.of_product)
+    z_factor = 0.0 if of.z_upstream is None else 1.0
+    row = (of.ignore_index, of.loss, scores, upstream, of.of_product, z_factor, of.z_upstream)
     out = room("numba", "soft").visit(z, of.label, of.targets, *row, out=z).result
-    return out.loss, None, out.scores, out.runner_up
+    return out.loss, out.saved[0] if z_factor else None, out.scores, out.runner_up
 
 
 def _soft_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:

@@ -7,6 +7,7 @@ makes the logits. One registered operator serves eager calls and the compiler al
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -275,8 +276,9 @@ class _Made(torch.autograd.Function):
             factor = torch.ones_like(rows[:0].sum())
         if given.divisor is not None and not _divides(hidden):
             factor = factor / given.divisor
+        counts = given.label != of.ignore_index
         grads = [
-            _times(x, factor, like.dtype, compiled) if wanted else None
+            _times(x, factor, counts, like is hidden, like.dtype, compiled) if wanted else None
             for wanted, x, like in zip(ctx.wanted, made, (hidden, weight, bias), strict=True)
         ]
         return *grads, grad_row_weight, *(None,) * 9
@@ -287,13 +289,17 @@ def _divides(hidden: Tensor) -> bool:
     return hidden.device.type == "cpu"
 
 
-def _times(made: Tensor, factor: Tensor, dtype: torch.dtype, compiled: bool) -> Tensor:
-    """Return a gradient that was made, times the upstream gradient, in the dtype of what it is of."""
-    if factor.dim():  # of rows
-        return (made * factor[:, None]).to(dtype)
-    if compiled or not is_plain_eager(factor) or factor.device.type != "cpu":
-        return (made * factor).to(dtype)
-    number = factor.item()  # of a CPU: nothing waits
+def _times(made: Tensor, factor: Tensor, counts: Tensor, of_rows: bool, dtype: torch.dtype, compiled: bool) -> Tensor:
+    """Return a gradient that was made, times the upstream gradient, in the dtype of what it is of.
+
+    What ignored rows add is 0 whatever the upstream gradient: of rows [N, H] theirs, of all rows if none counts.
+    """
+    number = math.nan
+    if not (factor.dim() or compiled) and is_plain_eager(factor) and factor.device.type == "cpu":
+        number = factor.item()  # of a CPU: nothing waits
+    if not math.isfinite(number):
+        factor = torch.where(counts if of_rows else counts.any(), factor, 0.0)
+        return (made * (factor[:, None] if of_rows else factor)).to(dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()  # there may be another backward
     if number != 1:
         made = made * number if kept else made.mul_(number)

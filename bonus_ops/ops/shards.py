@@ -7,14 +7,16 @@ further word:
     dL/dz_k = A exp(z_k - logsumexp(rest))        dL/dz_y = -A on the rank that holds the label
 
 A smoothed cross-entropy, ``sum_k t_k (-log p_k)`` with ``t_k = weight_k ((1 - s) [k = y] + s / C)``, needs one float
-more: the sum of ``weight_k z_k``.
+more: the sum of ``weight_k z_k``. What a smoothed bonus pays, ``sum_k v_k b(p_k)``, no sum of logits tells: b is of the
+probability, which is known once all ranks have told. Then they tell two floats a row more, of the classes besides the
+label and the largest of the rest; of these two, one of which alone can have p > 1/2, every rank knows the gap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -26,12 +28,14 @@ from ..logit_options import LogitOptions
 from ..losses import GapLoss
 from ..number_checks import check_integer
 from ..row_sums import NO_CLASS, RowSums
+from ..soft_targets import Share, SoftTargets
 
 __all__ = [
     "Facts",
     "Pull",
     "Saved",
     "Shard",
+    "Smoothed",
     "Sums",
     "Terms",
     "check_facts",
@@ -40,6 +44,7 @@ __all__ = [
     "faulty",
     "gather",
     "gradient",
+    "ints_like",
     "local_sums",
     "merged",
     "message",
@@ -47,6 +52,8 @@ __all__ = [
     "ranks_of",
     "saved_of",
     "shard_of",
+    "smoothed",
+    "smoothed_sums",
     "value_of",
 ]
 
@@ -63,18 +70,29 @@ class Shard(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a row pays."""
+    """What a row pays: its label alone, or all classes by their shares."""
 
     loss: GapLoss
-    smoothing: float | None  # of cross-entropy; None for a loss of the gap alone
-    weight: Tensor | None  # [C] of all classes, in the accumulation dtype
-    label_weight: Tensor | None  # [N] of them the label's
+    targets: SoftTargets | None  # of all classes, weights [C] in the accumulation dtype; None for the label alone
+    label_weight: Tensor | None  # [N], of the label alone
     options: LogitOptions
     ignore_index: int
+    n_weights: int | None  # of class weights, where there are any
 
-    def mean_weight(self, n_classes: Tensor) -> Tensor | float:
-        """Return the mean of the class weights."""
-        return 1.0 if self.weight is None else self.weight.sum() / n_classes
+    @property
+    def weight(self) -> Tensor | None:
+        """The class weights of what all classes pay."""
+        return None if self.targets is None else self.targets.weight
+
+    @property
+    def spreads(self) -> bool:
+        """Whether all classes pay cross-entropy."""
+        return self.targets is not None and self.targets.smoothing > 0 and self.loss.adds_to_cross_entropy
+
+    @property
+    def spreads_bonus(self) -> bool:
+        """Whether all classes pay what is not cross-entropy."""
+        return self.targets is not None and self.targets.bonus_smoothing > 0 and not self.loss.is_cross_entropy()
 
     def of_rows(self, at: Any) -> Terms:
         """Return the terms of some of the rows."""
@@ -82,10 +100,20 @@ class Terms(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is known of rows: sums of their classes, and ``sum weight_k (z_k - max)`` where they are smoothed."""
+    """What is known of rows: sums of their classes, and more where all classes pay."""
 
     rest: RowSums
-    spread: Tensor | None
+    spread: Tensor | None  # sum weight_k (z_k - max), for cross-entropy
+    below: Tensor | None  # sum exp(z_k - max) of the rest but its largest, for what is not cross-entropy
+
+
+class Smoothed(NamedTuple):
+    """What is not cross-entropy, of a row that pays for all its classes."""
+
+    top: Tensor  # [N] the largest of the rest, `NO_CLASS` without one
+    top_gap: Tensor  # [N] its gap: less the logsumexp of all others
+    value: Tensor  # [N] sum v_k excess(gap_k) of the classes besides label and top
+    odds: Tensor  # [N] sum v_k a(gap_k) / (1 - p_k) of the same, a the slope of the excess
 
 
 def ranks_of(group: Any) -> int:
@@ -200,71 +228,154 @@ def gather(group: Any, x: Tensor) -> tuple[Any, Tensor]:
 
 def local_sums(logits: Tensor, label: Tensor, shard: Shard, terms: Terms) -> Sums:
     """Return the sums of this rank's logits [N, C_local], in the accumulation dtype."""
-    weight = None if terms.weight is None else terms.weight[shard.first : shard.stop]
-    found, spreads = [], []
+    found, spreads, belows = [], [], []
     for rows in _blocks(*logits.shape):
         z = terms.options.applied(logits[rows].to(reference.accumulation_dtype(logits.dtype)))
         found.append(row_sums.of_logits(z, label[rows], shard.first))
-        if terms.smoothing is not None:
-            above = z - _finite(found[-1].max)[:, None]
+        above = z - _finite(found[-1].max)[:, None]
+        if terms.spreads_bonus:
+            classes = torch.arange(shard.first, shard.stop, device=label.device)
+            apart = (classes == label[rows, None]) | (classes == found[-1].argmax[:, None])
+            belows.append(above.exp().masked_fill(apart, 0.0).sum(1))
+        if terms.spreads:
+            weight = _of_classes(terms.weight, shard)
             if weight is not None:  # a class without a weight costs nothing, whatever its logit
                 above = weight * above.masked_fill(weight == 0, 0.0)
             spreads.append(above.sum(1))
     sums = RowSums._make(map(torch.cat, zip(*found, strict=True)))
-    return Sums(sums, torch.cat(spreads) if spreads else None)
+    return Sums(sums, torch.cat(spreads) if spreads else None, torch.cat(belows) if belows else None)
 
 
 def message(sums: Sums, shard: Shard, terms: Terms, scores: bool) -> Tensor:
-    """Return what all ranks are told of rows, [1 + 3 N] and more with scores and smoothing."""
+    """Return what all ranks are told of rows: [1 + n_columns N]."""
     rest = sums.rest
-    columns = [rest.z_target, rest.max, rest.sum_exp]
-    if scores:  # the class travels as the bits of an integer
-        columns += [rest.sum_exp2, rest.sum_exp_z, rest.argmax.to(_ints(rest.max)).view(rest.max.dtype)]
     total = rest.max.new_full((1,), shard.stop - shard.first)
-    if sums.spread is not None:
-        columns.append(sums.spread)
-        if terms.weight is not None:
-            total = terms.weight[shard.first : shard.stop].sum()[None]
-    return torch.cat([total, *columns])
+    if terms.spreads and terms.weight is not None:
+        total = terms.weight[shard.first : shard.stop].sum()[None]
+    # the class travels as the bits of an integer
+    told = {**rest._asdict(), "argmax": rest.argmax.to(ints_like(rest.max)).view(rest.max.dtype),
+            "spread": sums.spread, "below": sums.below}  # fmt: skip
+    return torch.cat([total, *(told[name] for name in _told(terms, scores))])
 
 
-def merged(parts: Tensor, scores: bool, smoothed: bool) -> Sums:
+def merged(parts: Tensor, terms: Terms, scores: bool) -> Sums:
     """Return the sums of all classes from what all ranks have told, [W, n]."""
-    n_columns = (6 if scores else 3) + smoothed
-    n_rows = (parts.shape[1] - 1) // n_columns
-    totals, columns = parts[:, 0], parts[:, 1:].reshape(len(parts), n_columns, n_rows).transpose(0, 1)
-    z_target, maximum, sum_exp = columns[:3]
-    sum_exp2 = sum_exp_z = torch.zeros_like(sum_exp)
-    argmax = torch.full_like(sum_exp, NO_CLASS, dtype=torch.int32)
-    if scores:
-        sum_exp2, sum_exp_z = columns[3:5]
-        argmax = columns[5].contiguous().view(_ints(parts)).to(torch.int32)
-    each = RowSums(z_target, maximum, sum_exp, sum_exp2, sum_exp_z, argmax)
+    names = _told(terms, scores)
+    n_rows = (parts.shape[1] - 1) // len(names)
+    totals, columns = parts[:, 0], parts[:, 1:].reshape(len(parts), len(names), n_rows).unbind(1)
+    told = dict(zip(names, columns, strict=True))
+    zeros = torch.zeros_like(columns[0])
+    argmax = torch.full_like(zeros, NO_CLASS, dtype=torch.int32)
+    if "argmax" in told:
+        argmax = told["argmax"].contiguous().view(ints_like(parts)).to(torch.int32)
+    each = RowSums._make((*(told.get(name, zeros) for name in RowSums._fields[:-1]), argmax))
     rest = row_sums.merged([RowSums(*of_rank) for of_rank in zip(*each, strict=True)])
-    if not smoothed:
-        return Sums(rest, None)
-    shift = _finite(maximum) - _finite(rest.max)
-    return Sums(rest, (columns[-1] + totals[:, None] * shift).sum(0))
+    shift = _finite(each.max) - _finite(rest.max)
+    spread = below = None
+    if "spread" in told:
+        spread = (told["spread"] + totals[:, None] * shift).sum(0)
+    if "below" in told:  # where the largest of a rank is not that of all, it is below
+        is_top = (argmax == rest.argmax) | (argmax == NO_CLASS)
+        scale = (each.max - _finite(rest.max)).exp()  # 0 for a rank without a class
+        below = ((told["below"] + torch.where(is_top, 0.0, 1.0)) * scale).sum(0)
+    return Sums(rest, spread, below)
+
+
+def _told(terms: Terms, scores: bool) -> list[str]:
+    """Return which columns of rows ranks tell each other."""
+    asked = {"sum_exp2": scores, "sum_exp_z": scores, "argmax": scores or terms.spreads_bonus,
+             "spread": terms.spreads, "below": terms.spreads_bonus}  # fmt: skip
+    return ["z_target", "max", "sum_exp", *(name for name, wanted in asked.items() if wanted)]
+
+
+def _of_classes(weight: Tensor | None, shard: Shard) -> Tensor | None:
+    return None if weight is None else weight[shard.first : shard.stop]
+
+
+# --- the second exchange: what is not cross-entropy, of classes that are smoothed -------------------------------------
+
+
+def smoothed_sums(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, sums: Sums, n_classes: Tensor) -> Tensor:
+    """Return what all ranks are told next, [2 N]: value and odds of this rank's classes, see `Smoothed`."""
+    found, (maximum, top) = [], (_finite(sums.rest.max), sums.rest.argmax)
+    lse = _lse_above(sums.rest)
+    for rows in _blocks(*logits.shape):
+        z = terms.options.applied(logits[rows].to(reference.accumulation_dtype(logits.dtype)))
+        log_p = (z - maximum[rows, None]) - lse[rows, None]
+        share, gap, rest = _below_half(log_p, label[rows], top[rows], shard, terms, n_classes)
+        value = reference.share_times(share, terms.loss.excess(gap))
+        found.append(torch.stack([value.sum(1), (share * terms.loss.excess_slope(gap) / rest).sum(1)]))
+    return torch.cat(found, 1).flatten()
+
+
+def smoothed(parts: Tensor, sums: Sums) -> Smoothed:
+    """Return what is known of rows from what all ranks have told, [W, 2 N], after ``sums``."""
+    rest, below = sums.rest, cast(Tensor, sums.below)
+    others = torch.logaddexp(rest.z_target - _finite(rest.max), torch.log(below))
+    top_gap = torch.where(rest.max == -math.inf, 0.0, -others)
+    return Smoothed(rest.argmax, top_gap, *parts.sum(0).view(2, -1))
+
+
+def _below_half(
+    log_p: Tensor, label: Tensor, top: Tensor, shard: Shard, terms: Terms, n_classes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return share, gap and 1 - p of a block's classes; no share for the label and the largest of the rest.
+
+    Of all others p <= 1/2, so that 1 - p has all its digits.
+    """
+    classes = torch.arange(shard.first, shard.stop, device=label.device)
+    apart = (classes == label[:, None]) | (classes == top[:, None])
+    _, off, weight = _shares(cast(SoftTargets, terms.targets).of_bonus(1), n_classes, log_p.dtype)
+    off = off if weight is None else off * weight[shard.first : shard.stop]
+    log_p = log_p.masked_fill(apart, -1.0).clamp(max=-0.5)
+    rest = -torch.expm1(log_p)
+    return torch.where(apart, 0.0, off), log_p - torch.log(rest), rest
+
+
+def _shares(share: Share, n_classes: Tensor, dtype: torch.dtype) -> tuple[float, Tensor, Tensor | None]:
+    """Return what the label keeps, what every class gets, and what times it all, [C], for ``share`` of one class."""
+    return share.keep, share.off / n_classes.to(dtype), share.weight  # of integers torch makes float32
+
+
+def _own(share: Share, label: Tensor, n_classes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the share [N] of the classes named, 0 for those that do not exist."""
+    keep, off, weight = _shares(share, n_classes, dtype)
+    inside = (label >= 0) & (label < n_classes)
+    each = (keep + off).expand(label.shape) if weight is None else (keep + off) * weight[torch.where(inside, label, 0)]
+    return torch.where(inside, each, 0.0)
+
+
+def _lse_above(sums: RowSums) -> Tensor:
+    """Return the logsumexp of all classes less the largest of the rest."""
+    origin = _finite(sums.max)
+    return reference.logsumexp_of_sums(sums._replace(z_target=sums.z_target - origin, max=sums.max - origin))
 
 
 # --- what each makes of it --------------------------------------------------------------------------------------------
 
 
-def value_of(sums: Sums, terms: Terms, n_classes: Tensor) -> tuple[Tensor, Tensor]:
+def value_of(
+    sums: Sums, label: Tensor, terms: Terms, n_classes: Tensor, more: Smoothed | None
+) -> tuple[Tensor, Tensor]:
     """Return the loss of each row and the logsumexp of its logits; rows that are ignored too."""
     gap = reference.gap_of_sums(sums.rest)
-    lse = reference.logsumexp_of_sums(sums.rest)
-    loss = terms.loss.value(gap) if terms.smoothing is None else (1 - terms.smoothing) * -logsigmoid(gap)
-    if terms.label_weight is not None:
-        loss = loss * terms.label_weight
-    if terms.smoothing:
-        assert sums.spread is not None
-        origin = _finite(sums.rest.max)
-        above = reference.logsumexp_of_sums(
-            sums.rest._replace(z_target=sums.rest.z_target - origin, max=sums.rest.max - origin)
-        )
-        share = terms.smoothing / n_classes.to(lse.dtype)  # of integers torch makes float32
-        loss = loss + (terms.smoothing * terms.mean_weight(n_classes)) * above - share * sums.spread
+    lse, targets = reference.logsumexp_of_sums(sums.rest), terms.targets
+    if targets is None:
+        loss = terms.loss.value(gap)
+        return loss if terms.label_weight is None else loss * terms.label_weight, lse
+    bonus = targets.of_bonus(1)
+    loss = reference.share_times(_own(bonus, label, n_classes, gap.dtype), terms.loss.excess(gap))
+    if more is not None:
+        top = _own(bonus._replace(keep=0.0), more.top, n_classes, gap.dtype)
+        loss = loss + (reference.share_times(top, terms.loss.excess(more.top_gap)) + more.value)
+    if not terms.loss.adds_to_cross_entropy:
+        return loss, lse
+    keep, off, weight = _shares(targets.of_cross_entropy(1), n_classes, gap.dtype)
+    own = _own(targets.of_cross_entropy(1)._replace(off=0.0), label, n_classes, gap.dtype)
+    loss = loss + reference.share_times(own, -logsigmoid(gap))
+    if terms.spreads:
+        mass = off * (n_classes if weight is None else weight.sum())
+        loss = loss + (mass * _lse_above(sums.rest) - off * cast(Tensor, sums.spread))
     return loss, lse
 
 
@@ -282,50 +393,101 @@ def saved_of(sums: RowSums) -> Saved:
 
 
 class Pull(NamedTuple):
-    """The gradient of rows: ``rest exp(z_k - origin) - off weight_k``, at the label ``label``; all [N]."""
+    """The gradient of rows, all [N]: ``rest exp(z_k - origin) - off weight_k``, at the label ``label``."""
 
     rest: Tensor
     origin: Tensor
     off: Tensor | None
     label: Tensor
+    top: PullOfTop | None
 
 
-def pull_of(saved: Saved, terms: Terms, n_classes: Tensor, grad_loss: Tensor, grad_lse: Tensor | None) -> Pull:
+class PullOfTop(NamedTuple):
+    """What is added where all classes pay what is not cross-entropy, all [N].
+
+    ``pull exp(z_k - origin)`` besides the largest of the rest, which gets ``-pull``, and ``-upstream odds_k`` for all
+    but that and the label.
+    """
+
+    top: Tensor
+    pull: Tensor
+    gap: Tensor
+    upstream: Tensor
+    lse: Tensor  # less the largest of the rest
+
+
+def pull_of(
+    saved: Saved, label: Tensor, terms: Terms, n_classes: Tensor, more: Smoothed | None, grad_loss: Tensor,
+    grad_lse: Tensor | None,
+) -> Pull:  # fmt: skip
     """Return the gradient of ``sum grad_loss L + grad_lse logsumexp`` of what `value_of` returns."""
     gap, maximum, sum_exp = saved
-    own = 1.0 if terms.label_weight is None else terms.label_weight
-    off, at_label = None, torch.zeros_like(gap)
-    if terms.smoothing is None:
-        slope = terms.loss.slope(gap) * own * grad_loss
+    targets, u = terms.targets, torch.sigmoid(-gap)
+    off, at_label, pull_of_top = None, torch.zeros_like(gap), None
+    if targets is None:
+        slope = terms.loss.slope(gap)
+        slope = slope if terms.label_weight is None else slope * terms.label_weight
     else:
-        smoothing, mean = terms.smoothing, terms.mean_weight(n_classes)
-        slope = ((1 - smoothing) * own + smoothing * mean) * torch.sigmoid(-gap) * grad_loss
-        n = n_classes.to(gap.dtype)
-        off = grad_loss * (smoothing / n)
-        at_label = grad_loss * (smoothing * (mean - own / n))
+        bonus = targets.of_bonus(1)
+        slope = _own(bonus, label, n_classes, gap.dtype) * terms.loss.excess_slope(gap)
+        if terms.loss.adds_to_cross_entropy:
+            share = targets.of_cross_entropy(1)
+            _, each, weight = _shares(share, n_classes, gap.dtype)
+            others = each * (n_classes if weight is None else weight.sum())  # of all classes, by what all get
+            slope = slope + (_own(share._replace(off=0.0), label, n_classes, gap.dtype) + others) * u
+            if terms.spreads:
+                off = grad_loss * each
+                at_label = grad_loss * (others - _own(share._replace(keep=0.0), label, n_classes, gap.dtype))
+    slope = slope * grad_loss
     slope = torch.where(sum_exp == 0, slope * 0.0, slope)  # a row with no rest teaches nothing
     at_label = at_label + (slope * 0.0 - slope)  # an infinite slope is NaN at the label, as torch's
+    if more is not None:
+        assert targets is not None
+        top = _own(targets.of_bonus(1)._replace(keep=0.0), more.top, n_classes, gap.dtype)
+        pull = grad_loss * top * terms.loss.excess_slope(more.top_gap)
+        label_above = gap + torch.log(torch.where(sum_exp == 0, 1.0, sum_exp))  # less the largest of the rest
+        beside = torch.exp((label_above + more.top_gap).clamp(max=0.0))  # less the logsumexp of all but that
+        at_label = at_label + torch.where(pull == 0, 0.0, pull * beside)
+        of_odds = grad_loss * more.odds
+        grad_lse = of_odds if grad_lse is None else grad_lse + of_odds
+        lse = torch.logaddexp(label_above, torch.log(sum_exp))
+        pull_of_top = PullOfTop(more.top, pull, more.top_gap.clamp(max=1e30), grad_loss, lse)
     if grad_lse is not None:
-        slope = slope + grad_lse * torch.sigmoid(-gap)
+        slope = slope + grad_lse * u
         at_label = at_label + grad_lse * torch.sigmoid(gap)
-    return Pull(slope / torch.where(sum_exp == 0, 1.0, sum_exp), _finite(maximum), off, at_label)
+    rest = slope / torch.where(sum_exp == 0, 1.0, sum_exp)
+    return Pull(rest, _finite(maximum), off, at_label, pull_of_top)
 
 
-def gradient(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, pull: Pull, out: Tensor) -> Tensor:
+def gradient(
+    logits: Tensor, label: Tensor, shard: Shard, terms: Terms, n_classes: Tensor, pull: Pull, out: Tensor
+) -> Tensor:
     """Write the gradient of this rank's logits [N, C_local] to ``out``, which may be the logits."""
-    weight = None if terms.weight is None else terms.weight[shard.first : shard.stop]
+    weight = _of_classes(terms.weight, shard)
     classes = torch.arange(shard.first, shard.stop, device=label.device)
     for rows in _blocks(*logits.shape):
         given = logits[rows].to(reference.accumulation_dtype(logits.dtype))
         z = terms.options.applied(given)
-        grad = torch.exp(z - pull.origin[rows, None]).mul_(pull.rest[rows, None])
+        above = z - pull.origin[rows, None]
+        grad = torch.exp(above).mul_(pull.rest[rows, None])
         if pull.off is not None:
             off = pull.off[rows, None]
             grad -= off if weight is None else off * weight
+        if pull.top is not None:
+            grad += _of_top(above, label[rows], PullOfTop(*(x[rows] for x in pull.top)), shard, terms, n_classes)
         grad = torch.where(classes == label[rows, None], pull.label[rows, None], grad)
         grad *= terms.options.slope(given)
         out[rows] = grad.masked_fill_((label[rows] == terms.ignore_index)[:, None], 0.0)
     return out
+
+
+def _of_top(above: Tensor, label: Tensor, of: PullOfTop, shard: Shard, terms: Terms, n_classes: Tensor) -> Tensor:
+    """Return what `PullOfTop` says of a block's classes; ``above`` are logits less the largest of the rest."""
+    share, gap, rest = _below_half(above - of.lse[:, None], label, of.top, shard, terms, n_classes)
+    odds = share * terms.loss.excess_slope(gap) / rest
+    pull = of.pull[:, None]
+    is_top = torch.arange(shard.first, shard.stop, device=label.device) == of.top[:, None]
+    return torch.where(is_top, -pull, pull * torch.exp(above + of.gap[:, None]) - of.upstream[:, None] * odds)
 
 
 def _blocks(n_rows: int, n_classes: int) -> Iterator[slice]:
@@ -339,6 +501,6 @@ def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -math.inf, 0.0)
 
 
-def _ints(x: Tensor) -> torch.dtype:
+def ints_like(x: Tensor) -> torch.dtype:
     """Return the dtype of integers as wide as ``x``."""
     return torch.int64 if x.dtype == torch.float64 else torch.int32

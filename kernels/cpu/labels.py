@@ -75,9 +75,10 @@ def visit_loop(plan, first, last, work):
         n = rows_of_tile(p, row, last)
         load_labels(p, row, n, index)
         sum_up(p, row, n, index, column, exps)
-        finish(p, row, n, index, column, work)
         if p.out:
             load_upstream(p, row, n, column)
+        finish(p, row, n, index, column, work)
+        if p.out:
             pull(p, n, column)
             write_tile(p, row, n, index, column, exps)
         row += n
@@ -174,13 +175,13 @@ class Visited(NamedTuple):
 
 def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | float | None,
-    save: bool, options: Any, z_factor: float, out: Tensor | None = None,
+    save: bool, options: Any, z_factor: float, out: Tensor | None = None, of_z: Tensor | None = None,
 ) -> Visited:  # fmt: skip
     """Return the results of rows [outer, inner, C] and, for an upstream gradient, the gradient.
 
     That is a number, or one for each row [N] or for all [1] in the accumulation dtype. ``z_factor`` times the squared
-    logsumexp of every row is added to what the gradient is of; 0 leaves it out, and ``lse`` of the result too. The
-    gradient is written to ``out``, where it is given: it may be the logits.
+    logsumexp of every row, times its ``of_z`` [N], is added to what the gradient is of; 0 leaves it out, and ``lse`` of
+    the result too. The gradient is written to ``out``, where it is given: it may be the logits.
     """
     n_rows = logits.shape[0] * logits.shape[1]
     dtype = accumulation_dtype(logits.dtype)
@@ -195,7 +196,7 @@ def visit(
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         numbers, grad = (*options.numbers(), 2 * z_factor), visited.grad
-        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, visited, grad, upstream, None, False)
+        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, visited, grad, upstream, of_z, False)
     else:
         fill_ignored(visited)
         if visited.lse is not None:

@@ -73,8 +73,8 @@ def visit(
 
     It is written to ``out``, where that is given: it may be the logits, whose classes then lie side by side. ``label``
     [outer, inner] is not looked at where probabilities are given: theirs is the largest. ``z_factor`` times
-    the squared logsumexp of every row is added to what the gradient is of; instead of that, ``grad_lse`` [N] may be
-    the upstream gradient of the logsumexp.
+    the squared logsumexp of every row is added to what the gradient is of, times its ``grad_lse`` [N] where that is
+    given; without a factor, ``grad_lse`` is the upstream gradient of the logsumexp itself.
     """
     result = empty_soft(logits, scores)
     grad = None if upstream is None else torch.empty_like(logits) if out is None else out

@@ -77,12 +77,15 @@ def find_gaps(n, column):
 
 
 def find_lse(p, row, n, index, column):
-    """Store the logsumexps of a tile, and find their upstream gradients."""
+    """Store the logsumexps of a tile, and find their upstream gradients: times those given, where any are."""
     lse, twice = vector(p.lse + row * real_size, n, real), options_of(p)[2]
+    if not p.grad_lse:
+        for i in range(padded(n)):
+            column[GRAD_LSE + i] = 1.0
     for i in range(padded(n)):
         rest = RestStats(column[MAX + i], 0, column[SUM_EXP + i], column[SUM_EXP2 + i], column[SUM_EXP_Z + i])
         column[S0 + i] = lse_of(column[Z_TARGET + i], column[GAP + i], rest)
-        column[GRAD_LSE + i] = twice * column[S0 + i]
+        column[GRAD_LSE + i] *= twice * column[S0 + i]
     for i in range(n):
         lse[i] = 0.0 if index[LABEL + i] < 0 else column[S0 + i]
 
