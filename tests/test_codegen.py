@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.codegen import gates, report, roofline
+from bench.codegen import gates, machine_code, report, roofline
 from bench.machines import MACHINES
 from tests.conftest import of_tested_compiler
 
@@ -150,6 +150,45 @@ def test_work_of_a_launch_by_hand():
     done = roofline.work(build, launch, n_rows=3, n_classes=56)
     assert done.instructions == 3 * 32 * (100 + 1 * 10 + 3 * 20)
     assert done.special == 3 * 32 * (0 + 1 * 1 + 3 * 2)
+
+
+SKETCH = """
+	/*0010*/ IMAD R1, R2, R3 ;
+	/*0020*/ @!P0 BRA `(.L_loop_end) ;
+.L_loop:
+	/*0030*/ LDG.E.128 R4, desc[UR4][R2.64] ;
+	/*0040*/ @!P1 BRA `(.L_no_label) ;
+	/*0050*/ FSEL R4, R4, -INF, P1 ;
+	/*0060*/ FSEL R5, R5, -INF, P1 ;
+.L_no_label:
+	/*0070*/ MUFU.EX2 R4, R4 ;
+	/*0080*/ @P0 BRA `(.L_loop) ;
+.L_loop_end:
+	/*0090*/ @!P2 BRA `(.L_no_edge) ;
+	/*00a0*/ FADD R4, R4, R5 ;
+.L_no_edge:
+	/*00b0*/ EXIT ;
+.L_hardly_ever:
+	/*00c0*/ BRA `(.L_loop_end) ;
+"""
+
+
+def test_what_a_branch_skips_is_not_counted():
+    """Neither a label's mask nor an edge; the loop is counted apart, and what stands behind the end not at all."""
+    code = machine_code.parse(SKETCH, machine_code.NVIDIA)
+    spans = machine_code.streaming_loops(code, machine_code.NVIDIA)
+    assert spans == code.loops == [(2, 7)] and len(code.instructions) == 11
+    assert machine_code.least(code, machine_code.NVIDIA, 2, 7, []) == 4
+    assert machine_code.least(code, machine_code.NVIDIA, 0, 10, spans) == 4
+
+
+def test_fewer_bytes_in_flight_take_longer(committed):
+    case = the_case(committed, "forward", 65536, 1000)
+    found = roofline.queued(case, committed["builds"], MACHINES["H200"])
+    assert found.kib_in_flight == 16 and found.once_ms == pytest.approx(65536 * 1000 * 2 / 4.32e9)
+    halved = [x | {"registers": 128} for x in committed["builds"]]
+    slower = roofline.queued(case, halved, MACHINES["H200"])
+    assert slower.kib_in_flight == 8 and 1 < found.over_roof < slower.over_roof
 
 
 def test_a_machine_is_the_product_of_its_units():

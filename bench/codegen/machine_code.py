@@ -32,12 +32,13 @@ class Isa(NamedTuple):
     barrier: str
     shuffle: str
     spill: str
+    end: str
 
 
 NVIDIA = Isa(
     label=r"^(\.L_\w+):",
     instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*)",
-    branch=r"^BRA.*`\((\.L_\w+)\)",
+    branch=r"^BRA(?!\.DIV).*`\((\.L_\w+)\)",
     exp=r"^MUFU\.EX2",
     special=r"^MUFU",
     load=r"^LDG",
@@ -45,6 +46,7 @@ NVIDIA = Isa(
     barrier=r"^BAR",
     shuffle=r"^(SHFL|LDS|STS)",
     spill=r"^(LDL|STL)",
+    end=r"^EXIT",
 )
 AMD = Isa(
     label=r"^(\.LBB\w+):",
@@ -57,6 +59,7 @@ AMD = Isa(
     barrier=r"^s_barrier",
     shuffle=r"^ds_",
     spill=r"^scratch_",
+    end=r"^s_endpgm",
 )
 
 
@@ -74,14 +77,15 @@ def inspect(built: Any, target: str, element: int) -> dict[str, Any]:
     amd = target.startswith("gfx")
     isa, text = (AMD, built.asm["amdgcn"]) if amd else (NVIDIA, _said_of(built.asm["cubin"], "nvdisasm", "-c"))
     needs = resources(built, target)
-    code, spans, shortest = parse(text, isa)
-    found = describe(code, isa, element)
+    code = parse(text, isa)
+    found = describe(code.instructions, isa, element)
     found["spills"] += needs.pop("spills")
-    loops = []
-    for (first, last), n in zip(spans, shortest, strict=True):
-        body = code[first : last + 1]
+    spans, loops = streaming_loops(code, isa), []
+    for first, last in spans:
+        body = code.instructions[first : last + 1]
         ahead = None if amd else instructions_ahead(body, isa)
-        loops.append(describe(body, isa, element) | {"shortest": n, "ahead": ahead})
+        loops.append(describe(body, isa, element) | {"shortest": least(code, isa, first, last, []), "ahead": ahead})
+    found["outside"] = least(code, isa, 0, len(code.instructions) - 1, spans)
     return found | needs | {"shared": built.metadata.shared, "loops": loops}
 
 
@@ -121,16 +125,22 @@ def _said_of(cubin: bytes, tool: str, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def parse(text: str, isa: Isa) -> tuple[list[Instruction], list[tuple[int, int]], list[int]]:
-    """Return all instructions and every loop that streams logits: from a label to the last branch back to it.
+class Code(NamedTuple):
+    """Instructions and, by the number of one, where a branch ahead goes."""
 
-    And how many of these a turn executes that takes every branch ahead within the loop. Code moved behind its use is
-    reached by a backward branch too: a loop must load and exponentiate, and hold no other.
+    instructions: list[Instruction]
+    ahead: dict[int, int]
+    loops: list[tuple[int, int]]  # first and last instruction, outer ones before inner ones
+
+
+def parse(text: str, isa: Isa) -> Code:
+    """Return what the text holds but for its last part, which touches no memory and hardly ever runs.
+
+    A loop goes from a label to the last branch back to it.
     """
     code: list[Instruction] = []
     labels: dict[str, int] = {}
-    loops: dict[int, int] = {}
-    jumps: list[tuple[int, str]] = []
+    branches: list[tuple[int, str]] = []
     for line in text.splitlines():
         if re.search(r"\bNOP\b|\bs_nop\b|\bs_code_end\b", line):
             continue  # padding
@@ -138,28 +148,58 @@ def parse(text: str, isa: Isa) -> tuple[list[Instruction], list[tuple[int, int]]
             labels[label[1]] = len(code)
         elif instruction := re.match(isa.instruction, line):
             branch = re.match(isa.branch, " ".join(instruction.groups()))
-            if branch and branch[1] in labels:
-                loops[labels[branch[1]]] = len(code)
-            elif branch:
-                jumps.append((len(code), branch[1]))
+            if branch:
+                branches.append((len(code), branch[1]))
             code.append(Instruction(*instruction.groups()))
+    touching = [at for at, x in enumerate(code) if re.match(f"{isa.end}|{isa.load}|{isa.store}", x.opcode)]
+    last = touching[-1] if touching else len(code) - 1
+    at, label = next((branch for branch in branches if branch[0] > last), (last, ""))
+    if labels.get(label, last + 1) <= last and not any(last < x <= at for x in labels.values()):
+        last = at  # the end of a loop that stands last
+    code = code[: last + 1]
+    loops: dict[int, int] = {}
+    ahead = {}
+    for at, label in branches:
+        if at >= len(code) or label not in labels:
+            continue
+        if labels[label] <= at:
+            loops[labels[label]] = at
+        elif labels[label] < len(code):
+            ahead[at] = labels[label]
+    return Code(code, ahead, sorted(loops.items()))
+
+
+def streaming_loops(code: Code, isa: Isa) -> list[tuple[int, int]]:
+    """Return the loops that load and exponentiate, and hold no other."""
 
     def streams(first: int, last: int) -> bool:
-        body = code[first : last + 1]
+        body = code.instructions[first : last + 1]
         return all(any(re.match(pattern, x.opcode) for x in body) for pattern in (isa.load, isa.exp))
 
-    spans = [span for span in sorted(loops.items()) if streams(*span)]
-    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    ahead = [(at, labels[label]) for at, label in jumps if label in labels]
+    spans = [span for span in code.loops if streams(*span)]
+    return [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
 
-    def shortest(first: int, last: int) -> int:
-        here, n = first, last + 1 - first
-        for at, to in ahead:
-            if here <= at and to <= last:
-                here, n = to, n - (to - at - 1)
-        return n
 
-    return code, inner, [shortest(*span) for span in inner]
+def least(code: Code, isa: Isa, first: int, last: int, apart: list[tuple[int, int]]) -> int:
+    """Return how many instructions run from ``first`` to ``last`` where every branch ahead is taken.
+
+    The loops ``apart`` are not counted, and no branch passes over one. So run rows without an edge, and tiles without a
+    label: a branch that is not taken only does more.
+    """
+    n, at = 0, first
+    while at <= last:
+        inside = next((end for start, end in apart if start == at), None)
+        if inside is not None:
+            at = inside + 1
+            continue
+        n += 1
+        to = code.ahead.get(at, at + 1)
+        if to > at + 1 and (to > last + 1 or any(at < start < to for start, _ in apart)):
+            to = at + 1
+        if apart and re.match(isa.end, code.instructions[at].opcode) and not any(start > at for start, _ in apart):
+            break
+        at = to
+    return n
 
 
 def describe(code: list[Instruction], isa: Isa, element: int) -> dict[str, Any]:

@@ -21,11 +21,24 @@ figures agree share a row. "loop" is the one that most logits of a long row pass
 is one; "whole" divides everything that a program's lanes execute, an upper bound, by its logits: rows shorter than a
 tile never reach the full-tile loop, and for them only "whole" counts. Loads are those of the loop.
 """
-TIMES = """## Predicted times, bf16
+TIMES = """## Predicted times
 
-In ms, and what binds: bandwidth, the special-function units (exp), instruction issue, or launches. "share" is the time
-that memory alone would take over the predicted one. Lower bounds, not measurements: {reachable:.0%} of the table's
-bandwidth, {launch:g} us a launch, no latency, no cache, no uneven waves. "forward" is with all scores.
+Predictions, not measurements: {reachable:.0%} of the table's bandwidth, {launch:g} us a launch, no cache, no uneven
+waves. "forward" is with all scores. R is the time to read the logits once, the roof that to move what the call must.
+"""
+QUEUED = """### Labels, bf16, with latency
+
+A queue model (`roofline.queued`): each multiprocessor's warps wait {latency:g} ns for a load, for their share of the
+memory and for issue slots. Pessimistic, since service times are taken to be exponential.
+"""
+GOALS = """### Goals
+
+Of a call's time over R; W is the time to write as much as R reads. Measured by `python -m bench gpu`.
+"""
+BOUNDS = """### Soft targets, the sigmoid family, bf16
+
+In ms, lower bounds without latency, and what binds: bandwidth, the special-function units (exp), instruction issue, or
+launches. "share" is the time that memory alone would take over the predicted one.
 """
 ABOVE = """## Not met
 
@@ -40,8 +53,11 @@ def markdown(results: dict[str, Any]) -> str:
         KERNELS,
         _kernels(results),
         TIMES.format(reachable=REACHABLE, launch=LAUNCH_US),
-        *(f"### {call}\n\n{_times(results, [call])}" for call in ("forward", "backward")),
-        "### Soft targets, the sigmoid family\n",
+        QUEUED.format(latency=roofline.LATENCY_NS),
+        _queued(results),
+        GOALS,
+        _goals(results),
+        BOUNDS,
         _times(results, list(dict.fromkeys(c["call"] for c in results["cases"] if ", " in c["call"]))),
         ABOVE.format(most=gates.MOST_INSTRUCTIONS),
         table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
@@ -107,6 +123,47 @@ def _row(key: tuple[Any, ...], by_classes: dict[int, float]) -> list[Any]:
 
 def _widths(widths: dict[str, int]) -> str:
     return " + ".join(f"{n} x {bits}" for bits, n in widths.items()) or "-"
+
+
+def _find(results: dict[str, Any], call: str, n_rows: int, n_classes: int) -> dict[str, Any]:
+    wanted = {"call": call, "dtype": "bf16", "n_rows": n_rows, "n_classes": n_classes, "target": "sm_90", "offset": 0}
+    return next(case for case in results["cases"] if wanted.items() <= case.items())
+
+
+def _queued(results: dict[str, Any]) -> str:
+    rows = []
+    for case in results["cases"]:
+        here = (case["target"], case["dtype"], case["offset"]) == ("sm_90", "bf16", 0)
+        if here and case["call"] in ("forward", "loss only", "backward") and case["n_classes"] >= 1000:
+            found = {name: roofline.queued(case, results["builds"], MACHINES[name]) for name in QUEUED_ON}
+            first = found["H100"]
+            times = [f"{x.once_ms:.3g}, {x.ms:.3g}, {x.over_roof:.2f}" for x in found.values()]
+            rows.append([f"{case['call']}, {case['n_rows']} x {case['n_classes']}", f"{first.instructions:.1f}",
+                         f"{first.kib_in_flight:.1f}", *times])  # fmt: skip
+    header = ["call", "instructions a logit", "KiB in flight a multiprocessor"]
+    return _table([*header, *(f"{name}: R, time (ms), over the roof" for name in QUEUED_ON)], rows)
+
+
+QUEUED_ON = ("H100", "H200")
+
+
+def _goals(results: dict[str, Any]) -> str:
+    def over_once(machine: str, n_rows: int, n_classes: int, *calls: str) -> float:
+        found = [
+            roofline.queued(_find(results, call, n_rows, n_classes), results["builds"], MACHINES[machine])
+            for call in calls
+        ]
+        return sum(x.ms for x in found) / found[0].once_ms
+
+    rows = []
+    for shape in ((65536, 1000), (8192, 32000), (8192, 128256)):
+        for what, parts, calls in (("forward with all scores / R", 1, ("forward",)),
+                                   ("forward and backward / (2R + W)", 3, ("forward", "backward"))):  # fmt: skip
+            values = [f"{over_once(name, *shape, *calls) / parts:.2f}" for name in QUEUED_ON]
+            rows.append([what, f"{shape[0]} x {shape[1]}", "<= 1.10", *values, "not measured"])
+    shares = [f"{1 / over_once(name, 64, 262144, 'forward'):.0%}" for name in QUEUED_ON]
+    rows.append(["share of copy bandwidth, forward", "64 x 262144", ">= 60%", *shares, "not measured"])
+    return _table(["goal", "at", "limit", *(f"predicted, {name}" for name in QUEUED_ON), "measured"], rows)
 
 
 def _times(results: dict[str, Any], calls: list[str]) -> str:

@@ -2,12 +2,16 @@
 
 Four times of a call, each as if nothing else took any: memory moves every logit once each way, the special-function
 units do every exponential, the schedulers issue every instruction, the launches start. The first three overlap, so the
-longest of them plus the launches is a lower bound. What runs is counted from the code: all instructions outside the
-loops that stream logits (an upper bound where a branch skips some), those of each loop times its turns.
+longest of them plus the launches is a lower bound. What runs is counted from the code: the instructions outside the
+loops that stream logits (all of them, an upper bound, where rows may be ragged), those of each loop times its turns.
 
 A second sweep of a row is charged no traffic: it is one only as far as the cache reaches.
 
-Not modelled: latency with too few bytes in flight, cache hits of a second read, uneven waves, clocks under load.
+`queued` adds latency with few bytes in flight: the warps of a scheduler are customers of two queues, its share of the
+memory and its issue slots, and of a delay; one that loads a tile ahead counts twice. Mean values of such a network are
+exact for exponential service, so pessimistic.
+
+Not modelled: cache hits of a second read, uneven waves, clocks under load.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ PASSES = {
     "soft_forward_kernel": ("full", "masked", "full", "masked"),  # of its second sweep too
     "soft_backward_kernel": ("full", "masked"),
 }
+# of several rows by vectors, where "full" ones may hold a label; others have masked tiles alone
+PASSES_OF_ROWS = {"forward_kernel": ("full", "masked"), "forward_softmax_kernel": ("full", "masked", "all")}
 
 
 class Work(NamedTuple):
@@ -57,6 +63,9 @@ def passes(build: dict[str, Any]) -> list[str]:
     if build["constants"].get("POWER"):
         names = names[:2]  # one sweep
     if build["constants"].get("ROWS", 1) > 1:
+        of_rows = PASSES_OF_ROWS.get(build["kernel"], ())
+        if len(of_rows) == len(build["loops"]):
+            return list(of_rows)
         names = [name for name in names if name != "full"]  # several rows a program: no tile is free of labels
     found = len(build["loops"])
     while len(names) > found:  # unrolled: counted with what is outside the loops
@@ -83,9 +92,12 @@ def turns(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes:
     held = min(1 + build["kernel"].startswith("soft"), full)
     copies = names.count("masked") / max(names.count("full"), 1)
     plain = max((full - held) / n_parts - 1, 0)
+    if rows > 1:
+        plain = max((n_classes - CHUNK + 1) // (CHUNK * lanes) - 1, 0) if "full" in names else 0
+        copies = 1
     per_program = {
         "full": plain,
-        "masked": tiles / n_parts if rows > 1 else (tiles / n_parts - plain) / max(copies, 1),
+        "masked": (tiles / n_parts - plain) / max(copies, 1),
         "all": tiles / n_parts,
     }
     return [per_program[name] for name in names]
@@ -96,7 +108,7 @@ def turn(build: dict[str, Any], loop: dict[str, Any], n: float, key: str) -> flo
     rows = build["constants"].get("ROWS", 1)
     if key != "instructions" or rows == 1:
         return n * float(loop[key])
-    masked = min(rows, n)
+    masked = min(rows, n) if n > 2 else 0  # the loop that most tiles pass
     return masked * float(loop[key]) + (n - masked) * float(loop.get("shortest", loop[key]))
 
 
@@ -106,12 +118,54 @@ def work(build: dict[str, Any], launch: dict[str, Any], n_rows: int, n_classes: 
 
     def total(key: str) -> float:
         outside = build[key] - sum(loop[key] for loop in loops)
+        if key == "instructions" and not build["constants"].get("RAGGED", True):
+            outside = build["outside"]
         return lanes * (outside + sum(turn(build, loop, n, key) for n, loop in zip(counts, loops, strict=True)))
 
     names = passes(build)
     most = max(range(len(loops)), key=lambda i: counts[i] * loops[i]["instructions"], default=None)
     binding = "none" if most is None else names[most]
     return Work(total("instructions"), total("special"), "masked tile" if binding == "masked" else binding)
+
+
+LATENCY_NS = 650.0  # of a load from memory under load; public microbenchmarks say 400 to 700
+SCHEDULERS = 4
+
+
+class Queued(NamedTuple):
+    once_ms: float  # R: the logits read once
+    ms: float
+    over_roof: float  # of the bytes that the call moves
+    kib_in_flight: float  # a multiprocessor
+    instructions: float  # a logit
+
+
+def queued(case: dict[str, Any], builds: list[dict[str, Any]], machine: Machine) -> Queued:
+    """Return the time of a case with its bytes in flight and latency, for NVIDIA's schedulers of 32 lanes."""
+    launch = max(case["launches"], key=lambda x: x["programs"] * x["threads"])
+    build, found = builds[launch["build"]], predict(case, builds, machine)
+    loop = max(build["loops"], key=lambda loop: loop["logits"], default=None)
+    n_logits = case["n_rows"] * case["n_classes"]
+    once = 1e3 * n_logits * BYTES[case["dtype"]] / machine.bytes_per_s
+    roof = found["times_ms"]["bandwidth"]
+    if loop is None:
+        return Queued(once, found["ms"], found["ms"] / roof, 0.0, found["instructions_per_logit"])
+    a_program = launch["threads"] // 32
+    by_registers = 65536 // (-(-build["registers"] // 8) * 8 * launch["threads"])
+    resident = min(by_registers, 32, 2048 // launch["threads"], launch["programs"] / machine.multiprocessors)
+    read = loop["logits"] * BYTES[case["dtype"]] * 32  # by a warp and turn, ahead of its use
+    n = max(round(2 * resident * a_program / SCHEDULERS), 1)
+    clock, share = machine.clock_ghz * 1e9, machine.bytes_per_s / machine.multiprocessors / SCHEDULERS
+    memory = read * roof / once / share * clock
+    issue = found["instructions_per_logit"] * loop["logits"]
+    waiting, rate = [0.0, 0.0], 0.0
+    for customers in range(1, n + 1):
+        times = [service * (1 + queue) for service, queue in zip((memory, issue), waiting, strict=True)]
+        rate = customers / (LATENCY_NS * machine.clock_ghz + sum(times))
+        waiting = [rate * time for time in times]
+    ms = roof / (rate * memory) + found["times_ms"]["launch"]
+    in_flight = resident * a_program * read / 1024
+    return Queued(once, ms, ms / roof, in_flight, found["instructions_per_logit"])
 
 
 def predict(case: dict[str, Any], builds: list[dict[str, Any]], machine: Machine) -> dict[str, Any]:

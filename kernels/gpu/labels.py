@@ -30,6 +30,7 @@ from .launching import (
     array,
     device_guard,
     gap_kernel,
+    is_ragged,
     logit_kernel,
     vector,
 )
@@ -87,9 +88,9 @@ def forward_kernel(
     VALUE: tl.constexpr, LOGIT: tl.constexpr, COUNTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, several a program: sweep, finish."""
-    row = row_index(TILE.rows)
+    row, options = row_index(TILE.rows), options_of(numbers, logits)
     rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
-    rest, z_target = summary(rows, options_of(numbers, logits), LOGIT, TILE)
+    rest, z_target = summary(rows, options, LOGIT, TILE)
     finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE, COUNTED)
 
 
@@ -247,14 +248,15 @@ def _launch(
         numbers=Numbers(kernel.params, made.options), LOGIT=made.value,
     )  # fmt: skip
     of_loss = dict(outputs=outputs, VALUE=kernel.value, COUNTED=counted)
+    tile = how.tile(by, is_ragged(logits, by))
     grid = -(-n_rows // how.rows)
     with device_guard(logits):
         if how.parts == 1:
-            forward_kernel[(grid,)](**rows, **of_loss, TILE=how.tile(by), num_warps=how.num_warps)
+            forward_kernel[(grid,)](**rows, **of_loss, TILE=tile, num_warps=how.num_warps)
             return
         sums = outputs[0].new_empty(4, n_rows, how.parts)
         parts = sums, logits.new_empty((n_rows, how.parts), dtype=torch.int32)
-        partial_kernel[(grid, how.parts)](**rows, parts=parts, TILE=how.tile(by), num_warps=how.num_warps)
+        partial_kernel[(grid, how.parts)](**rows, parts=parts, TILE=tile, num_warps=how.num_warps)
         how = launch.merge(how.parts, WARP_SIZE)
         grid = -(-n_rows // how.rows)
         merge_kernel[(grid,)](**rows, **of_loss, parts=parts, TILE=how.tile(1), num_warps=how.num_warps)
@@ -276,7 +278,7 @@ def _launch_softmax(
         forward_softmax_kernel[(-(-n_rows // how.rows),)](
             logits=array(logits), target_ptr=_in_order(target), softmax=array(softmax), outputs=outputs,
             n_rows=n_rows, ignore_index=ignore_index, numbers=Numbers(kernel.params, made.options),
-            VALUE=kernel.value, LOGIT=made.value, TILE=how.tile(by), num_warps=how.num_warps,
+            VALUE=kernel.value, LOGIT=made.value, TILE=how.tile(by, is_ragged(logits, by)), num_warps=how.num_warps,
         )  # fmt: skip
 
 
@@ -318,7 +320,8 @@ def _launch_backward(
         backward_kernel[(-(-n_rows // how.rows), how.parts)](
             logits=array(logits), target_ptr=_in_order(target), saved_ptr=saved, upstream=upstream, grad=array(grad),
             n_rows=n_rows, ignore_index=ignore_index, numbers=Numbers(kernel.params, made.options),
-            SLOPE=kernel.slope, LOGIT=made.value, LOGIT_SLOPE=made.slope, TILE=how.tile(by), num_warps=how.num_warps,
+            SLOPE=kernel.slope, LOGIT=made.value, LOGIT_SLOPE=made.slope, TILE=how.tile(by, is_ragged(logits, by)),
+            num_warps=how.num_warps,
         )  # fmt: skip
     return grad
 

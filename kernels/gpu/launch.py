@@ -15,6 +15,7 @@ class Tile(NamedTuple):
     rows: int
     lanes: int
     vector: int  # how chunks are read, see `rows`
+    ragged: bool = True  # whether a row may have classes before or after its chunks
 
 
 class Launch(NamedTuple):
@@ -23,8 +24,8 @@ class Launch(NamedTuple):
     parts: int  # programs a row
     num_warps: int
 
-    def tile(self, vector: int) -> Tile:
-        return Tile(self.rows, self.lanes, vector)
+    def tile(self, vector: int, ragged: bool = True) -> Tile:
+        return Tile(self.rows, self.lanes, vector, ragged)
 
 
 def _power_of_two(n: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import gap_losses, logits
+from .launch import CHUNK
 from .params import halved
 from .rows import Array
 
@@ -103,6 +104,17 @@ def _vector(shape: tuple[int, ...], size: int, *layouts: tuple[tuple[int, ...], 
     if any((s[d] - strides[d]) * size % 16 for s, _ in layouts for d in axes):
         return 1
     return 16 // size
+
+
+def is_ragged(rows: Tensor, by: int) -> bool:
+    """Return whether rows [outer, inner, C] that are read ``by`` a vector may have classes outside their chunks."""
+    if rows.shape[2] % CHUNK != 0:
+        return True
+    starts = (
+        rows.data_ptr() // rows.itemsize,
+        *(s for s, n in zip(rows.stride()[:2], rows.shape, strict=False) if n > 1),
+    )
+    return by > 1 and any(start % by for start in starts)
 
 
 _NO_GUARD = contextlib.nullcontext()

@@ -174,6 +174,17 @@ def fetch(rows, chunk, where, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def fetch_whole(rows, chunk, VECTOR: tl.constexpr):
+    """As `fetch` with a vector above 1, of chunks in the row; of rows not active anything."""
+    ptr = tl.multiple_of(rows.ptr + rows.head, 16)[:, None, None] + (chunk * CHUNK)[:, :, None]
+    mask = rows.active[:, None, None]
+    if VECTOR == 8:
+        return tl.load(ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, 4)[None, None, :], mask)
+    else:
+        return fetch_vectors(ptr, mask, VECTOR)
+
+
+@triton.jit
 def fetch_vectors(ptr, mask, VECTOR: tl.constexpr):
     """Load a chunk at each of ``ptr`` [ROWS, LANES, 1], multiples of 16 bytes."""
     if VECTOR == 8:  # words of two numbers: half the registers while they wait

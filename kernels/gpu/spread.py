@@ -9,7 +9,6 @@ from ..formulas.rest import origin
 from ..formulas.scalar import exp
 from .probabilities import along
 from .rows import (
-    CHUNK,
     accumulable,
     chunk_classes,
     chunk_mask,
@@ -74,9 +73,8 @@ def write_rows(
         store_chunks(out_ptr, out_class_stride, rows, chunk, x, mask, BY)
         raw = ahead
 
-    if TILE.vector > 0:
-        n_edge = tl.max(rows.n_classes - rows.n_chunks * CHUNK, 0)
-        if (part == 0) & (n_edge > 0):
+    if TILE.ragged and TILE.vector > 0:
+        if part == 0:
             write_edge(out, rows, inside, spread, options, LOGIT, LOGIT_SLOPE)
 
 
