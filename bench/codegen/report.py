@@ -141,7 +141,7 @@ def _queued(results: dict[str, Any]) -> str:
             rows.append([f"{case['call']}, {case['n_rows']} x {case['n_classes']}", f"{first.instructions:.1f}",
                          f"{first.kib_in_flight:.1f}", *times])  # fmt: skip
     header = ["call", "instructions a logit", "KiB in flight a multiprocessor"]
-    return _table([*header, *(f"{name}: R, time (ms), over the roof" for name in QUEUED_ON)], rows)
+    return table([*header, *(f"{name}: R, time (ms), over the roof" for name in QUEUED_ON)], rows)
 
 
 QUEUED_ON = ("H100", "H200")
@@ -163,7 +163,7 @@ def _goals(results: dict[str, Any]) -> str:
             rows.append([what, f"{shape[0]} x {shape[1]}", "<= 1.10", *values, "not measured"])
     shares = [f"{1 / over_once(name, 64, 262144, 'forward'):.0%}" for name in QUEUED_ON]
     rows.append(["share of copy bandwidth, forward", "64 x 262144", ">= 60%", *shares, "not measured"])
-    return _table(["goal", "at", "limit", *(f"predicted, {name}" for name in QUEUED_ON), "measured"], rows)
+    return table(["goal", "at", "limit", *(f"predicted, {name}" for name in QUEUED_ON), "measured"], rows)
 
 
 def _times(results: dict[str, Any], calls: list[str]) -> str:
