@@ -1,18 +1,10 @@
-"""Compilers beside the tests: in processes of their own, since under TRITON_INTERPRET nothing can be compiled.
-
-They start with the session, for the test files that were chosen, and run one after another on a core that the tests
-leave idle.
-"""
+"""Compilers beside the tests: in processes of their own, since under TRITON_INTERPRET nothing can be compiled."""
 
 from __future__ import annotations
 
-import atexit
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterable
-from concurrent.futures import Future
 from pathlib import Path
 
 KERNELS = "tests/test_kernels.py::"
@@ -30,43 +22,23 @@ EMULATED = (
     "tests/test_soft.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
     "tests/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
 )
-COMMANDS = {  # in the order in which the tests ask for them
+COMMANDS = {
     "tests.test_codegen": ("-m", "bench", "codegen", "--quick", "--json"),
     "tests.test_soft_kernels": ("-m", "tests.compile_soft"),
     "tests.test_launch": ("-m", "tests.compile_launches"),
     "tests.test_sigmoid": ("-m", "tests.compile_sigmoid"),
     "tests.test_ptx": ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED),
 }
-_outputs: dict[str, Future[str]] = {}
-
-
-def start(root: Path, modules: Iterable[str]) -> None:
-    """Start what these test files will ask for, on the tree at ``root``; returns at once."""
-    new = [name for name in COMMANDS if name in set(modules) and name not in _outputs]
-    _outputs.update({name: Future() for name in new})
-    if new:
-        threading.Thread(target=_run, args=(root, new), daemon=True).start()
 
 
 def output(root: Path, module: str) -> str:
-    """Return what the compiler of a test file printed."""
-    start(root, [module])
-    return _outputs[module].result()
-
-
-def _run(root: Path, names: list[str]) -> None:
-    for name in names:
-        environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EMULATE")}
-        environment["PYTHONPATH"] = str(root)
-        if name == "tests.test_ptx":
-            environment |= {"EMULATE": "sm_90", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-        command = [sys.executable, *COMMANDS[name]]
-        done = subprocess.Popen(
-            command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        atexit.register(done.kill)
-        said, complained = done.communicate()
-        if done.returncode:
-            _outputs[name].set_exception(AssertionError(f"{' '.join(command)}\n{said[-5000:]}{complained[-3000:]}"))
-        else:
-            _outputs[name].set_result(said)
+    """Return what the compiler of a test file prints, run on the tree at ``root``."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EMULATE")}
+    environment["PYTHONPATH"] = str(root)
+    if module == "tests.test_ptx":
+        environment |= {"EMULATE": "sm_90", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *COMMANDS[module]]
+    done = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-5000:]}{done.stderr[-3000:]}")
+    return done.stdout

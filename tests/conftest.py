@@ -21,6 +21,7 @@ def _accelerator() -> str | None:
     return None
 
 
+KEPT_CASES = 3  # of a test in `-m "not slow"`
 ACCELERATOR = _accelerator()
 EMULATED = os.environ.get("EMULATE")
 INTERPRETED = False
@@ -60,11 +61,29 @@ def pytest_report_header() -> str:
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests that share what takes long to set up, and mark slow what `-m "not slow"` leaves out.
+
+    Of a test with many cases that is all but a few spread over them, unless it is marked ``every_case``.
+    """
+    cases: dict[tuple[object, str], list[pytest.Item]] = {}
+    for item in items:
+        shared = getattr(item, "_fixtureinfo", None)
+        definitions = [d for of_name in shared.name2fixturedefs.values() for d in of_name] if shared else []
+        if any(d.scope == "module" for d in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))  # one process sets it up
+        if "compiled" in getattr(item, "fixturenames", ()):  # waits for machine code
+            item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("every_case"):
+            cases.setdefault((item.parent, getattr(item, "originalname", item.name)), []).append(item)
+    for of_one in cases.values():
+        last = len(of_one) - 1
+        kept = {round(i * last / (KEPT_CASES - 1)) for i in range(KEPT_CASES)}
+        for i in set(range(last + 1)) - kept:
+            of_one[i].add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not WITHOUT_TRITON and not EMULATED and not session.config.option.collectonly:
-        compilers.start(
-            session.config.rootpath, {item.module.__name__ for item in session.items if "compiled" in item.fixturenames}
-        )
     gc.collect()
     gc.freeze()  # thousands of tests that every full collection would walk, and the benchmark makes many
 

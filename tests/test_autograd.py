@@ -39,6 +39,7 @@ def batch(place: str, dtype: torch.dtype = torch.float64, n_rows: int = 4, n_cla
 # --- derivatives ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "reduction"),
     [("numba", "mean"), ("numba", "sum"), ("numba", "none"), ("triton", "none")],  # kernels know no reduction
@@ -55,6 +56,7 @@ def test_first_and_second_derivatives_are_right(implementation, reduction, bonus
     assert torch.autograd.gradgradcheck(loss, logits, fast_mode=True)
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @EVERY_REDUCTION
 @pytest.mark.parametrize("function", [bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax])
@@ -87,6 +89,7 @@ def test_without_a_bonus_second_derivatives_are_those_of_torch(reduction):
     torch.testing.assert_close(second(bonus_cross_entropy, bonus=None), second(F.cross_entropy), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @EVERY_REDUCTION
 def test_the_upstream_gradient_is_differentiable_too(implementation, reduction, place):
@@ -150,6 +153,7 @@ def test_a_broken_upstream_gradient_stays_in_its_row(implementation, place):
     assert grad[[0, 1, 3]].isfinite().all() and grad[2].isnan().all() and (grad[1] == 0).all()
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @EVERY_REDUCTION
 def test_a_kept_graph_gives_the_same_gradient_every_time(implementation, reduction, place):
@@ -207,6 +211,7 @@ def test_inputs_changed_in_place_before_backward_raise(implementation, reduction
         loss.backward()
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_flow_through_a_network_in_its_dtype(implementation, dtype, place):

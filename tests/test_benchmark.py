@@ -107,6 +107,7 @@ def test_peak_bytes_counts_what_is_held_at_once():
     assert measure.peak_bytes(measure.Step(lambda: None, hold), on_gpu=False) == 6000
 
 
+@pytest.mark.slow
 def test_interleave_runs_every_step_in_every_round():
     order = []
     steps = {name: measure.Step(lambda: None, lambda name=name: order.append(name)) for name in "abc"}
@@ -120,6 +121,7 @@ def test_ratio_is_taken_round_by_round():
     assert measure.ratio([2.0, 8.0, 20.0], [1.0, 2.0, 10.0])["median"] == 2.0
 
 
+@pytest.mark.slow
 def test_a_section_is_written_and_rendered_again_from_its_json(tmp_path, monkeypatch, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -180,6 +182,7 @@ def quick(tmp_path_factory):
     return json.loads((folder / "cpu.json").read_text()), (folder / "cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_every_case_and_judges_none(quick):
     results, text = quick
     ratios = {(c["case"], c["dtype"], c["target"]): set(c["ratios"]) for c in results["soft"]["cases"]}
@@ -198,6 +201,7 @@ def test_a_quick_run_measures_every_case_and_judges_none(quick):
     assert "| beside index_add_ | all fields |" in text
 
 
+@pytest.mark.slow
 def test_the_linear_form_is_measured_beside_all_that_bounds_it(quick):
     cases = quick[0]["linear"]["cases"]
     assert [case["case"] for case in cases] == list(linear.SHAPES)
@@ -338,6 +342,7 @@ def dry_run(tmp_path_factory):
     return folder, json.loads((folder / "gpu-dry-run.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_dry_run_passes_every_step(dry_run):
     _, results = dry_run
     assert {name: step["status"] for name, step in results["steps"].items()} == dict.fromkeys(results["steps"], "done")
@@ -356,6 +361,7 @@ def test_a_dry_run_passes_every_step(dry_run):
     assert set(steps["linear"]["ms"]) == {"ours", "Cut Cross-Entropy"}
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_never_a_measurement(dry_run, tmp_path):
     folder, results = dry_run
     assert results["dry"] and {row["verdict"] for row in goals.goals(results)} == {"dry run"}
@@ -370,6 +376,7 @@ def child(code):
     return [sys.executable, "-c", save + code]
 
 
+@pytest.mark.slow
 def test_a_step_that_crashes_or_hangs_keeps_what_it_saved(monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_S", 2.0)
     crashed = gpu.in_process("speed", 30, child("save({'rows': [1]})\nimport os; os.abort()"))
@@ -555,6 +562,7 @@ def test_the_page_on_measuring_shows_what_was_measured_on_a_gpu(tmp_path):
     assert "**GPU: not measured.**" in gpu_report.with_runs(written, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_gpu_run_writes_the_readme_after_every_step(tmp_path, monkeypatch):
     steps, folder, readme = measured(lambda *_: 1.0)["steps"], tmp_path / "bench/results", tmp_path / "bench/README.md"
     folder.mkdir(parents=True)

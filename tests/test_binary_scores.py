@@ -68,6 +68,7 @@ def test_the_target_is_not_written_and_the_scores_stay_when_the_logits_change():
     assert scores.gap.tolist() == [2, -1] and target.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_call_with_scores_compiles_whole():
     logits, target = torch.randn(4, 3, requires_grad=True), torch.randint(0, 2, (4, 3)).float()
     function = bonus_binary_cross_entropy_with_logits_and_scores

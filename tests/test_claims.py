@@ -19,6 +19,8 @@ from bench import (
 from bench.claims_data import EASY, HARD, NOISY
 from bench.claims_verdict import ABOVE_ZERO, NOT_REPRODUCED, ON_AVERAGE, REPRODUCED, interval, paired, verdict
 
+pytestmark = pytest.mark.slow
+
 
 def test_interval_is_students():
     # 1, 2, 3: standard error 1 / sqrt(3), t = 4.303 at 2 degrees of freedom

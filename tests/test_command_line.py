@@ -69,6 +69,7 @@ def test_rows_without_a_label_are_unknown(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("11 unknown")
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(tmp_path):
     file = saved(tmp_path / "a.npz", epoch())
     run = subprocess.run([sys.executable, "-m", "bonus_ops", "suspects", file], capture_output=True, text=True)

@@ -52,6 +52,7 @@ def batch(place: str, dtype: torch.dtype = torch.float64, n_rows: int = 4, n_cla
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("softmax", [False, True])
@@ -74,6 +75,7 @@ def test_the_operators_keep_their_contract(implementation, scores, softmax, layo
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "reduction"), [("numba", "mean"), ("numba", "sum"), ("numba", "none"), ("triton", "mean")]
 )
@@ -95,6 +97,7 @@ def test_it_compiles_as_one_graph(implementation, reduction, place):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"bonus": None}, {"bonus": Focal(1.5)}], ids=repr)
 def test_other_options_compile_too(options):
     logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
@@ -118,6 +121,7 @@ def test_compiled_backward_runs_the_operator():
     assert graphs == [[torch.ops.bonus_ops.labels_forward.default], [torch.ops.bonus_ops.labels_backward.default]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_new_shapes_do_not_recompile_for_ever(dynamic):
     """At most twice: once for the first shape, once for all others."""
@@ -134,6 +138,7 @@ def test_new_shapes_do_not_recompile_for_ever(dynamic):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 2, 2)], ids=repr)
 def test_other_shapes_are_one_graph_too(shape):
     logits = torch.randn(shape, requires_grad=True)
@@ -146,6 +151,7 @@ def test_other_shapes_are_one_graph_too(shape):
     torch.testing.assert_close(*(torch.autograd.grad(x[0], logits)[0] for x in (actual, expected)))
 
 
+@pytest.mark.slow
 def test_a_new_parameter_of_the_loss_gives_the_new_loss():
     """A frozen loss is a constant of the graph: another one is another graph. `Scheduled` is not."""
     logits, target = batch("cpu", torch.float32)
@@ -157,6 +163,7 @@ def test_a_new_parameter_of_the_loss_gives_the_new_loss():
         )
 
 
+@pytest.mark.slow
 def test_inductor_agrees():
     logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
     compiled = torch.compile(bonus_cross_entropy, fullgraph=True)
@@ -169,6 +176,7 @@ def test_inductor_agrees():
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, expected)))
 
 
+@pytest.mark.slow
 def test_a_compiled_second_derivative_is_right_or_raises():
     logits, target = batch("cpu")
     compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -200,6 +208,7 @@ TRANSFORMS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "transform"),
     [(None, name) for name in TRANSFORMS] + [(name, "vmap") for name in ("numba", "triton")],
@@ -215,6 +224,7 @@ def test_a_compiled_transform_gives_what_torch_gives(transform, implementation, 
     torch.testing.assert_close(compiled(logits), apply(lambda z: F.cross_entropy(z, target), logits))
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("transform", ["vmap of grad", "jvp", "hessian"])
 def test_what_only_the_formula_computes_is_not_computed_by_what_was_named(transform, implementation, place):
@@ -228,6 +238,7 @@ def test_what_only_the_formula_computes_is_not_computed_by_what_was_named(transf
         compiled(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_a_transform_of_a_graph_is_right_or_raises(transform):
     logits, target = (x.detach() for x in batch("cpu"))
@@ -240,6 +251,7 @@ def test_a_transform_of_a_graph_is_right_or_raises(transform):
     torch.testing.assert_close(actual, TRANSFORMS[transform](lambda z: F.cross_entropy(z, target), logits))
 
 
+@pytest.mark.slow
 def test_dual_numbers_pass_a_graph():
     logits, target = (x.detach() for x in batch("cpu"))
     compiled = torch.compile(lambda z: bonus_cross_entropy(z, target, bonus=None), backend="aot_eager")
@@ -248,6 +260,7 @@ def test_dual_numbers_pass_a_graph():
     torch.testing.assert_close(tangent_by_dual_numbers(compiled, logits), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["vmap of vmap", "jvp"])
 def test_scores_and_probabilities_pass_a_compiled_transform(transform):
     logits, target = (x.detach() for x in batch("cpu", torch.float32))
@@ -299,6 +312,7 @@ def test_a_traced_step_runs_the_operators_on_other_data(reduction, tracing_mode)
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize("strict", [False, True])
 def test_it_exports_with_dynamic_shapes(implementation, strict, place):
@@ -314,6 +328,7 @@ def test_it_exports_with_dynamic_shapes(implementation, strict, place):
         torch.testing.assert_close(program.module()(logits, target), criterion(logits, target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"bonus_smoothing": 0.1}, {"given": True}], ids=str)
 def test_a_class_weight_of_soft_targets_is_no_second_input(options):
     logits, weight = torch.randn(4, 9, requires_grad=True), torch.rand(9)

@@ -444,6 +444,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "step", "expected"), list(step_cells()))
 def test_steps_are_right_or_say_why_not(kind, step, expected, request):
     if kind in SHARDED:

@@ -140,6 +140,7 @@ def test_a_bad_row_leaves_no_trace_in_others(n_classes, bad):
 in_kernels = pytest.mark.usefixtures("kernel_device")
 
 
+@pytest.mark.slow
 @in_kernels
 @pytest.mark.parametrize("n_classes", [10, 1003, cases.SPLIT_FORWARD])
 def test_twenty_kernel_runs_are_one(n_classes, kernel_device):
@@ -150,6 +151,7 @@ def test_twenty_kernel_runs_are_one(n_classes, kernel_device):
         assert_same_bits(results(logits, target, LogBonus(), implementation="triton"), first)
 
 
+@pytest.mark.slow
 @in_kernels
 @pytest.mark.parametrize(
     ("n_classes", "dtype"),
@@ -164,6 +166,7 @@ def test_a_row_does_not_tell_its_batch_in_kernels(n_classes, dtype, kernel_devic
     assert_rows_stand_alone(logits, target, parts, bonus=LogBonus(), implementation="triton")
 
 
+@pytest.mark.slow
 @in_kernels
 def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device):
     """Rows of 1003 float32 return to the same address modulo 16 bytes every fourth time."""
@@ -174,6 +177,7 @@ def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device)
         assert_same_bits(alone, together, part, f"rows {part}")
 
 
+@pytest.mark.slow
 @in_kernels
 def test_a_split_row_is_merged_by_one_tree(kernel_device):
     from bonus_ops.kernels.gpu import launch

@@ -32,6 +32,8 @@ from bonus_ops import (
     difficulty_scores,
 )
 
+pytestmark = pytest.mark.every_case
+
 FUNCTIONS = (bonus_cross_entropy, bonus_cross_entropy_with_scores, bonus_cross_entropy_with_softmax)
 
 

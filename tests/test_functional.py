@@ -493,6 +493,7 @@ def test_scores_and_softmax_do_not_change_the_loss(implementation, reduction, sh
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 @EVERY_IMPLEMENTATION
 def test_reductions_are_sums_of_the_rows(implementation, place):
     logits, target = torch.randn(6, 9, device=place, dtype=torch.float64), spread_target((6,), 9, place)

@@ -28,6 +28,8 @@ if conftest.ACCELERATOR is not None or not conftest.INTERPRETED:
 from tests import cuda_stand_in
 from tests.toy_gpu import Toy
 
+pytestmark = pytest.mark.slow
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from tests.cuda_stand_in import MS
 from tests.toy_gpu import Toy
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_without_what_prepares_it(cuda, monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: 0.0)  # a slow host would have it run again
     x = torch.zeros(3, device="cuda")
@@ -73,6 +74,7 @@ def test_the_driver_is_what_nvidia_smi_says(monkeypatch, tmp_path):
     assert devices._driver() == "unknown"
 
 
+@pytest.mark.slow
 def test_ceilings_are_bytes_and_products_over_time(cuda):
     assert measure.copy_gb_per_s(1 << 12) == pytest.approx(2 * 4096 / (MS * 1e-3) / 1e9)
     assert Toy().gemm_tflop_per_s(16) == pytest.approx(2 * 16**3 / (MS * 1e-3) / 1e12)
@@ -100,6 +102,7 @@ def test_replayed_time_is_that_of_a_call(cuda):
     assert x[0].item() == 3 + 10 + 7 * 20  # the stand-in runs what it captures
 
 
+@pytest.mark.slow
 def test_a_step_leaves_nothing_to_the_garbage_collector():
     """Which is off while steps are timed: a cycle would hold the gradients of all of them."""
     z, y = peers.logits(3, 10, torch.float32, "cpu")

@@ -16,6 +16,8 @@ if conftest.ACCELERATOR is not None or not conftest.INTERPRETED:
     pytest.skip("the stand-in interprets kernels", allow_module_level=True)
 from tests import test_gpu
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def few(monkeypatch):

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from bench.record import ROOT
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 TRAINING = """

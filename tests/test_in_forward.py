@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 @pytest.mark.parametrize("n_classes", [1, 10, 1003, 2053, 9001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,8 @@ from bonus_ops import (
 from bonus_ops.policies import DifficultySampler, infobatch
 from tests import torchvision_operators as torchvision_operators
 
+pytestmark = pytest.mark.slow
+
 N, D, C = 48, 6, 4
 
 

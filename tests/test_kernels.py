@@ -118,17 +118,20 @@ PATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "regime", "n_classes"), PATHS)
 def test_every_regime_and_path(kernel_device, dtype, regime, n_classes):
     check(*draw(regime, n_classes, dtype, kernel_device), LogBonus())
 
 
+@pytest.mark.slow
 @over_dtypes
 @pytest.mark.parametrize("n_classes", [8, 1000, cases.SPLIT_FORWARD])
 def test_paths_of_whole_vectors_and_split_rows(kernel_device, dtype, n_classes):
     check(*draw("typical", n_classes, dtype, kernel_device), LogBonus())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [cases.SPLIT_BOTH, cases.EMPTY_PART])
 def test_rows_are_split(kernel_device, n_classes):
     assert launch.forward(1, n_classes).parts > 1
@@ -148,6 +151,7 @@ def test_every_loss(kernel_device, name, dtype):
     check(logits, torch.zeros(64, dtype=torch.int64, device=kernel_device), cases.LOSSES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "n_classes"),
     [
@@ -163,6 +167,7 @@ def test_softmax_from_the_same_kernel(kernel_device, dtype, n_classes):
         check(logits, target, LogBonus(), softmax=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [10, 1003])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
@@ -202,6 +207,7 @@ def test_zero_rows(kernel_device, n_classes):
     assert all(column.shape == (0,) for column in scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [1, 10, 1003, cases.SPLIT_FORWARD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
 def test_ignored_rows_teach_nothing_whatever_they_hold(kernel_device, dtype, n_classes):
@@ -239,6 +245,7 @@ def test_reductions_are_those_of_torch(kernel_device, reduction, weighted):
     assert_within_budget(ours.grad, theirs.grad, None, floor=(4 if INTERPRETED else 8) * 2.0**-23, what="gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "n_classes"),
     [(label, 10) for label in (-1, -101, 2**31, 2**32 + 1, 2**40)]
@@ -262,6 +269,7 @@ def test_a_label_out_of_range_makes_its_row_nan(kernel_device, n_classes, label)
     assert not grad[others].isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [10, 1003, cases.SPLIT_FORWARD])
 @pytest.mark.parametrize(
     ("at", "value"), [("label", math.inf), ("label", -math.inf), ("label", math.nan), ("rest", math.nan)]
@@ -300,6 +308,7 @@ def test_offsets_pass_int32(kernel_device):
             check(logits, torch.tensor([0, 1, 2], device=kernel_device), LogBonus())
 
 
+@pytest.mark.slow
 def test_arguments_are_not_written(kernel_device):
     logits, target = draw("typical", 1003, torch.float32, kernel_device)
     weight = torch.rand(1003, device=kernel_device)

@@ -466,6 +466,7 @@ def test_scores_with_norms_keep_them():
 # --- every derivative -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @EVERY_REDUCTION
 def test_gradients_and_their_gradients_are_right(reduction):
     layer = Layer(torch.float64, n=4, h=3, c=5)
@@ -528,6 +529,7 @@ def test_batched_upstream_gradients():
     torch.testing.assert_close(each[3], one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("scores", [False, True])
 def test_it_compiles_as_one_graph(reduction, scores):
@@ -658,6 +660,7 @@ def test_scores_alone_are_those_of_the_logits(dtype, n_classes):
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="the products of a GPU are tested where there is one")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"row_weight": True}], ids=str)
 def test_kernels_write_the_gradient_over_the_logits(options):

@@ -9,6 +9,8 @@ import torch
 from bench import lm, lm_model, lm_text
 from bonus_ops import difficulty_scores
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):

@@ -56,6 +56,7 @@ def truth(input, target, reduction, options, **others):
     return loss + {"none": cost, "sum": cost.sum(), "mean": cost.sum() / counts.sum()}[reduction]
 
 
+@pytest.mark.slow
 @names
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500), (2, SPLIT_FORWARD)])
@@ -65,6 +66,7 @@ def test_kernels_compute_the_definition(options, reduction, shape):
     test_loss_and_gradient_are_those_of_the_definition(options, "labels", reduction, shape, "triton")
 
 
+@pytest.mark.slow
 @names
 @pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4), (2, 2500)])
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
@@ -106,6 +108,7 @@ def test_loss_and_gradient_are_those_of_the_definition(options, kind, reduction,
     assert torch.equal(x.grad[0], torch.zeros_like(x.grad[0])) or kind == "probabilities" or len(shape) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @names
 def test_other_dtypes_are_rounded_once(dtype, options):
@@ -173,6 +176,7 @@ def test_z_loss_counts_rows_and_not_class_weights():
         assert torch.allclose(with_z - plain, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["numba", "reference"])
 @pytest.mark.parametrize("kind", TARGETS)
 @names
@@ -203,6 +207,7 @@ def test_transforms_and_forward_mode(options):
     assert torch.allclose(hessian, torch.autograd.functional.hessian(lambda x: f(x, target), input))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["labels", "smoothing"])
 def test_compiles_to_one_graph(kind):
     input, target, others = case(kind, (6, 30))

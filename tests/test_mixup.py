@@ -70,6 +70,7 @@ def test_any_number_of_classes(path, n_classes, place):
     torch.testing.assert_close(logits.grad, grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_labels_anywhere_among_many_classes(path, place):
     """In one tile of the kernels, in two, in the edge, the same; one label or both ignored."""
@@ -123,6 +124,7 @@ def test_more_axes_no_batch_and_no_rows():
     torch.testing.assert_close(mixup_cross_entropy(x, a, b, 0.4, reduction="elementwise_mean"), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["numba", "triton"])
 def test_derivatives_of_any_order(path, place):
     logits, a, b = batch(3, 5, torch.float64, place)
@@ -141,6 +143,7 @@ def test_derivatives_of_any_order(path, place):
     torch.testing.assert_close(hessian, plain)
 
 
+@pytest.mark.slow
 def test_one_graph():
     logits, a, b = batch()
     compiled = torch.compile(mixup_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -201,6 +204,7 @@ def test_an_unknown_reduction_is_refused_however_shares_come(lam):
         mixup_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([1, 2]), lam, reduction="foo")
 
 
+@pytest.mark.slow
 def test_scores_of_a_mix_compile_whole():
     logits, a, b = batch()
     compiled = torch.compile(mixup_cross_entropy_with_scores, fullgraph=True, backend="aot_eager")

@@ -14,6 +14,8 @@ import pytest
 
 from tests.mutants import MUTANTS, ROOT
 
+pytestmark = pytest.mark.slow
+
 HANDFUL = ("the loss is lse - z", "the upstream gradient of each row is ignored", "a gradient is given away twice")
 
 

@@ -9,6 +9,8 @@ import torch
 
 from bonus_ops.number_checks import check_integer, check_number
 
+pytestmark = pytest.mark.every_case
+
 INTERVALS = {
     "[0, 1]": (0, 1, 0.5), "(0, 1]": (1, 0.5), "[0, 1)": (0, 0.5), "(0, 1)": (0.5,), "(0, inf)": (1e300, 5e-324),
     "(0, inf]": (math.inf,), "[-inf, inf]": (-math.inf, math.inf, 0), "(-inf, inf)": (-1e300, 0),

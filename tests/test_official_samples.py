@@ -87,6 +87,7 @@ def assert_no_further(ours, theirs, truth, dtype: torch.dtype, what: str) -> Non
         assert_within_budget(actual, truth[name], eager, floor=floor, what=f"{what}: {name}")
 
 
+@pytest.mark.slow
 @EVERY_DTYPE
 def test_operator_samples(dtype):
     ours = functools.partial(bonus_cross_entropy, bonus=None)
@@ -95,6 +96,7 @@ def test_operator_samples(dtype):
         assert_no_further(results(ours, sample), theirs, truth, dtype, sample.name)
 
 
+@pytest.mark.slow
 @EVERY_DTYPE
 def test_module_samples(dtype):
     ours, theirs = by_module(BonusCrossEntropyLoss, bonus=None), by_module(nn.CrossEntropyLoss)
@@ -109,6 +111,7 @@ def test_there_are_as_many_samples_as_there_were():
         assert counts == (21, 105) if torch.__version__.startswith("2.13.") else counts >= (20, 100)
 
 
+@pytest.mark.slow
 @EVERY_DTYPE
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_module_samples_in_other_implementations(implementation, dtype, request):
@@ -154,6 +157,7 @@ def direct(
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / count}[reduction]
 
 
+@pytest.mark.slow
 @EVERY_DTYPE
 @pytest.mark.parametrize("samples", [operator_samples, module_samples])
 def test_samples_with_a_bonus(samples, dtype):

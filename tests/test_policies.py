@@ -110,6 +110,7 @@ def test_selective_beta_keeps_that_share():
         assert_mean(selection.keep.double() - selection.probability, 0)
 
 
+@pytest.mark.slow
 def test_selection_weights_are_unbiased():
     history, g = History.empty().push(LOSS), generator()
     loss = LOSS.nan_to_num(0)
@@ -120,6 +121,7 @@ def test_selection_weights_are_unbiased():
     assert_mean(torch.stack(estimates), statistics.fmean(loss[VALID].tolist()))
 
 
+@pytest.mark.slow
 def test_rank_selection_is_drawn_as_composer_does():
     # without replacement: P({i, j}) = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j)
     difficulty, keep, g = torch.tensor([2.0, 3.0, 1.0, 0.0]), 0.5, generator()

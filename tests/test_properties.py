@@ -218,6 +218,7 @@ def test_15_scores_are_in_range_equal_to_the_reference_and_ordered_alike():
         assert torch.equal(scores.runner_up, truth.runner_up)
 
 
+@pytest.mark.slow
 def test_16_the_gradient_is_the_central_difference():
     for seed in EXAMPLES:
         logits, target, rng = draw(seed, scale=2, dtype=torch.float64)

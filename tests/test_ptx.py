@@ -353,6 +353,7 @@ def test_matrices_of_eight_rows():
     assert run(body + STORE) == [2 * i + 100 for i in range(32)]
 
 
+@pytest.mark.slow
 def test_compiled_kernels_pass_the_tests_of_interpreted_ones(compiled):
     """A choice of those tests; with EMULATE=sm_90 in the environment any of them runs so."""
     passed = re.match(r"(\d+) passed", compiled.splitlines()[-1])

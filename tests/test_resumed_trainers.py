@@ -15,6 +15,8 @@ from bonus_ops.dynamics import ExampleTracker
 from bonus_ops.policies import DifficultySampler, infobatch
 from tests import torchvision_operators as torchvision_operators
 
+pytestmark = pytest.mark.slow
+
 NUM, CLASSES, BATCH = 14, 4, 4  # three batches and a half: 4 steps an epoch
 FIELDS = ("mean_loss", "mean_el2n", "mean_entropy", "confidence", "correctness", "forgetting", "recent_losses")
 

@@ -136,6 +136,7 @@ def test_ints_of_numpy_are_ints(kind):
         sampler.set_epoch(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trained", [0, 1, 5, 16])
 def test_a_run_that_says_what_it_trained_goes_on_there(workers, trained):

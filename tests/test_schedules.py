@@ -259,6 +259,7 @@ def test_it_says_what_it_is():
 # --- nothing is compiled again ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_new_epoch_compiles_no_graph(case, dynamic):

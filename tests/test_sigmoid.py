@@ -544,6 +544,7 @@ def test_inputs_changed_before_backward_raise():
         loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_compiles_whole_and_once_for_all_strengths(reduction):
     torch._dynamo.reset()
@@ -566,6 +567,7 @@ def test_compiles_whole_and_once_for_all_strengths(reduction):
     assert len(graphs) <= 2  # the first and one with the numbers as inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("same", ["weights", "target and weight", "all"])
 def test_one_tensor_for_two_arguments_compiles(same, reduction):
@@ -586,6 +588,7 @@ def test_one_tensor_for_two_arguments_compiles(same, reduction):
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x, t), module(x, t))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", [False, True])
 def test_operators_pass_opcheck(how, reduce):
     if how[0] == "reference":
@@ -603,6 +606,7 @@ def test_operators_pass_opcheck(how, reduce):
 # --- where and when ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_bits_every_run(how):
     x, t = draw((3000,), device=how[1])
     runs = [torch.autograd.grad(loss := bonus_bce(x, t, implementation=how[0]), x) + (loss,) for _ in range(3)]
@@ -711,6 +715,7 @@ def test_the_benchmark_compares_like_with_like(name, dtype):
         bench._check(x, t, wrong)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_a_case():
     x, t = bench.inputs((4, 5), torch.float32, "cpu")
     case = {"case": "tiny", "shape": [4, 5], "dtype": "float32", "loss": "None"}

@@ -397,11 +397,13 @@ IN_KERNELS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "target", "dtype", "n_classes"), IN_KERNELS, ids=str)
 def test_kernels(loss, target, dtype, n_classes, kernel_device, poison):
     check(loss, target, dtype, "triton", n_classes, place=kernel_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bonus", [LogBonus(), PowerBonus(2.0)], ids=repr)
 def test_label_and_runner_up_anywhere_among_whole_tiles(bonus, kernel_device, poison):
     """In one tile, in two, the first and the last, the edge; a tie over three tiles; an ignored row."""
@@ -427,6 +429,7 @@ def test_label_and_runner_up_anywhere_among_whole_tiles(bonus, kernel_device, po
     assert torch.equal(runner_up, exact_runner_up) and not grad[-1].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [10, 1003])
 @pytest.mark.parametrize("bonus", [None, PowerBonus(2.0), LogBonus()], ids=repr)
 def test_a_shift_changes_no_bit_in_kernels(bonus, n_classes, kernel_device, poison):
@@ -444,6 +447,7 @@ def test_a_shift_changes_no_bit_in_kernels(bonus, n_classes, kernel_device, pois
         assert loss.isfinite().all() and torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [f for f in cases.LAYOUTS.values() if f is not cases.expanded_rows])
 def test_every_layout_in_kernels(layout, kernel_device, poison):
     check("log_bonus", "any sum", torch.float32, "triton", 65, layout, None, kernel_device)
@@ -845,6 +849,7 @@ def forget_compiled_code():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["numba", "triton"])
 @over_options
 def test_the_operators_keep_their_contract(implementation, options, place):
@@ -866,6 +871,7 @@ def test_the_operators_keep_their_contract(implementation, options, place):
     torch.library.opcheck(operators.backward, args, test_utils=checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["numba", "triton"])
 @over_options
 def test_it_is_one_graph_for_any_number_of_rows(implementation, options, place, forget_compiled_code):

@@ -69,6 +69,7 @@ def test_how_many_sweeps_a_loss_takes(bonus, sweeps):
     np.testing.assert_array_equal(reads(backward), counted)
 
 
+@pytest.mark.slow
 @watched
 @pytest.mark.parametrize(("n_rows", "n_classes", "layout"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -89,6 +90,7 @@ def test_every_byte_of_a_smoothed_label(n_rows, n_classes, layout, dtype, bonus,
     assert backward.bytes_written() == {"grad[0]": n_rows * n_classes * size}
 
 
+@pytest.mark.slow
 @watched
 @pytest.mark.parametrize(("n_rows", "n_classes", "layout"), [(5, 10, "contiguous"), (2, 1003, "padded_rows")])
 @pytest.mark.parametrize(("bonus", "sweeps"), [(None, 1), (LogBonus(), 2)], ids=["one sweep", "two sweeps"])

@@ -18,9 +18,12 @@ NUM, CLASSES, EPOCHS, STEPS, BATCH = 41, 4, 6, 3, 4  # rows of a rank: EPOCHS x 
 EVERY_FIELD = (*FIELDS, Mean("energy", (2, 4)), LearnedFor(1))
 TIMEOUT_S = 60
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
+    ),
+]
 
 
 def steps(epoch: int, world: int, rank: int):

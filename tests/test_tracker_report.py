@@ -184,6 +184,7 @@ def test_reprs_are_short():
     assert repr(report) == f"Report({report})" and "3 unknown" in repr(report)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
 @pytest.mark.parametrize("shape", [(5, 6), (1, 5, 6), (3, 5, 6), (4, 5, 6), (5, 6, 3), (5, 6, 1)], ids=str)
 @pytest.mark.parametrize("numpy", [False, True], ids=["torch", "numpy"])
@@ -214,6 +215,7 @@ def test_what_the_report_needs_is_kept_by_default():
     assert isinstance(Report.of(tracked()), Report)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_judges():
     said: list[str] = []
     results = bench_tracker.run(True, "cpu", said.append)

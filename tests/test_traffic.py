@@ -143,6 +143,7 @@ def seen(logits, times):
     return np.broadcast_to(times.sum(0), times.shape) if logits.stride(0) == 0 and len(logits) > 1 else times
 
 
+@pytest.mark.slow
 @over_dtypes
 @over_cases
 def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
@@ -189,6 +190,7 @@ def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dt
     assert backward.bytes_written() == {"grad[0]": logits.numel() * logits.element_size()}
 
 
+@pytest.mark.slow
 @over_dtypes
 @pytest.mark.parametrize(
     ("n_rows", "n_classes", "layout", "aligned"),

@@ -123,6 +123,7 @@ def test_a_linearized_loss_is_its_tangent(reduction):
     torch.testing.assert_close((value, linear(DIRECTION)), jvp(loss, (LOGITS,), (DIRECTION,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "bonus", "reduction"),
     [

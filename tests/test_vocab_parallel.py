@@ -20,6 +20,8 @@ from bonus_ops import (
     bonus_cross_entropy_with_scores,
 )
 
+pytestmark = pytest.mark.slow
+
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 

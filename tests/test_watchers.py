@@ -53,6 +53,7 @@ def test_a_batch_of_upstream_gradients(loss):
     torch.testing.assert_close(batch, torch.stack([one, -2 * one]), rtol=2e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @FAMILY
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_a_compiled_transform_is_the_eager_one(loss, transform):
@@ -63,6 +64,7 @@ def test_a_compiled_transform_is_the_eager_one(loss, transform):
     torch.testing.assert_close(torch.compile(f, backend=backend)(x), f(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @FAMILY
 def test_tangents_are_those_of_finite_differences_eager_and_through_a_graph(loss):
     x = logits(dtype=torch.float64)
