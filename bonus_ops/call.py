@@ -25,7 +25,7 @@ from .checks import (
     checked_ignore_index,
     checked_label_smoothing,
 )
-from .logit_options import PLAIN, LogitOptions
+from .logit_options import LogitOptions
 from .losses import CrossEntropy, GapLoss, Loss
 from .scores import Scores
 from .soft_targets import SoftTargets
@@ -133,8 +133,8 @@ class Call:
     def _only_by_formula(self, implementation: str | None) -> str | None:
         """Return what no kernel does of this call, if anything."""
         by_loops = implementation != "triton" and self.input.device.type == "cpu"
-        if self.options != PLAIN and self.kind != "labels" and not by_loops:
-            return "logit options of soft targets"
+        if self.options.z_loss and self.kind != "labels" and not by_loops:
+            return "the z-loss of soft targets"
         if self.kind == "labels":
             deep = torch.compiler.is_compiling() and is_deeply_transformed()
             return "nested transforms under torch.compile" if deep else None

@@ -80,6 +80,22 @@ def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
     assert torch.allclose(softmax.double(), of_z, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.5}], ids=str)
+@pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
+@pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500)])
+@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+def test_kernels_of_soft_targets_compute_the_definition(options, kind, shape):
+    test_loss_and_gradient_are_those_of_the_definition(options, kind, "mean", shape, "triton")
+
+
+@pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
+def test_kernels_have_no_z_loss_of_soft_targets(kind):
+    input, target, others = case(kind, (3, 4))
+    with pytest.raises(NotImplementedError, match="no kernel for the z-loss of soft targets"):
+        bonus_cross_entropy(input, target, z_loss=0.1, implementation="triton", **others)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
 def test_a_cap_lifts_no_masked_lane():
     """cap tanh(-inf) is finite: what a kernel loads past the end of a row, or instead of the label, must stay -inf."""

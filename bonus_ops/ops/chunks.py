@@ -317,11 +317,11 @@ def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChun
 
 
 def _soft_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
-    kernels = room("triton", "soft")
-    out = kernels.forward(z, of.label, of.targets, of.ignore_index, of.loss, scores)
+    kernels, row = room("triton", "soft"), (of.ignore_index, of.loss)
+    out = kernels.forward(z, of.label, of.targets, *row, scores, of.of_product)
     if gradient:
-        kernels.backward(z, of.label, of.targets, out.saved, out.runner_up, _each(of, out.saved), of.ignore_index,
-                         of.loss, out=z)  # fmt: skip
+        kernels.backward(z, of.label, of.targets, out.saved, out.runner_up, _each(of, out.saved), *row, z,
+                         of.of_product)  # fmt: skip
     return out.loss, None, out.scores, out.runner_up
 
 

@@ -36,7 +36,7 @@ from .launching import (
 )
 from .params import widen
 from .rest import across
-from .rows import accumulable, load_label, row_index, row_ptr, rows_at
+from .rows import accumulable, load_label, row_index, row_index_reversed, row_ptr, rows_at
 from .scores import store_scores
 from .spread import Spread, write_rows
 from .sweep import sweep, sweep_planes
@@ -160,7 +160,7 @@ def backward_kernel(
     ``upstream`` are the gradients of losses and their stride, the number of rows that a mean divided by or None, and
     the gradients of logsumexps or None.
     """
-    row = row_index(TILE.rows)
+    row = row_index_reversed(TILE.rows)
     inside = row < n_rows
     rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
     gap = tl.load(saved_ptr + row, inside, 0.0)

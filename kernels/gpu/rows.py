@@ -54,6 +54,13 @@ def row_index(ROWS: tl.constexpr):
 
 
 @triton.jit
+def row_index_reversed(ROWS: tl.constexpr):
+    # forward has read the last rows last, so the L2 cache still holds them
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    return program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
 def row_ptr(array, row):
     """Return the address of class 0; rows count over two axes."""
     at = array.ptr + (row // array.inner) * array.outer_stride + (row % array.inner) * array.row_stride

@@ -54,6 +54,7 @@ from .rows import (
     load_classes,
     numbers_of,
     row_index,
+    row_index_reversed,
     row_ptr,
     rows_at,
     store_chunks,
@@ -187,7 +188,7 @@ def soft_backward_kernel(
     TERMS: tl.constexpr, LOGIT: tl.constexpr, LOGIT_SLOPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Some rows (axis 0) and a share of their tiles (axis 1)."""
-    row, part, n_parts = row_index(TILE.rows), tl.program_id(1), tl.num_programs(1)
+    row, part, n_parts = row_index_reversed(TILE.rows), tl.program_id(1), tl.num_programs(1)
     rows = rows_at(logits, targets.label_ptr, row, n_rows, ignore_index, TILE.vector)
     saved = load_saved(saved, row, n_rows)
     params, options = widen(numbers.loss, saved.mass), widen(numbers.logits, saved.mass)
