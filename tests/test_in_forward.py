@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bonus_ops import bonus_cross_entropy
+from bonus_ops import LogBonus, bonus_cross_entropy
 from tests import cases
 
 pytest.importorskip("triton")
@@ -23,7 +23,8 @@ def test_loss_and_gradient_are_those_of_the_library(n_classes, dtype, upstream, 
     logits, target = cases.typical(cases.generator(n_classes), n_rows, n_classes, dtype, kernel_device)
     target[0] = -100 if n_classes == 10 else target[0]
     exact = logits.double().requires_grad_()
-    true = bonus_cross_entropy(exact, target, reduction="sum", implementation="reference") / n_rows
+    options = {"bonus": LogBonus(0.75), "reduction": "sum", "implementation": "reference"}
+    true = bonus_cross_entropy(exact, target, **options) / n_rows
     (true_grad,) = torch.autograd.grad(true, exact, torch.tensor(upstream, device=kernel_device).double())
     leaf = logits.requires_grad_()
     loss = InForward.apply(leaf, target)

@@ -19,7 +19,7 @@ from tests.budget import assert_within_budget
 from tests.cases import FLOATS
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS)
-BONUS = LogBonus()
+BONUS = LogBonus(0.75)
 
 
 class Sample(NamedTuple):
