@@ -257,7 +257,8 @@ def _train_report(section: dict[str, Any]) -> str:
         f"letters): {told['train']} to train on, {told['validation']} in every 20th file kept apart. Model: "
         f"{of['depth']} blocks of width {of['width']}, the last layer tied to the embedding, {n_parameters} "
         f"parameters; {of['steps']} steps of {of['batch']} x {of['context']} pieces, AdamW, one seed, both from the "
-        f"same weights with the same batches. Quality on {scored} pieces that were kept apart; perplexity and ECE "
+        f"same weights with the same batches. Quality on {scored} pieces that were kept apart, the curve on "
+        f"{lm_model.CONTEXTS} contexts of them; perplexity and ECE "
         "(expected calibration error over 15 bins of confidence): lower is better. All of it comes from "
         "`linear_difficulty_scores`. One seed tells of no difference between losses that is small.\n\n"
         + table(["loss", *COLUMNS.values(), "s"], rows)
