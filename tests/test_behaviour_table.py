@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bonus_ops import bonus_cross_entropy, reference
-from tests.behaviour_cases import CASES, RECORDED, Outcome, labels, leaf_of, loss_and_grad, run, x
+from tests.behaviour_cases import CASES, Outcome, labels, leaf_of, loss_and_grad, run, x
 from tests.budget import FLOAT32_FLOOR, FLOAT64_FLOOR, assert_within_budget
 from tests.conftest import COMPILED
 
@@ -89,17 +88,17 @@ def costs(value: float) -> Callable[[Outcome], None]:
 
 SMOOTHING = "label_smoothing must be between 0.0 and 1.0. Got: "
 DEVIATIONS = {
-    33: Deviation(1, nothing_to_learn),
-    34: Deviation(1, nothing_to_learn),
-    35: Deviation(1, nothing_to_learn),
-    36: Deviation(1, nothing_to_learn),
-    230: Deviation(1, costs(math.log1p(math.exp(1)) - 0.5)),
+    "ignored, all -inf": Deviation(1, nothing_to_learn),
+    "ignored, NaN": Deviation(1, nothing_to_learn),
+    "ignored, inf": Deviation(1, nothing_to_learn),
+    "ignored, NaN, smoothing": Deviation(1, nothing_to_learn),
+    "probabilities 0 at -inf": Deviation(1, costs(math.log1p(math.exp(1)) - 0.5)),
     # item 2, labels out of range where nobody waits for a GPU: `test_labels_out_of_range_make_their_row_nan`
-    112: Deviation(3, raises(RuntimeError, f"^{SMOOTHING}-0.1$")),
-    113: Deviation(3, raises(RuntimeError, f"^{SMOOTHING}nan$")),
-    155: Deviation(4, raises(RuntimeError, r"^one of the variables needed .* modified by an inplace operation")),
-    42: Deviation(5, leads_by(100)),
-    43: Deviation(5, leads_by(20)),
+    "label_smoothing -0.1": Deviation(3, raises(RuntimeError, f"^{SMOOTHING}-0.1$")),
+    "label_smoothing NaN": Deviation(3, raises(RuntimeError, f"^{SMOOTHING}nan$")),
+    "input changed in place": Deviation(4, raises(RuntimeError, r"^one of the variables needed .* inplace operation")),
+    "leads by 100": Deviation(5, leads_by(100)),
+    "leads by 20": Deviation(5, leads_by(20)),
 }
 OUT_OF_RANGE = (75, 76, 78, 79, 80, 81, 82)
 
@@ -111,7 +110,7 @@ NOT_OF_THE_SPECIFICATION = {
     "weights that cancel", "vmap", "vmap of func.grad",
 }  # fmt: skip
 # Interpreted, these take seconds; `tests/test_autograd.py` has them for the kernels.
-SLOW_INTERPRETED = {"gradcheck", "gradgradcheck"}
+SLOW_INTERPRETED = {"gradcheck", "gradgradcheck", "hessian"}
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def test_the_row_is_as_in_torch_or_deviates_as_listed(number, implementation, re
     if implementation == "triton" and row.name in WITHOUT_KERNEL:
         assert actual.error is not None and actual.error[0] is NotImplementedError
         return
-    deviation = DEVIATIONS.get(number)
+    deviation = DEVIATIONS.get(row.name)
     if deviation is None or (implementation == "reference" and deviation.item == 4):  # it saves no logits to guard
         assert_same(actual, expected, truth)
         return
@@ -231,30 +230,15 @@ def test_labels_out_of_range_make_their_row_nan(number, kernel_device, monkeypat
 # --- the lists --------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_is_the_recorded_one_and_more():
-    assert RECORDED == 171 and len(CASES) >= 200
-    assert [row.number for row in CASES] == list(range(1, len(CASES) + 1))
-    assert len({row.name for row in CASES}) == len(CASES)
-
-
-@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="counted with torch 2.13")
-def test_torch_refuses_as_many_as_were_recorded():
-    errors = Counter(error[0].__name__ for n in range(1, RECORDED + 1) if (error := of_torch(n)[0].error))
-    assert errors == {
-        "RuntimeError": 31, "IndexError": 11, "NotImplementedError": 7, "ValueError": 6, "TypeError": 5
-    }  # fmt: skip
-
-
 def test_every_exception_names_a_row():
     names = {row.name for row in CASES}
-    assert names.issuperset(NOT_OF_THE_SPECIFICATION | SLOW_INTERPRETED)
-    assert not DEVIATIONS.keys() & set(OUT_OF_RANGE)
+    assert names.issuperset(NOT_OF_THE_SPECIFICATION | SLOW_INTERPRETED | DEVIATIONS.keys())
 
 
 # --- beyond torch -----------------------------------------------------------------------------------------------------
 
 LEAVES = [row for row in CASES if row.how is loss_and_grad and of_torch(row.number)[0].results is not None]
-LEAVES = [row for row in LEAVES if row.make().input.is_contiguous() and row.number not in DEVIATIONS]
+LEAVES = [row for row in LEAVES if row.make().input.is_contiguous() and row.name not in DEVIATIONS]
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")

@@ -226,9 +226,6 @@ def deep(loss, target):
     return torch.compile(lambda t: of_rows(loss, t), backend="eager", fullgraph=True)(target)
 
 
-
-
-
 def two_rows_at_a_time(x: Tensor) -> Tensor:
     return x.view(2, 2, *x.shape[1:])
 

@@ -1,22 +1,15 @@
-"""A seeded fuzzer: any call that is allowed against the specification in float64, any that is not against torch.
+"""Any call that is allowed against the specification in float64, any that is not against torch.
 
-    python -m tests.fuzzer --cases 5000 --seed 1 [--implementation triton]
-    python -m tests.fuzzer --replay 1234567 [--implementation triton]
-
-A case is a function of its seed alone; the seed of a case that fails is printed, with the line that replays it.
+Hypothesis draws the calls, makes one that fails smaller, and prints it; ``--hypothesis-profile=long`` draws thousands.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import random
-import sys
-import time
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -319,143 +312,103 @@ def check(case: Case) -> None:
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
+LABELS, IGNORED = ("int64", "uint8", "strided"), ("nothing", "some", "a class", "all")
+FINITE = tuple(name for name in REGIMES if name not in ("masked", "nan", "inf", "huge"))
+STRENGTHS = st.sampled_from([0.0, 0.3, 1.0, 1.7, -0.5])
+WINDOWS = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"start": st.floats(0, 0.9)}),
+    st.fixed_dictionaries({"abrupt": st.floats(0.1, 1)}),
+)
+WITH_WINDOWS = st.one_of(
+    st.tuples(st.just(bonus_ops.LogBonus), st.one_of(st.sampled_from([0.0, 0.5, 0.75]), st.floats(0, 0.95))),
+    st.tuples(st.just(bonus_ops.PowerBonus), st.one_of(st.sampled_from([0.5, 1.0, 2.0]), st.floats(0.1, 5))),
+    st.tuples(st.just(bonus_ops.CosineBonus)),
+)
+FEW_BONUSES = st.sampled_from([None, bonus_ops.LogBonus(0.5, strength=0.3), bonus_ops.LogBonus(1.0)])
+BONUSES = st.one_of(
+    FEW_BONUSES,
+    st.builds(lambda x, strength, window: x[0](*x[1:], strength=strength, **window), WITH_WINDOWS, STRENGTHS, WINDOWS),
+    st.builds(bonus_ops.LogBonus, st.just(1.0), st.sampled_from([1e-5, 1e-2, None]), strength=STRENGTHS),
+    st.builds(bonus_ops.SubDataBonus, st.floats(0, 0.95), strength=STRENGTHS),
+    st.builds(bonus_ops.Focal, st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(0, 5))),
+    st.builds(bonus_ops.Poly1, st.floats(-1, 4)),
+    st.builds(bonus_ops.GeneralizedCrossEntropy, st.floats(0.05, 1)),
+)
 
-def random_bonus(draw: random.Random) -> bonus_ops.GapLoss | None:
-    strength = draw.choice([0.0, 0.3, 1.0, 1.7, -0.5])
-    window = draw.choice([{}, {}, {"start": draw.uniform(0, 0.9)}, {"abrupt": draw.uniform(0.1, 1)}])
-    return draw.choice(
-        [
-            lambda: None,
-            lambda: bonus_ops.LogBonus(draw.choice([0.0, 0.5, 0.75, draw.random()]), strength=strength, **window),
-            lambda: bonus_ops.LogBonus(1.0, draw.choice([1e-5, 1e-2, None]), strength=strength),
-            lambda: bonus_ops.PowerBonus(
-                draw.choice([0.5, 1.0, 2.0, draw.uniform(0.1, 5)]), strength=strength, **window
-            ),
-            lambda: bonus_ops.CosineBonus(strength=strength, **window),
-            lambda: bonus_ops.SubDataBonus(draw.uniform(0, 0.95), strength=strength),
-            lambda: bonus_ops.Focal(draw.choice([0.0, 1.0, 2.0, draw.uniform(0, 5)])),
-            lambda: bonus_ops.Poly1(draw.uniform(-1, 4)),
-            lambda: bonus_ops.GeneralizedCrossEntropy(draw.uniform(0.05, 1)),
-        ]
-    )()
 
-
-def draw_case(seed: int, implementation: str) -> Case:
-    """Return the case of a seed."""
-    draw = random.Random(seed)
-    n_classes = draw.choice([1, 2, 3, draw.randint(4, 70), draw.choice([127, 128, 129, 255, 256, 257])])
-    interpreted = implementation == "triton"  # some milliseconds a program: few rows
-    n_rows = draw.choice([0, 1, 2, draw.randint(3, 5 if interpreted else 20)])
-    shape = draw.choice([(n_classes,), *[(n_rows, n_classes)] * 3, (n_rows, n_classes, 3), (n_rows, n_classes, 2, 2)])
-    target = draw.choice(["int64", "int64", "uint8", "strided", "probabilities"])
-    if n_classes > 200 and target == "uint8":
-        target = "int64"
+@st.composite
+def calls(draw: Any, implementation: str) -> Case:
+    """Draw a call. Interpreted kernels, some milliseconds a program, get few rows."""
+    interpreted = implementation == "triton"
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    few = st.one_of(st.integers(1, 3), st.integers(4, 70))
+    n_classes = draw(few if interpreted else st.one_of(few, st.sampled_from([127, 128, 129, 255, 256, 257, 1003])))
+    rows = draw(st.integers(0, 5 if interpreted else 20))
+    one = (n_classes,), (rows, n_classes), (rows, n_classes, 3), (rows, n_classes, 2, 2)
+    target = draw(st.sampled_from((*LABELS[: 2 if n_classes < 200 else 1], "strided", "probabilities")))
     soft = target == "probabilities"
-    smoothing = draw.choice([0.0, 0.0, 0.1, 1.0, draw.random()])
-    outputs = draw.choice(OUTPUTS)
-    dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
-    regime = draw.choice(REGIMES)
-    if interpreted:
-        shape = shape if len(shape) < 4 and n_classes < 100 else shape[:2]
-        if regime == "denormal" and dtype.itemsize == 2:
-            regime = "typical"  # the interpreter converts denormal halves wrongly
-    ignore = "nothing" if soft else draw.choice(["nothing", "some", "a class", "all"])
-    if (soft or smoothing > 0) and regime in ("masked", "nan", "inf", "huge"):
-        regime = "typical"  # which infinite products vanish is a convention of its own, tested apart
+    smoothing = draw(st.one_of(st.just(0.0), st.sampled_from([0.1, 1.0]), st.floats(0, 1)))
+    # which infinite products vanish is a convention of its own, tested apart
+    regime = draw(st.sampled_from(FINITE if soft or smoothing > 0 else REGIMES))
+    if interpreted and regime == "denormal" and dtype.itemsize == 2:
+        regime = "typical"  # the interpreter converts denormal halves wrongly
     return Case(
-        draw.randrange(2**31), dtype, shape, draw.choice([*LAYOUTS, "permuted"]), regime, target, ignore,
-        draw.choice(["none", "uniform", "zeros"]), smoothing, draw.choice(["mean", "sum", "none"]),
-        random_bonus(draw), outputs, draw.choice([1, 3]), implementation,
+        seed=draw(st.integers(0, 2**31 - 1)), dtype=dtype, shape=draw(st.sampled_from(one[: 3 if interpreted else 4])),
+        layout=draw(st.sampled_from([*LAYOUTS, "permuted"])), regime=regime, target=target,
+        ignore="nothing" if soft else draw(st.sampled_from(IGNORED)),
+        weight=draw(st.sampled_from(["none", "uniform", "zeros"])), smoothing=smoothing,
+        reduction=draw(st.sampled_from(["mean", "sum", "none"])),
+        bonus=draw(BONUSES if dtype == torch.float32 else FEW_BONUSES),  # each other is compiled once a dtype
+        outputs=draw(st.sampled_from(OUTPUTS)), threads=draw(st.sampled_from([1, 3])), implementation=implementation,
     )  # fmt: skip
 
 
-def check_fault(seed: int, implementation: str) -> None:
-    """Make one argument wrong; fail unless the error has the class and first line of torch's."""
-    draw = random.Random(seed)
-    n_rows, n_classes = draw.randint(1, 5), draw.randint(2, 9)
-    arguments: dict[str, Any] = {
-        "input": torch.zeros(n_rows, n_classes), "target": torch.randint(0, n_classes, (n_rows,))
+# --- calls that torch refuses -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def faulty_calls(draw: Any) -> dict[str, Any]:
+    """Draw the arguments of a call, one of them wrong."""
+    n_rows, n_classes = draw(st.integers(1, 5)), draw(st.integers(2, 9))
+
+    def one(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    faults = {
+        "label": ("target", lambda: torch.full((n_rows,), one(n_classes, -1, 2**40, -(2**40)))),
+        "rows": ("target", lambda: torch.zeros(n_rows + one(-1, 1, 3), dtype=torch.int64)),
+        "target dtype": (
+            "target", lambda: torch.zeros(n_rows, dtype=one(torch.int32, torch.int8, torch.float32, torch.bool))
+        ),
+        "columns": ("target", lambda: torch.zeros(n_rows, n_classes + 1)),
+        "whole shares": ("target", lambda: torch.zeros(n_rows, n_classes, dtype=torch.int64)),
+        "dtype": ("input", lambda: torch.zeros(n_rows, n_classes).to(one(torch.int32, torch.int64, torch.bool))),
+        "no axis": ("input", lambda: torch.zeros(())),
+        "a list": ("input", lambda: [[0.0] * n_classes]),
+        "weights": ("weight", lambda: torch.ones(n_classes + one(-1, 1))),
+        "weight dtype": (
+            "weight", lambda: torch.ones(n_classes, dtype=one(torch.float64, torch.int64, torch.bfloat16))
+        ),
+        "reduction": ("reduction", lambda: one("foo", None, "Mean")),
+        "label_smoothing": ("label_smoothing", lambda: one(1.1, 7.0, math.inf)),
+        "ignore_index": ("ignore_index", lambda: one(None, 1.0, "1")),
     }  # fmt: skip
-    name, value = draw.choice(
-        [
-            ("target", torch.full((n_rows,), draw.choice([n_classes, -1, 2**40, -(2**40)]))),
-            ("target", torch.zeros(n_rows + draw.choice([-1, 1, 3]), dtype=torch.int64)),
-            ("target", torch.zeros(n_rows, dtype=draw.choice([torch.int32, torch.int8, torch.float32, torch.bool]))),
-            ("target", torch.zeros(n_rows, n_classes + 1)),
-            ("target", torch.zeros(n_rows, n_classes, dtype=torch.int64)),
-            ("input", torch.zeros(n_rows, n_classes).to(draw.choice([torch.int32, torch.int64, torch.bool]))),
-            ("input", torch.zeros(())),
-            ("input", [[0.0] * n_classes]),
-            ("weight", torch.ones(n_classes + draw.choice([-1, 1]))),
-            ("weight", torch.ones(n_classes, dtype=draw.choice([torch.float64, torch.int64, torch.bfloat16]))),
-            ("reduction", draw.choice(["foo", None, "Mean"])),
-            ("label_smoothing", draw.choice([1.1, 7.0, math.inf])),
-            ("ignore_index", draw.choice([None, 1.0, "1"])),
-        ]
-    )
-    arguments[name] = value
-    expected = came = None
-    try:
-        F.cross_entropy(**arguments)
-    except Exception as error:
-        expected = error
-    try:
-        bonus_ops.bonus_cross_entropy(**arguments, bonus=None, implementation=implementation)
-    except Exception as error:
-        came = error
-    assert expected is not None, "torch accepts this: not a fault"
-    assert type(came) is type(expected), f"{name}={value}: {came!r}, torch raises {expected!r}"
-    first = str(expected).split("\n")[0]
-    assert str(came).split("\n")[0] == first, f"{name}={value}: {came}, torch says {first}"
+    name, value = faults[draw(st.sampled_from(sorted(faults)))]
+    return {"input": torch.zeros(n_rows, n_classes), "target": torch.zeros(n_rows).long(), name: value()}
 
 
-def run_seed(seed: int, implementation: str) -> Case | None:
-    """Check the case of a seed, one in ten a faulty call."""
-    if seed % 10 == 0:
-        check_fault(seed, implementation)
-        return None
-    case = draw_case(seed, implementation)
-    check(case)
-    return case
-
-
-def fuzz(cases: int, seed: int, implementation: str) -> int:
-    """Run cases ``seed * 10^6`` and on, return how many passed; the first that fails says how to replay it."""
-    passed = 0
-    for number in range(seed * 10**6, seed * 10**6 + cases):
+def check_fault(arguments: dict[str, Any], implementation: str) -> None:
+    """Fail unless the error has the class and first line of torch's."""
+    raised = []
+    for function, options in (
+        (F.cross_entropy, {}),
+        (bonus_ops.bonus_cross_entropy, {"bonus": None, "implementation": implementation}),
+    ):
         try:
-            run_seed(number, implementation)
+            function(**arguments, **options)
         except Exception as error:
-            what = draw_case(number, implementation) if number % 10 else "a faulty call"
-            raise AssertionError(
-                f"case {number} fails: {error}\n{what}\n"
-                f"replay: python -m tests.fuzzer --replay {number} --implementation {implementation}"
-            ) from error
-        passed += 1
-    return passed
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--implementation", choices=("numba", "triton", "reference"), default="numba")
-    parser.add_argument("--replay", type=int, help="run the case of this seed alone")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    if arguments.replay is not None:
-        print(run_seed(arguments.replay, arguments.implementation) or "a faulty call")
-    else:
-        try:
-            fuzz(arguments.cases, arguments.seed, arguments.implementation)
-        except AssertionError as error:
-            print(error)
-            return 1
-    print(f"passed, {time.perf_counter() - start:.1f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported, which kernels are when one first runs
-    sys.exit(main())
+            raised.append((type(error), str(error).split("\n")[0]))
+        else:
+            raise AssertionError(f"{function.__name__} accepts {arguments}")
+    assert raised[0] == raised[1]
