@@ -86,14 +86,18 @@ def counted(logits, target, n=1):
     return np.broadcast_to(times.sum(0), times.shape) if logits.stride(0) == 0 and len(logits) > 1 else times
 
 
-def assert_read_once(logits, target, found, parts=1, more=0):
-    """Check how often a forward read each logit; ``more`` sweeps follow the first."""
-    least = counted(logits, target, 1 + more)
-    by_planes = launching.vector(logits[:, None]) == 0  # a thread has a row: label and max are not read again
-    extra = found - least
-    assert (extra >= 0).all() and (extra[least == 0] == 0).all()
-    each = 0 if by_planes else len(logits) if logits.stride(0) == 0 else 1
+def assert_read_once(logits, target, found, parts=1, more=0, out=None):
+    """Check how often a forward read each logit; ``more`` sweeps follow the first, and write ``out``."""
+    extra = found - counted(logits, target, 1 + more)
+    by = launching.vector(*(x[:, None] for x in (logits, out) if x is not None))
+    rows = len(logits) if logits.stride(0) == 0 else 1
+    each = 0 if by == 0 else rows  # a thread has a row: label and max are not read again
+    assert (extra >= 0).all() and (extra[counted(logits, target) == 0] == 0).all()
     assert extra.max() <= each and (extra.sum(1) <= (1 + CHUNK * parts) * each).all()
+    for i, y in enumerate(target.tolist()):  # but for the label, whole chunks
+        head = -logits[i].data_ptr() % 16 // logits.element_size() if by > 1 else 0
+        chunks = {(k - head) // CHUNK for k in np.flatnonzero(extra[i]).tolist() if k != y}
+        assert len(chunks) <= parts * rows, (i, chunks)
 
 
 @pytest.mark.slow
@@ -152,9 +156,9 @@ def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dt
 def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, dtype):
     logits, target = draw(n_rows, n_classes, layout, dtype)
     with guard() as launches:
-        bonus_ops.bonus_cross_entropy_with_softmax(logits, target, implementation="triton")
+        *_, softmax = bonus_ops.bonus_cross_entropy_with_softmax(logits, target, implementation="triton")
     (only,) = launches
-    assert_read_once(logits, target, reads(only), more=1)
+    assert_read_once(logits, target, reads(only), more=1, out=softmax)
     assert (only.times_written("softmax[0]") == 1).all()
 
 
