@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import gpu
-from bench.gpu import cases, goals, losses, report
+from bench.gpu import cases, goals, losses, report, steps
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,16 @@ def test_a_wrong_loss_is_not_timed():
     found, skipped = losses.load(named, first)
     assert set(found) == {"right"} and "wrong result" in skipped["off"] and "wrong result" in skipped["nan"]
     assert skipped["absent"].startswith("ModuleNotFoundError")
+
+
+def test_a_wrong_result_of_ours_fails_its_step(monkeypatch, tmp_path):
+    off = losses.Named(lambda: lambda z, y: 1.01 * F.cross_entropy(z, y))
+    for name in (losses.LOSS_ONLY, "a peer"):
+        step = lambda timer, name=name: timer.losses({name: off}, cases.SMALL[0].inputs("cpu"))  # noqa: E731
+        monkeypatch.setitem(steps.STEPS, "speed", step)
+        with pytest.raises(SystemExit, match="not timed") if name != "a peer" else contextlib.nullcontext():
+            steps.main("speed", str(tmp_path / "rows"), "cpu")
+    assert (tmp_path / "rows").read_text().count("wrong result") == 2
 
 
 def measured(slack, but=()):

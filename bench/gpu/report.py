@@ -69,7 +69,9 @@ def _times(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _said(step: dict[str, Any]) -> str:
-    return step["said"][-1].replace("|", "/") if step.get("said") else ""
+    if step["status"] == "done" and step["rows"]:
+        return f"{len(step['rows'])} rows"
+    return step["said"][-1].replace("|", "/") if step["said"] else ""
 
 
 def with_runs(readme: str, folder: Path) -> str:
