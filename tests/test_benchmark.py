@@ -8,6 +8,7 @@ times them at full size. Otherwise each runs once on a few rows, and must meet t
 import gc
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -320,3 +321,12 @@ def test_what_is_written_from_the_record_is_up_to_date():
     assert report.markdown(results, re.findall(r"!\[.*\]\((.*)\)", text)) == text
     with pytest.raises(ValueError, match="expected .*end of numbers"):
         report.with_results(readme.replace(report.END, ""), results)
+
+
+def test_memory_is_kept_where_malloc_agrees(monkeypatch):
+    set_to = []
+    libc = types.SimpleNamespace(mallopt=lambda option, value: set_to.append((option, value)) or 1)
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: libc)
+    assert measure.keep_memory() and set_to == [(-4, 0), (-1, -1)]
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: types.SimpleNamespace())
+    assert not measure.keep_memory()

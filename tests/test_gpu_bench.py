@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_a_wrong_result_of_ours_fails_its_step(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="not timed") if name != "a peer" else contextlib.nullcontext():
             steps.main("speed", str(tmp_path / "rows"), "cpu")
     assert (tmp_path / "rows").read_text().count("wrong result") == 2
+
+
+def test_a_call_leaves_nothing_to_the_garbage_collector():
+    """A cycle would hold the gradients of every call until it runs."""
+    calls = [steps.call(losses.OF_LOGITS[name].load(), "train", 0.5, *cases.Case((3, 10), "fp32").inputs("cpu"))
+             for name in (losses.OURS, losses.LOSS_ONLY)]  # fmt: skip
+    for call in calls:
+        call()
+    gc.collect()
+    gc.disable()
+    try:
+        for call in calls:
+            call()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def measured(slack, but=()):

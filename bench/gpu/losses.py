@@ -37,6 +37,7 @@ class Named(NamedTuple):
     bonus: bool = False  # the bonus loss, else plain cross-entropy
     modes: tuple[str, ...] = ("forward", "train")
     slow_start: bool = False  # compiles for each shape
+    waits: bool = False  # for the GPU, so that no graph can hold it
     upstream: float = 0.5  # what backward starts from; not 1: a peer may do nothing then
 
 
@@ -70,7 +71,7 @@ OF_LOGITS = {
     LOSS_ONLY: Named(lambda: lambda z, y: bonus_cross_entropy(z, y, bonus=BONUS), True),
     SCORING: Named(lambda: lambda z, y: difficulty_scores(z, y).loss.mean(), modes=("forward",)),
     EAGER: Named(lambda: F.cross_entropy),
-    "Liger-Kernel": Named(_liger, modes=("train",)),
+    "Liger-Kernel": Named(_liger, modes=("train",), waits=True),
     "QuACK": Named(_quack, slow_start=True),
     COMPILED: Named(lambda: torch.compile(F.cross_entropy, dynamic=False), modes=("train",), slow_start=True),
 }

@@ -49,7 +49,7 @@ def markdown(results: dict[str, Any]) -> str:
         table(["step", "status", "seconds", "date, commit", "last words"],
               ([name, step["status"], f"{step['seconds']:.0f}", f"{step['date']}, {step['commit']}", _said(step)]
                for name, step in steps.items())),
-        "## Times\n\nMedian, ms of the GPU, replayed from a graph; of last layers as called; \"host\" is the host's.\n",
+        "## Times\n\nMedian ms, replayed from a graph; last layers and Liger as called; \"host\" is the host's.\n",
         _times(times.rows),
         "Left out:\n",
         table(["what", "why"], ([", ".join(row[k] for k in ("case", "loss", "mode") if k in row),

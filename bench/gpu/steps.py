@@ -61,7 +61,8 @@ class Timer:
         from triton.testing import do_bench, do_bench_cudagraph
 
         torch.cuda.synchronize()  # a graph is timed on another stream: what it reads must be there
-        return (do_bench_cudagraph if by_graph else do_bench)(run, quantiles=[0.5, 0.2, 0.8])
+        bench = do_bench_cudagraph if by_graph else functools.partial(do_bench, rep=300)
+        return bench(run, quantiles=[0.5, 0.2, 0.8])
 
     def row(self, case: object, name: str, mode: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Add a line of what ``measure`` returns, or why it could not."""
@@ -79,13 +80,13 @@ class Timer:
             self.add({"loss": name, "skipped": why})
         return found
 
-    def in_turn(self, case: Case, of: Callable[..., Callable[[], object]]) -> dict[str, Any]:
+    def in_turn(self, case: Case, of: Callable[..., Callable[[], object]], by_graph: bool = True) -> dict[str, Any]:
         """Time a call that ``of(logits, target)`` returns, on inputs in turn that together outgrow L2 four times."""
         small, n = self.of(case), 1
         if self.device == "cuda":
             n = min(1 + 4 * torch.cuda.get_device_properties(0).L2_cache_size // case.n_bytes, 64)
         calls = [of(*small.inputs(self.device)) for _ in range(n)]
-        times = self.ms(lambda: [call() for call in calls])
+        times = self.ms(lambda: [call() for call in calls], by_graph)
         return {"ms": times and [t / n for t in times]}
 
 
@@ -133,7 +134,8 @@ def time_losses(timer: Timer, case: Case, losses: dict[str, Loss], named: dict[s
     for name, loss in losses.items():
         for mode in named[name].modes:
             of = functools.partial(call, loss, mode, named[name].upstream)
-            timer.row(case, name, mode, lambda of=of: timer.in_turn(case, of))
+            by_graph = not named[name].waits
+            timer.row(case, name, mode, lambda of=of, by_graph=by_graph: timer.in_turn(case, of, by_graph))
 
 
 OTHERS = (  # of (logits, labels, probabilities)
