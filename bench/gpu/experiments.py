@@ -42,7 +42,7 @@ from bonus_ops.kernels.gpu.spread import Spread, spread_of, with_label, write_ed
 from bonus_ops.kernels.gpu.sweep import absorb_in_any_order, exact_argmax, sweep_edge, without_target
 from bonus_ops.kernels.gpu.tiles import chunks_of, n_all, n_plain, tiles_of_part
 
-from .losses import BONUS
+from .cases import BONUS
 
 # --- prefetch depth ---------------------------------------------------------------------------------------------------
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonus_ops import (
-    LogBonus,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     difficulty_scores,
     linear_bonus_cross_entropy_with_scores,
 )
 
-BONUS = LogBonus(0.75)
+from .cases import BONUS
+
 OURS, LOSS_ONLY, SCORING, EAGER, COMPILED = (
     "ours", "ours, loss only", "ours, scores alone", "F.cross_entropy", "F.cross_entropy, compiled",
 )  # fmt: skip

@@ -22,11 +22,10 @@ from bonus_ops import bonus_binary_cross_entropy_with_logits, bonus_cross_entrop
 
 from ..record import plain
 from . import cases
-from .cases import Case, Layer
+from .cases import BONUS, Case, Layer
 from .goals import DEPTHS
 from .losses import (
     BARE,
-    BONUS,
     EAGER,
     FROM_L2,
     IN_FORWARD,
