@@ -133,15 +133,6 @@ def compiled(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def cuda():
-    """Put a stand-in in the place of `torch.cuda`."""
-    from tests import cuda_stand_in
-
-    with cuda_stand_in.stand_in() as cuda:
-        yield cuda
-
-
-@pytest.fixture
 def poison():
     """Fill every `torch.empty` with NaN or the largest integer, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True)

@@ -46,42 +46,45 @@ def test_more_logits_than_a_32_bit_offset_reaches(n_logits, n_classes):
             torch.testing.assert_close(far[rows], near, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def moved(step, *tensors):
+    """Return the traffic of a step with each of ``tensors`` and of those that it returns."""
+    with launching.watched() as machines:
+        made = step()
+    regions = [region for machine in machines for region in machine.memory.regions]
+    return [
+        sum((r.traffic for r in regions if r.begin == tensor.data_ptr()), collections.Counter())
+        for tensor in (*tensors, *made)
+    ]
+
+
+def sectors_of(step, *tensors):
+    """Return bytes of the sectors that a step asks for, loads and stores, over the bytes of the logits."""
+    return [32 * (x["sectors loaded"] + x["sectors stored"]) / tensors[0].nbytes for x in moved(step, *tensors)]
+
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+
+
+@both_dtypes
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(64, 1000), (4, 32000), (4, 50257)])
 def test_logits_are_moved_by_whole_sectors(n_rows, n_classes, dtype):
     """Each logit once a pass, but for the label and the runner-up's chunk; rows off the 32 bytes share sectors."""
     logits, target = torch.randn(n_rows, n_classes).to(dtype).requires_grad_(), torch.zeros(n_rows, dtype=torch.int64)
-    with launching.watched() as machines:
+
+    def step():
         loss, _ = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
-        (grad,) = torch.autograd.grad(loss, logits)
-    moved = {
-        what: sum((region.traffic for machine in machines for region in machine.memory.regions
-                   if region.begin == tensor.data_ptr()), collections.Counter())
-        for what, tensor in (("logits", logits), ("grad", grad))
-    }  # fmt: skip
-    size = logits.numel() * dtype.itemsize
-    assert 2 * size < moved["logits"]["bytes loaded"] <= 2.02 * size
-    assert moved["grad"]["bytes stored"] == size
-    assert moved["grad"]["sectors stored"] * 32 <= 1.13 * size
+        return torch.autograd.grad(loss, logits)
+
+    of_logits, of_grad = moved(step, logits)
+    size = logits.nbytes
+    assert 2 * size < of_logits["bytes loaded"] <= 2.02 * size
+    assert of_grad["bytes stored"] == size
+    assert of_grad["sectors stored"] * 32 <= 1.13 * size
     # the forward of float32 reads a sector by halves, one right after the other
-    halves = dtype == torch.float32
-    assert moved["logits"]["sectors loaded"] * 32 <= (2 * 1.15 + halves) * size
+    assert of_logits["sectors loaded"] * 32 <= (2 * 1.15 + (dtype == torch.float32)) * size
 
 
-def sectors_of(step, *tensors):
-    """Return bytes of the sectors that a step asks for, loads and stores, over the bytes of each tensor."""
-    with launching.watched() as machines:
-        others = step()
-    found = []
-    for tensor in (*tensors, *others):
-        regions = [r for m in machines for r in m.memory.regions if r.begin == tensor.data_ptr()]
-        moved = sum((r.traffic for r in regions), collections.Counter())
-        n_bytes = tensor.numel() * tensor.itemsize
-        found.append(32 * (moved["sectors loaded"] + moved["sectors stored"]) / n_bytes)
-    return found
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@both_dtypes
 @pytest.mark.parametrize(
     ("shape", "most"), [((2, 21, 64, 64), 1.2), ((1, 150, 32, 32), 1.2), ((1, 21, 65, 65), 1.6)], ids=str
 )
@@ -97,7 +100,7 @@ def test_classes_apart_are_moved_by_whole_sectors(shape, most, dtype):
     assert max(*forward, *backward) <= most, (forward, backward)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@both_dtypes
 @pytest.mark.parametrize("kind", ["smoothing", "probabilities", "sigmoid"])
 def test_classes_apart_of_other_targets_are_moved_by_whole_sectors(kind, dtype):
     logits = torch.randn(2, 21, 32, 32).to(dtype).requires_grad_()
@@ -110,7 +113,6 @@ def test_classes_apart_of_other_targets_are_moved_by_whole_sectors(kind, dtype):
     backward = sectors_of(lambda: torch.autograd.grad(loss[0], logits), logits)
     sweeps = 1 if kind == "sigmoid" else 2
     halves = 2 if kind == "sigmoid" and dtype == torch.float32 else 1
-    print(kind, dtype, forward, backward)
     assert forward[0] / sweeps / halves <= 1.2 and max(backward) / halves <= 1.2, (forward, backward)
 
 

@@ -31,23 +31,22 @@ print(json.dumps(host.Mocked.compiled))
 """
 
 
-def printed(code: str) -> object:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=ENVIRONMENT)  # fmt: skip
+def printed(*code: str) -> object:
+    done = subprocess.run([sys.executable, *code], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}], ids=str)
 def test_last_batches_and_ignored_labels_compile_nothing_new(options):
-    compiled = printed(TRAINING.replace("OPTIONS", repr({"implementation": "triton", **options})))
+    compiled = printed("-c", TRAINING.replace("OPTIONS", repr({"implementation": "triton", **options})))
     assert len(compiled) == len(set(compiled)) == 2, compiled  # forward and backward
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[tuple[str, str], dict]:
     code = "import json\nfrom bench import host\nhost.mock_launches()\nprint(json.dumps(host.counted()))"
-    return {(row["call"], row["dtype"]): row for row in printed(code)}
+    return {(row["call"], row["dtype"]): row for row in printed("-c", code)}
 
 
 @pytest.mark.parametrize("call", ["loss", "loss and scores"])
@@ -61,3 +60,10 @@ def test_launches_of_a_mean(counted, call, dtype):
 def test_no_backward_makes_zeros(counted):
     """For scores and the like, which nobody differentiates."""
     assert not [row["call"] for row in counted.values() if "zeros" in row["backward"]["operators"]]
+
+
+def test_nothing_waits_for_the_device():
+    """What asks a tensor without values for one raises; each loss on its short way and through its operator."""
+    found = printed("-m", "tests.on_meta")
+    assert all(inside in (2, 4) and short in (0, inside) for short, inside in found.values()), found
+    assert found["labels"] == found["labels, scores"] == [2, 2]

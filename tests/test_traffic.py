@@ -1,20 +1,18 @@
 """What the kernels touch, to the byte: each logit read once a sweep, each output written once, nothing else.
 
-With b bytes a logit, of a row of V classes with label y the forward sweep reads
+With b bytes a logit, of a row of V classes the forward sweep reads V b, and at most
 
-    V b                         every logit once
-    - b  if y is in the edge    the label's own logit is masked there
-    + b                         the label's logit, on its own
-    + up to 8 b                 the chunk that holds the largest other logit of the vectors, but for y; once a part
+    + b        the label's logit, on its own
+    + 8 b      the chunk that holds the largest other logit, for the smallest class that attains it; once a part
 
-and backward reads V b and writes V b. Ignored rows and labels out of range read nothing.
+where a thread has a row V b alone. Backward reads V b and writes V b. Ignored rows and labels out of range read
+nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -82,65 +80,24 @@ def reads(launched):
     return launched.times_read("logits[0]")[:, 0]
 
 
-def body_of(row, aligned=True):
-    """Return (first, last) class of the row's chunks; without alignment they start at class 0."""
-    start, size = row.data_ptr(), row.element_size()
-    head = 0
-    if row.stride(0) == 1 and aligned:
-        while head < len(row) and (start + head * size) % 16:
-            head += 1
-    return head, head + (len(row) - head) // CHUNK * CHUNK
-
-
-def sweep_reads(row, y, first_chunk, last_chunk, edge, aligned):
-    """Return how often one program's sweep must read each class: chunks first..last of the row, and its edge."""
-    head, end = body_of(row, aligned)
-    times = np.zeros(len(row), int)
-    start, stop = min(head + first_chunk * CHUNK, end), min(head + last_chunk * CHUNK, end)
-    times[start:stop] = 1
-    if edge:
-        times[:head], times[end:] = 1, 1
-        if not head <= y < end:
-            times[y] = 0
-    others = row.float().clone()
-    others[y] = -math.inf
-    if stop > start and others[start:stop].max() > -math.inf:
-        chunk = head + (start - head + int(others[start:stop].argmax())) // CHUNK * CHUNK
-        times[chunk : chunk + CHUNK] += np.arange(chunk, chunk + CHUNK) != y
-    return times
-
-
-def by_planes(logits):
-    """Return whether a thread has a row, so that label and max are not read again."""
-    return launching.vector(logits[:, None]) == 0
-
-
-def forward_reads(logits, target, parts, lanes, aligned=True):
-    """Return how often forward, label's gather aside, must read each logit."""
-    if by_planes(logits):
-        return np.ones(logits.shape, int) * (target != -100).numpy().astype(int)[:, None]
-    n_tiles = -(-(logits.shape[1] // CHUNK) // lanes)
-    share = -(-n_tiles // parts) * lanes
-    times = np.zeros(logits.shape, int)
-    for i, (row, y) in enumerate(zip(logits, target.tolist(), strict=True)):
-        if y != -100:
-            times[i] = sum(
-                sweep_reads(row, y, part * share, (part + 1) * share, part == 0, aligned) for part in range(parts)
-            )
-    return times
-
-
-def label_reads(logits, target):
-    times = np.zeros(logits.shape, int)
-    for i, y in enumerate(target.tolist()):
-        if y != -100:
-            times[i, y] = 1
-    return times
-
-
-def seen(logits, times):
-    """Add up rows that are one and the same memory."""
+def counted(logits, target, n=1):
+    """Return ``n`` for each logit that must be read, those of expanded rows added up: they are the same memory."""
+    times = n * (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
     return np.broadcast_to(times.sum(0), times.shape) if logits.stride(0) == 0 and len(logits) > 1 else times
+
+
+def assert_read_once(logits, target, found, parts=1, more=0, out=None):
+    """Check how often a forward read each logit; ``more`` sweeps follow the first, and write ``out``."""
+    extra = found - counted(logits, target, 1 + more)
+    by = launching.vector(*(x[:, None] for x in (logits, out) if x is not None))
+    rows = len(logits) if logits.stride(0) == 0 else 1
+    each = 0 if by == 0 else rows  # a thread has a row: label and max are not read again
+    assert (extra >= 0).all() and (extra[counted(logits, target) == 0] == 0).all()
+    assert extra.max() <= each and (extra.sum(1) <= (1 + CHUNK * parts) * each).all()
+    for i, y in enumerate(target.tolist()):  # but for the label, whole chunks
+        head = -logits[i].data_ptr() % 16 // logits.element_size() if by > 1 else 0
+        chunks = {(k - head) // CHUNK for k in np.flatnonzero(extra[i]).tolist() if k != y}
+        assert len(chunks) <= parts * rows, (i, chunks)
 
 
 @pytest.mark.slow
@@ -149,30 +106,26 @@ def seen(logits, times):
 def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
     logits, target, launches = observe(n_rows, n_classes, layout, dtype)
     how = launch.forward(n_rows, n_classes, vector=launching.vector(logits[:, None]))
-    assert [x.kernel for x in launches] == (
-        ["forward_kernel", "backward_kernel"] if how.parts == 1 else
-        ["partial_kernel", "merge_kernel", "backward_kernel"]
-    )  # fmt: skip
+    split = ["partial_kernel", "merge_kernel"] if how.parts > 1 else ["forward_kernel"]
+    assert [x.kernel for x in launches] == [*split, "backward_kernel"]
     first, last = launches[0], launches[-2]  # the same where one program has the row
-    sweep, label = forward_reads(logits, target, how.parts, how.lanes), label_reads(logits, target)
-    size, n_counted = logits.element_size(), int((target != -100).sum())
-
-    if how.parts == 1:
-        label = label * (not by_planes(logits))
-        np.testing.assert_array_equal(reads(first), seen(logits, sweep + label))
-        assert first.bytes_read() == {"logits[0]": int((sweep + label).sum()) * size, "target_ptr": 8 * n_rows}
-    else:
-        np.testing.assert_array_equal(reads(first), seen(logits, sweep))
-        np.testing.assert_array_equal(reads(last), label)
-        shares = n_rows * how.parts
-        assert first.bytes_read() == {"logits[0]": int(sweep.sum()) * size, "target_ptr": 8 * shares}
-        assert first.bytes_written() == {"parts[0]": 16 * shares, "parts[1]": 4 * shares}
-        assert last.bytes_read() == {
-            "logits[0]": n_rows * size, "target_ptr": 8 * n_rows, "parts[0]": 16 * shares, "parts[1]": 4 * shares,
-        }  # fmt: skip
-    assert int((sweep + label).sum()) <= n_counted * (n_classes + 1 + CHUNK * how.parts)
+    together = reads(first) + reads(last) if how.parts > 1 else reads(first)
+    assert_read_once(logits, target, together, how.parts)
+    shares = n_rows * how.parts
+    others = {"target_ptr": 8 * n_rows}
+    if how.parts > 1:
+        parts = {"parts[0]": 16 * shares, "parts[1]": 4 * shares}
+        assert first.bytes_written() == parts and others | {"target_ptr": 8 * shares} == rest_of(first)
+        assert int(reads(last).sum()) == int((target != -100).sum())  # the label's
+        others |= parts
+    assert rest_of(last) == others
     # loss, five scores, runner-up, (gap, max, sum_exp)
     assert last.bytes_written() == {f"outputs[{i}]": 4 * n * n_rows for i, n in enumerate((1, 5, 1, 3))}
+
+
+def rest_of(launched):
+    """Return the bytes read of all but the logits."""
+    return {name: n for name, n in launched.bytes_read().items() if name != "logits[0]"}
 
 
 @over_dtypes
@@ -180,12 +133,10 @@ def test_forward_reads_each_logit_once(n_rows, n_classes, layout, dtype):
 def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dtype):
     logits, target, (*_, backward) = observe(n_rows, n_classes, layout, dtype)
     parts = launch.backward(n_rows, n_classes, vector=launching.vector(logits[:, None])).parts
-    counted = (target != -100).numpy().astype(int)[:, None] * np.ones(logits.shape, int)
-    np.testing.assert_array_equal(reads(backward), seen(logits, counted))
+    np.testing.assert_array_equal(reads(backward), counted(logits, target))
     assert (backward.times_written("grad[0]") == 1).all()
-    assert backward.bytes_read() == {
-        "logits[0]": int(counted.sum()) * logits.element_size(), "target_ptr": 8 * n_rows * parts,
-        "saved_ptr": 12 * n_rows * parts, "upstream[0]": 4 * n_rows * parts,
+    assert rest_of(backward) == {
+        "target_ptr": 8 * n_rows * parts, "saved_ptr": 12 * n_rows * parts, "upstream[0]": 4 * n_rows * parts,
     }  # fmt: skip
     assert backward.bytes_written() == {"grad[0]": logits.numel() * logits.element_size()}
 
@@ -193,24 +144,21 @@ def test_backward_reads_and_writes_each_logit_once(n_rows, n_classes, layout, dt
 @pytest.mark.slow
 @over_dtypes
 @pytest.mark.parametrize(
-    ("n_rows", "n_classes", "layout", "aligned"),
+    ("n_rows", "n_classes", "layout"),
     [
-        (19, 10, "contiguous", True),
-        (3, 1003, "contiguous", True),
-        (3, 1003, "padded_rows", False),  # softmax rows leave the alignment of logits rows
-        (3, MULTI_TILE, "contiguous", True),
-        (2, SPLIT_FORWARD, "transposed", False),
+        (19, 10, "contiguous"),
+        (3, 1003, "contiguous"),
+        (3, 1003, "padded_rows"),  # softmax rows leave the alignment of logits rows
+        (3, MULTI_TILE, "contiguous"),
+        (2, SPLIT_FORWARD, "transposed"),
     ],
 )
-def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, aligned, dtype):
+def test_softmax_adds_one_read_and_one_write(n_rows, n_classes, layout, dtype):
     logits, target = draw(n_rows, n_classes, layout, dtype)
     with guard() as launches:
-        bonus_ops.bonus_cross_entropy_with_softmax(logits, target, implementation="triton")
+        *_, softmax = bonus_ops.bonus_cross_entropy_with_softmax(logits, target, implementation="triton")
     (only,) = launches
-    counted = (target != -100).numpy().astype(int)[:, None]
-    sweep = forward_reads(logits, target, 1, launch.forward(n_rows, n_classes).lanes, aligned)
-    label = label_reads(logits, target) * (not by_planes(logits))
-    np.testing.assert_array_equal(reads(only), seen(logits, sweep + label + counted))
+    assert_read_once(logits, target, reads(only), more=1, out=softmax)
     assert (only.times_written("softmax[0]") == 1).all()
 
 
