@@ -212,7 +212,14 @@ def test_images_of_another_shape_raise_and_write_nothing(tmp_path, shape):
 
 def test_what_the_report_needs_is_kept_by_default():
     assert {"mean_el2n", "early_entropy"} <= set(DEFAULT_FIELDS)
-    assert isinstance(Report.of(tracked()), Report)
+    assert isinstance(tracked().report(), Report)
+
+
+def test_a_report_of_columns_is_the_trackers():
+    columns = tracked().report().columns
+    assert str(Report.of(columns)) == str(tracked().report()) != str(Report.of(columns, suspect=0.5))
+    with pytest.raises(ValueError, match="no example has early_entropy together"):
+        Report.of(columns | {"early_entropy": columns["early_entropy"] * math.nan})
 
 
 @pytest.mark.slow
