@@ -222,17 +222,11 @@ def test_a_report_of_columns_is_the_trackers():
         Report.of(columns | {"early_entropy": columns["early_entropy"] * math.nan})
 
 
-@pytest.mark.slow
-def test_the_benchmark_runs_and_judges():
-    said: list[str] = []
-    results = bench_tracker.run(True, "cpu", said.append)
-    assert len(said) == 2 and results["bounds"] == []
-    for case in results["cases"].values():
-        assert case["ratios"]["all fields"]["median"] > 0 and case["base"] in case["time_ms"]
-    slow = {name: {"base": "b", "ratios": {"all fields": {"median": value}}} for name, value in (
+def test_the_benchmark_judges():
+    slow = {name: {"ratios": {"all fields": {"median": value}}} for name, value in (
         ("beside a training step", 0.03), ("beside index_add_", 2.0)
     )}  # fmt: skip
-    assert [verdict["passed"] for verdict in bench_tracker._verdicts(slow)] == [False, True]
+    assert [each["passed"] for each in bench_tracker.verdicts(slow)] == [False, True]
 
 
 # --- labels, figures, options -----------------------------------------------------------------------------------------
