@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bonus_ops import Focal, LogBonus, PowerBonus, bonus_cross_entropy
 
+from . import digits
 from .claims_data import BATCH, DECAY, MOMENTUM, RATE
 from .claims_encouraging import PLAIN, ScaledCrossEntropy
 from .claims_verdict import ABOVE_ZERO, verdict
@@ -68,14 +69,6 @@ class Split(NamedTuple):
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-
-
-@functools.cache
 def _lines() -> tuple[Tensor, Tensor]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -95,7 +88,7 @@ def _lines_of(folder: Path) -> set[str]:
     return {line for line in stripped if len(line) >= SHORTEST}
 
 
-_ROWS = {"digits": _digits, "lines": _lines}
+_ROWS = {"digits": digits.load, "lines": _lines}
 _PER_CLASS = {"digits": (104, 30, 40), "lines": (400, 200, 400)}  # train, where balanced; validation; test
 
 

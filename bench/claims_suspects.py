@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bonus_ops import ExampleTracker, bonus_cross_entropy_with_scores
 
+from . import digits
 from .claims_data import BATCH, HIDDEN, MOMENTUM, N_TEST, RATE
 from .claims_verdict import ABOVE_ZERO, verdict
 from .command import Picture
@@ -51,10 +52,7 @@ class Flipped(NamedTuple):
 
 
 def flip(share: float) -> Flipped:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    images, labels = digits.load()
     order = torch.randperm(len(labels))
     test, train = order[:N_TEST], order[N_TEST:]
     given = labels[train].clone()

@@ -6,6 +6,7 @@ accuracy: on this task its differences are about as large as the spread of the s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 from typing import Any
@@ -59,7 +60,8 @@ class _Run:
 
     def __init__(self, bonus: GapLoss | None, seed: int, device: str) -> None:
         self.bonus = bonus
-        images, labels, order = _digits(seed)
+        images, labels = load()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 + seed))
         self.images, self.labels = images.to(device), labels.to(device)
         self.index = order[:-N_TEST]  # of the training images in the data set
         self.train_rows, self.test_rows = order[:-N_TEST].to(device), order[-N_TEST:].to(device)
@@ -124,13 +126,13 @@ class _Run:
         ]  # fmt: skip
 
 
-def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images in [0, 1] [1797, 64], labels, and the order whose last `N_TEST` are the test set."""
+@functools.cache
+def load() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's images in [0, 1] [1797, 64], and labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(1000 + seed))
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target), order
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
 def _statistics(results: list[dict[str, Any]]) -> dict[str, Any]:
