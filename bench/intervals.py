@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
-
 __all__ = ["interval", "mean", "ratio", "spread", "summary"]
 
 
@@ -30,6 +28,8 @@ def spread(times: dict[str, float]) -> str:
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Return the mean over seeds, half the width of its 95 % confidence interval (Student's t), the number of seeds."""
+    from scipy import stats  # comes with scikit-learn, which has the data; times need neither
+
     n = len(values)
     half = float(stats.sem(values) * stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
     return {"mean": statistics.fmean(values), "half": half, "seeds": n}
