@@ -29,11 +29,6 @@ def test_a_fault_still_fits_the_source(mutant):
     assert f"def {name}(" in (ROOT / file).read_text()
 
 
-def test_most_faults_are_those_of_peers():
-    assert sum(bool(mutant.seen_in) for mutant in MUTANTS) >= 24
-    assert len({mutant.fault for mutant in MUTANTS}) == len(MUTANTS)
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="faults are seeded in kernels, triton is missing"
 )

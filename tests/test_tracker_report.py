@@ -212,20 +212,21 @@ def test_images_of_another_shape_raise_and_write_nothing(tmp_path, shape):
 
 def test_what_the_report_needs_is_kept_by_default():
     assert {"mean_el2n", "early_entropy"} <= set(DEFAULT_FIELDS)
-    assert isinstance(Report.of(tracked()), Report)
+    assert isinstance(tracked().report(), Report)
 
 
-@pytest.mark.slow
-def test_the_benchmark_runs_and_judges():
-    said: list[str] = []
-    results = bench_tracker.run(True, "cpu", said.append)
-    assert len(said) == 2 and results["bounds"] == []
-    for case in results["cases"].values():
-        assert case["ratios"]["all fields"]["median"] > 0 and case["base"] in case["time_ms"]
-    slow = {name: {"base": "b", "ratios": {"all fields": {"median": value}}} for name, value in (
+def test_a_report_of_columns_is_the_trackers():
+    columns = tracked().report().columns
+    assert str(Report.of(columns)) == str(tracked().report()) != str(Report.of(columns, suspect=0.5))
+    with pytest.raises(ValueError, match="no example has early_entropy together"):
+        Report.of(columns | {"early_entropy": columns["early_entropy"] * math.nan})
+
+
+def test_the_benchmark_judges():
+    slow = {name: {"ratios": {"all fields": {"median": value}}} for name, value in (
         ("beside a training step", 0.03), ("beside index_add_", 2.0)
     )}  # fmt: skip
-    assert [verdict["passed"] for verdict in bench_tracker._verdicts(slow)] == [False, True]
+    assert [each["passed"] for each in bench_tracker.verdicts(slow)] == [False, True]
 
 
 # --- labels, figures, options -----------------------------------------------------------------------------------------
