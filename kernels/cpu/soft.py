@@ -106,7 +106,8 @@ def visit(
         *map(address_of, weights), given is None and weights == [None, None], shares.data_ptr(),
         *((0, 0, 0, 0) if terms is None else terms[:4]), numbers.data_ptr(), *strided(up), *strided(of_lse),
         result.loss.data_ptr(), result.lse.data_ptr(), result.scores.data_ptr(),
-        result.runner_up.data_ptr() if scores else 0, address_of(out), *((0, 0) if out is None else out.stride()[:2]), int(in_place),
+        result.runner_up.data_ptr() if scores else 0,
+        address_of(out), *((0, 0) if out is None else out.stride()[:2]), int(in_place),
     ))  # fmt: skip
     of_tile = tile * n_classes * ((not in_place) + (terms is not None))
     work = (soft_rows.END + of_tile) * real_dtype.itemsize + 2 * ROWS * 4
