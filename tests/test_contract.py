@@ -86,7 +86,7 @@ linear, smoothing  triton      triton     triton     .          .            non
 linear, smoothing  numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
 linear, smoothing  reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
 linear, smoothing  None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference
-linear, options  triton  none       none       .          .            none       none       none       none       none       cannot     cannot
+linear, options  triton     triton     triton     .          .            none       none       none       triton     none       cannot     cannot
 linear, options  numba       numba      numba      .          .            none       none       none       numba      none       cannot     cannot
 linear, options  reference   reference  reference  .          .            reference  reference  reference  reference  reference  reference  reference
 linear, options  None        numba      numba      .          .            reference  reference  reference  numba      reference  reference  reference

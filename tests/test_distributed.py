@@ -41,6 +41,7 @@ CASES: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
     "weight": ((5, 7), 0, {"weight": (torch.arange(7) + 1.0) / 4}),
     "smoothing": ((5, 7), 0, {"label_smoothing": 0.1}),
     "smoothing-none": ((6, 7), 0, {"label_smoothing": 0.1, "reduction": "none"}),
+    "smoothing-z-loss": ((5, 7), 0, {"label_smoothing": 0.1, "z_loss": 0.1}),
     "replicated": ((5, 7), "R", {}),
     "classes": ((5, 7), 1, {}),
     "classes-none": ((5, 7), 1, {"reduction": "none", "bonus": PowerBonus(gamma=2.0, strength=0.5)}),

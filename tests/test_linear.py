@@ -662,7 +662,11 @@ def test_scores_alone_are_those_of_the_logits(dtype, n_classes):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="the products of a GPU are tested where there is one")
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"row_weight": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"row_weight": True}, {"label_smoothing": 0.1, "z_loss": 0.1, "row_weight": True}],
+    ids=str,
+)
 def test_kernels_write_the_gradient_over_the_logits(options):
     compared(Layer(), budget=4 * ROW, implementation="triton", **options)
 

@@ -9,6 +9,8 @@ from torch.nn.functional import cross_entropy
 import bonus_ops
 from bonus_ops import (
     BonusCrossEntropyLoss,
+    LogBonus,
+    PowerBonus,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
@@ -81,7 +83,9 @@ def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"z_loss": 1e-2}, {"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.5, "z_loss": 1e-3}], ids=str
+)
 @pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
 @pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500)])
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
@@ -89,11 +93,24 @@ def test_kernels_of_soft_targets_compute_the_definition(options, kind, shape):
     test_loss_and_gradient_are_those_of_the_definition(options, kind, "mean", shape, "triton")
 
 
-@pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
-def test_kernels_have_no_z_loss_of_soft_targets(kind):
-    input, target, others = case(kind, (3, 4))
-    with pytest.raises(NotImplementedError, match="no kernel for the z-loss of soft targets"):
-        bonus_cross_entropy(input, target, z_loss=0.1, implementation="triton", **others)
+@pytest.mark.parametrize("implementation", ["numba", *(["triton"] if INTERPRETED else [])])
+@pytest.mark.parametrize("bonus", [None, LogBonus(), PowerBonus(2.0)], ids=repr)
+def test_the_z_loss_of_soft_targets_knows_every_kind_of_row(implementation, bonus):
+    """Sure by far, of nothing, without a rest, wrong by far, ignored."""
+    input = torch.tensor([[200.0, 0, 1], [2, 2, 2], [3, -math.inf, -math.inf], [-60, 50, 49], [math.nan, 0, 0]])
+    target, others = torch.tensor([0, 1, 0, 0, -100]), {"label_smoothing": 0.1, "bonus": bonus}
+    for rows in ([0, 1, 3, 4], [2]):
+        exact = input[rows].double().nan_to_num(neginf=-math.inf).requires_grad_()  # an ignored row may hold anything
+        up = torch.linspace(0.5, 1.5, len(rows))
+        expected = truth(exact, target[rows], "none", {"z_loss": 0.3}, **others)
+        expected.nan_to_num(posinf=0).backward(up.double())
+        x = input[rows].clone().requires_grad_()
+        loss = bonus_cross_entropy(
+            x, target[rows], reduction="none", z_loss=0.3, implementation=implementation, **others
+        )
+        loss.nan_to_num(posinf=0).backward(up)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")

@@ -863,10 +863,10 @@ def test_the_operators_keep_their_contract(implementation, options, place):
     name, fields = encode(LogBonus())
     tensors = (logits.detach()[:, None], label, given, options.get(W), options.get(B), fields)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    args = (*tensors, *smoothings, -100, name, 1.0, None, True, implementation)
+    args = (*tensors, *smoothings, -100, name, 1.0, None, True, True, implementation)
     torch.library.opcheck(operators.forward, args, test_utils=checks)
-    _, _, runner_up, saved = operators.forward(*args)
-    upstream = torch.rand(3, device=place), None
+    _, _, runner_up, saved, _ = operators.forward(*args)
+    upstream = torch.rand(2, 3, device=place).unbind()
     args = (*tensors, saved, runner_up, *upstream, *smoothings, -100, name, 1.0, None, implementation)
     torch.library.opcheck(operators.backward, args, test_utils=checks)
 

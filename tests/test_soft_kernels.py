@@ -23,7 +23,7 @@ TWO_SWEEPS = (LogBonus(), LogBonus(0.0, start=0.2), PowerBonus(2.0, abrupt=0.9),
 SHAPES = [(5, 3, "contiguous"), (19, 10, "transposed"), (3, 65, "padded_rows"), (3, 1003, "offset_3")]
 
 
-def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False):
+def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False, z_loss=0.0):
     """Run forward and backward under the guard; the second row is ignored unless there are probabilities."""
     logits, target = draw(n_rows, n_classes, layout, dtype)
     if given:
@@ -34,7 +34,7 @@ def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False
     with guard() as launches:
         loss, _ = bonus_cross_entropy_with_scores(
             logits.requires_grad_(), target, reduction="sum", label_smoothing=0.1, bonus=bonus, **options,
-            implementation="triton",
+            z_loss=z_loss, implementation="triton",
         )  # fmt: skip
         loss.backward()
     assert [x.kernel for x in launches] == ["soft_forward_kernel", "soft_backward_kernel"]
@@ -88,6 +88,16 @@ def test_every_byte_of_a_smoothed_label(n_rows, n_classes, layout, dtype, bonus,
     }  # fmt: skip
     assert (backward.times_written("grad[0]") == 1).all()
     assert backward.bytes_written() == {"grad[0]": n_rows * n_classes * size}
+
+
+@watched
+def test_a_z_loss_reads_no_logit_again():
+    logits, target, (forward, backward) = observe(LogBonus(), 3, 65, "contiguous", torch.float32, z_loss=0.1)
+    np.testing.assert_array_equal(reads(forward), forward_reads(logits, target, 2))
+    # two saved columns more, the logsumexp and its upstream gradient
+    assert forward.bytes_written() == {f"outputs[{i}]": 4 * n * 3 for i, n in enumerate((1, 5, 1, 7, 1))}
+    columns = {"saved[0]": 28 * 3, "saved[1]": 4 * 3, "saved[2]": 4 * 3, "saved[3]": 4 * 3}
+    assert backward.bytes_read() == {"logits[0]": 2 * 65 * 4, "targets[0]": 8 * 3} | columns
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from bonus_ops import (
+    ClassLoss,
     Focal,
     GeneralizedCrossEntropy,
     LogBonus,
     PowerBonus,
+    SoftmaxAbsoluteError,
     SoftmaxSquaredError,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
@@ -90,6 +92,12 @@ CASES: dict[str, tuple[str, torch.dtype, str, dict[str, Any]]] = {
         *[(f"smoothed-{type(loss).__name__}-{regime}", "uneven", regime,
            {"bonus": loss, "label_smoothing": 0.2, "reduction": "none"})
           for regime in ("typical", "wrong") for loss in (Focal(2.0), LogBonus(1.0))],
+        *[(f"class-loss-{regime}", where, regime, {"bonus": SoftmaxSquaredError(strength=0.5), **options})
+          for where, regime, options in [
+              ("equal", "typical", {}), ("empty", "confident", {"reduction": "none"}), ("uneven", "masked", {}),
+              ("backwards", "wrong", {**EVERYTHING, "label_smoothing": 0.2, "reduction": "none"}),
+              ("uneven", "no-rows", {"reduction": "sum"}),
+          ]],
         ("smoothed-label-alone", "uneven", "typical", {"label_smoothing": 0.2, "bonus_smoothing": 0.0}),
         ("smoothed-bonus-alone", "uneven", "wrong", {"bonus_smoothing": 0.3}),
         ("bonus-weight", "uneven", "typical", {"bonus_weight": True}),
@@ -128,6 +136,8 @@ LINEAR: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         ("smoothed-bonus", "uneven", {"label_smoothing": 0.2, "rows": 4, "bias": True}),
         ("smoothed-bonus-none", "empty", {"label_smoothing": 0.2, "rows": 4, "reduction": "none"}),
         ("smoothed-focal", "uneven", {"bonus": Focal(2.0), "label_smoothing": 0.2, "rows": 4}),
+        ("class-loss", "uneven", {"bonus": SoftmaxAbsoluteError(strength=0.5), "rows": 4, "bias": True}),
+        ("class-loss-none", "empty", {"bonus": SoftmaxSquaredError(), "label_smoothing": 0.2, "reduction": "none"}),
         ("smoothed-label-alone", "uneven", {"label_smoothing": 0.2, "bonus_smoothing": 0.0, "rows": 4}),
         ("bonus-weight", "uneven", {"bonus_weight": True, "weight": True, "rows": 4, "row_weight": True}),
         ("smoothed-bonus-everything", "backwards",
@@ -349,10 +359,8 @@ def errors(rank: int, world: int) -> dict[str, tuple[str, str]]:
         "own fault": outcome(loss_of, mine, target.float() if last else target, validate=True),
         "linear own fault": outcome(linear, hidden, weight[:, 1:] if last else weight, target),
         "probabilities": outcome(loss_of, mine, mine.detach().softmax(1)),
-        "class loss": outcome(loss_of, mine, target, bonus=SoftmaxSquaredError()),
         "bonus weight": outcome(loss_of, mine, target, bonus_weight=torch.ones(C + 1)),
         "two weights": outcome(loss_of, mine, target, weight=torch.ones(C), bonus_weight=torch.ones(C + 1)),
-        "linear class loss": outcome(linear, hidden, weight, target, bonus=SoftmaxSquaredError()),
         "range type": outcome(loss_of, mine, target, class_range=5),
         "range order": outcome(loss_of, mine, target, class_range=(5, 4)),
         "softcap": outcome(loss_of, mine, target, softcap=0.0),
@@ -560,16 +568,17 @@ def test_scores_do_not_change_the_loss(ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(x["without"], x["loss"], rtol=0, atol=1e-5, msg=name)
 
 
-def smooths_a_bonus(options: dict[str, Any]) -> bool:
+def asks_twice(options: dict[str, Any]) -> bool:
     """Return whether all classes pay what is not cross-entropy, of the probability that the first all-gather tells."""
     smoothing = options.get("bonus_smoothing", options.get("label_smoothing", 0.0))
-    return smoothing > 0 and options.get("bonus", LogBonus()) is not None
+    bonus = options.get("bonus", LogBonus())
+    return smoothing > 0 and bonus is not None or isinstance(bonus, ClassLoss)
 
 
 def test_one_all_gather_in_forward_and_nothing_in_backward(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name, x in rank["logits"].items():
-            assert x["sent"] == ({"allgather_base": 1 + smooths_a_bonus(CASES[name][3])}, {}), name
+            assert x["sent"] == ({"allgather_base": 1 + asks_twice(CASES[name][3])}, {}), name
 
 
 def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None:
@@ -577,12 +586,13 @@ def test_the_linear_form_sends_once_a_chunk(ranks: list[dict[str, Any]]) -> None
     for rank in ranks:
         for name, x in rank["linear"].items():
             _, _, options = LINEAR[name]
-            a_chunk = 1 + smooths_a_bonus(options)
+            a_chunk = 1 + asks_twice(options)
             forward, backward = {"allgather_base": 1 + a_chunk * -(-n_rows // options.get("rows", N))}, {}
             if options.get("reduce_input_grad", True):
                 (backward if options.get("reduction") == "none" else forward)["allreduce"] = 1
-            if any(
-                name in options for name in ("softcap", "label_smoothing", "bonus_weight")
+            of_classes = isinstance(options.get("bonus"), ClassLoss)
+            if of_classes or any(
+                x in options for x in ("softcap", "label_smoothing", "bonus_weight")
             ):  # for the norm of the last layer's gradient
                 forward["allreduce"] = forward.get("allreduce", 0) + 1
             assert x["sent"] == (forward, backward), (name, x["sent"], forward, backward)
@@ -604,10 +614,8 @@ ERRORS = {
     "rows": ("RuntimeError", "expected the same rows on all ranks"),
     "linear rows": ("RuntimeError", "expected the same rows on all ranks"),
     "probabilities": ("NotImplementedError", "expected class indices as target"),
-    "class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
     "bonus weight": ("RuntimeError", "one number for each class of all ranks, got [13]"),
     "two weights": ("RuntimeError", "bonus_weight must have shape [12], one number a class, got [13]"),
-    "linear class loss": ("NotImplementedError", "not done for SoftmaxSquaredError"),
     "range type": ("TypeError", "class_range must be (first, stop) or None, got 5"),
     "range order": ("ValueError", "class_range[1] must be at least 5, got 4"),
     "softcap": ("ValueError", "softcap must be in (0, inf)"),
@@ -692,7 +700,7 @@ def one_rank() -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("n_classes", [1, 2, 40])
-def test_every_loss_of_the_gap_for_one_rank(one_rank: None, n_classes: int, dtype: torch.dtype) -> None:
+def test_every_loss_for_one_rank(one_rank: None, n_classes: int, dtype: torch.dtype) -> None:
     from bonus_ops import vocab_parallel
     from tests.cases import LOSSES
 
@@ -709,7 +717,8 @@ def test_every_loss_of_the_gap_for_one_rank(one_rank: None, n_classes: int, dtyp
             loss.backward(upstream(loss))
             return loss, z.grad
 
-        for name, bonus in LOSSES.items():
+        mirrored = {"squared": SoftmaxSquaredError(0.7, 3.0), "absolute": SoftmaxAbsoluteError(0.5, 1.0)}
+        for name, bonus in (LOSSES | mirrored).items():
             for smoothed in ({}, options):
                 named = {"bonus": bonus, **smoothed}
                 found = outcome(vocab_parallel.bonus_cross_entropy, dtype, group=None, **named)
