@@ -60,8 +60,10 @@ def truth(input, target, reduction, options, **others):
 
 @pytest.mark.slow
 @names
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500), (2, SPLIT_FORWARD)])
+@pytest.mark.parametrize(
+    ("shape", "reduction"),
+    [((6, 130), "mean"), ((70, 10), "sum"), ((2, 5, 3, 4), "none"), ((2, 2500), "none"), ((2, SPLIT_FORWARD), "mean")],
+)
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
 def test_kernels_compute_the_definition(options, reduction, shape):
     """Several rows a program, one, a row by several programs, rows side by side."""
@@ -70,7 +72,7 @@ def test_kernels_compute_the_definition(options, reduction, shape):
 
 @pytest.mark.slow
 @names
-@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4), (2, 2500)])
+@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4)])
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
 def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
     input, target, _ = case("labels", shape)
@@ -83,11 +85,9 @@ def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{"z_loss": 1e-2}, {"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.5, "z_loss": 1e-3}], ids=str
-)
+@pytest.mark.parametrize("options", [{"z_loss": 1e-2}, {"softcap": 4.0, "logit_scale": 1.5, "z_loss": 1e-3}], ids=str)
 @pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
-@pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4), (2, 2500)])
+@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4), (2, 2500)])
 @pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
 def test_kernels_of_soft_targets_compute_the_definition(options, kind, shape):
     test_loss_and_gradient_are_those_of_the_definition(options, kind, "mean", shape, "triton")
@@ -142,8 +142,9 @@ def test_loss_and_gradient_are_those_of_the_definition(options, kind, reduction,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@names
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.bfloat16, OPTIONS[-1]), (torch.float16, OPTIONS[1]), (torch.float64, OPTIONS[2])]
+)
 def test_other_dtypes_are_rounded_once(dtype, options):
     input, target, _ = case("labels", (6, 130), dtype)
     exact = input.double().clone().requires_grad_()
@@ -214,13 +215,13 @@ def test_z_loss_counts_rows_and_not_class_weights():
 @pytest.mark.parametrize("kind", TARGETS)
 @names
 def test_derivatives_of_first_and_second_order(implementation, kind, options):
-    input, target, others = case(kind, (3, 5), torch.float64)
+    input, target, others = case(kind, (2, 3), torch.float64)
 
     def f(x):
         return bonus_cross_entropy(x, target, implementation=implementation, **others, **options)
 
     assert torch.autograd.gradcheck(f, input.clone().requires_grad_())
-    assert torch.autograd.gradgradcheck(f, input.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(f, input.clone().requires_grad_(), fast_mode=True)
 
 
 @names
@@ -330,9 +331,8 @@ def layer(dtype=torch.float64, n_rows=9, size=6, n_classes=70):
 
 
 @names
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("reduction", "budget"), [("mean", 3 * 128 * 8), ("sum", None), ("none", 3 * 128 * 8)])
 @pytest.mark.parametrize("others", ["", "class weights and rows'", "smoothing", "smoothing and rows'"])
-@pytest.mark.parametrize("budget", [None, 3 * 128 * 8])
 def test_a_last_layer_has_them_too(options, reduction, others, budget):
     hidden, weight, bias, target = layer()
     named = {"label_smoothing": 0.1} if others.startswith("smoothing") else {}
