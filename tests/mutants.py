@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
 TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedules.py", "tests/test_sigmoid.py"
 LOOPS = "tests/test_loops.py"
+TABLE = "tests/test_behaviour_table.py::test_the_row_is_as_in_torch_or_deviates_as_listed"
 TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
 GPU_BENCH = "tests/test_gpu_bench.py"
 SAMPLER, SCORES_OBJECT = "tests/test_sampler.py", "tests/test_scores_object.py"
@@ -83,7 +84,7 @@ MUTANTS = (
     ),
     Mutant(
         "every program of a split row counts the edge", "kernels/gpu/sweep.py",
-        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part >= 0, rows.n_classes, 0)", path("fp32-uniform-16391"),
+        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part >= 0, rows.n_classes, 0)", path("fp32-typical-16391"),
     ),
     Mutant(
         "the label is counted among the rest", "kernels/gpu/sweep.py",
@@ -223,7 +224,7 @@ MUTANTS = (
     Mutant(
         "ignored rows pass on what they hold", "kernels/gpu/labels.py",
         "pulls(tl.where(rows.ignored, 0.0, slope), sum_exp)", "pulls(slope, sum_exp)",
-        f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
+        f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[torch.float32-10]",
         seen_in="torch 2.13.0 and flash-attention: NaN gradient of an ignored row of NaN",
     ),
     Mutant(
@@ -252,7 +253,7 @@ MUTANTS = (
     Mutant(
         "the mean divides by all rows, ignored ones too", "bonus_ops/call.py",
         "return (self.target != self.ignore_index).sum().to(", "return torch.as_tensor(self.target.numel()).to(",
-        "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch[-100-False-mean-reference]",
+        f"{TABLE}[84 ignore_index -1-reference]",
         seen_in="NVIDIA/TransformerEngine PR #2476, ROCm/TransformerEngine PR #409",
     ),
     Mutant(
@@ -283,14 +284,14 @@ MUTANTS = (
         "the stride of rows is the number of classes", "kernels/gpu/launching.py",
         "return Array(tensor, n_inner, n_classes, *tensor.stride())",
         "return Array(tensor, n_inner, n_classes, n_classes, n_classes, 1)",
-        f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
+        f"{KERNELS}::test_every_layout[padded_rows-torch.float32-1003]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
         "logits that are not contiguous get themselves as gradient", "kernels/gpu/labels.py",
         "vector(logits, grad)\n",
         "vector(logits, grad)\n    if logits.stride(2) > 1:\n        return logits + 0\n",
-        f"{KERNELS}::test_every_layout[fp32-transposed-10]",
+        f"{KERNELS}::test_every_layout[transposed-torch.float32-1003]",
         seen_in="linkedin/Liger-Kernel 0.8.5: requires_grad is read after contiguous()",
     ),
     Mutant(
@@ -307,7 +308,7 @@ MUTANTS = (
     ),
     Mutant(
         "exponentials are rounded to halves before they are summed", "kernels/gpu/rest.py",
-        "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-typical-65"),
+        "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-masked-65"),
         seen_in="apple/ml-cross-entropy PR #45: a loop that must be float32",
     ),
     Mutant(
@@ -326,13 +327,13 @@ MUTANTS = (
     Mutant(
         "the loss is always float32", "bonus_ops/ops/labels.py",
         "loss if loss.dtype == call.dtype else loss.to(call.dtype)", "loss.to(torch.float32)",
-        "tests/test_functional.py::test_every_dtype_is_float64_truth_rounded_once",
+        f"{TABLE}[46 input torch.float64-None]",
         seen_in="flash-attention: float32 from float64",
     ),
     Mutant(
         "autocast leaves halves", "bonus_ops/call.py",
         "self.dtype = torch.float32 if half and autocast else input.dtype", "self.dtype = input.dtype",
-        "tests/test_functional.py::test_autocast_computes_in_float32_as_in_torch",
+        f"{TABLE}[166 autocast to bfloat16-None]",
         seen_in="linkedin/Liger-Kernel #305",
     ),
     Mutant(
@@ -356,7 +357,7 @@ MUTANTS = (
     Mutant(
         "the mean of nothing is 0", "bonus_ops/ops/labels.py",
         "if n == out.loss.numel() else out.loss.sum() / n", "if n == out.loss.numel() else out.loss.sum() / (n or 1)",
-        "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
+        f"{TABLE}[13 all ignored, mean-None]",
         seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
     ),
     # naive
@@ -375,7 +376,7 @@ MUTANTS = (
         "smoothing leaves out the label", "bonus_ops/soft_targets.py",
         "Share(1 - self.smoothing, self.smoothing / max(n_classes, 1),",
         "Share(1 - self.smoothing - self.smoothing / (n_classes - 1), self.smoothing / (n_classes - 1),",
-        "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
+        f"{TABLE}[263 smoothing, 3-D-None]",
     ),
     Mutant(
         "the exact bonus is clamped at 1e-5", "bonus_ops/losses/log_bonus.py",
