@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
+from bonus_ops.kernels.gpu import launching
 from tests.conftest import INTERPRETED, of_tested_compiler
-from tests.test_traffic import CHUNK, body_of, by_planes, draw, reads
+from tests.test_traffic import CHUNK, draw, reads
 
 if INTERPRETED:
     from tests.interpreter_guard import guard
@@ -39,6 +40,18 @@ def observe(bonus, n_rows, n_classes, layout, dtype, given=False, weighted=False
         loss.backward()
     assert [x.kernel for x in launches] == ["soft_forward_kernel", "soft_backward_kernel"]
     return logits.detach(), target, launches
+
+
+def body_of(row, aligned=True):
+    """Return (first, last) class of the row's chunks; without alignment they start at class 0."""
+    head = -row.data_ptr() % 16 // row.element_size() if row.stride(0) == 1 and aligned else 0
+    head = min(head, len(row))
+    return head, head + (len(row) - head) // CHUNK * CHUNK
+
+
+def by_planes(logits):
+    """Return whether a thread has a row, so that label and max are not read again."""
+    return launching.vector(logits[:, None]) == 0
 
 
 def forward_reads(logits, label, sweeps, aligned=True):
