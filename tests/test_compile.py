@@ -11,8 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bonus_ops import (
@@ -54,10 +53,11 @@ def batch(place: str, dtype: torch.dtype = torch.float64, n_rows: int = 4, n_cla
 
 @pytest.mark.slow
 @EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("scores", [False, True])
-@pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("layout", [(6, 1, 5), (2, 3, 5), (0, 1, 5)])
-def test_the_operators_keep_their_contract(implementation, scores, softmax, layout, place):
+@pytest.mark.parametrize(
+    ("layout", "scores", "softmax"),
+    [((6, 1, 5), False, False), ((2, 3, 5), True, False), ((2, 3, 5), True, True), ((0, 1, 5), False, False)],
+)
+def test_the_operators_keep_their_contract(implementation, layout, scores, softmax, place):
     n_rows = layout[0] * layout[1]
     logits = torch.randn(layout, device=place)
     target = (torch.arange(n_rows, device=place) % 5).view(layout[:2])
@@ -76,17 +76,13 @@ def test_the_operators_keep_their_contract(implementation, scores, softmax, layo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("implementation", "reduction"), [("numba", "mean"), ("numba", "sum"), ("numba", "none"), ("triton", "mean")]
-)
-def test_it_compiles_as_one_graph(implementation, reduction, place):
-    logits, target = batch(place, torch.float32, n_rows=5, n_classes=7)
-    weight = torch.rand(7, device=place)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_it_compiles_as_one_graph(reduction):
+    logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
+    weight = torch.rand(7)
 
     def step(z, y):
-        loss, scores = bonus_cross_entropy_with_scores(
-            z * 2, y, weight, reduction=reduction, implementation=implementation
-        )
+        loss, scores = bonus_cross_entropy_with_scores(z * 2, y, weight, reduction=reduction)
         return loss, scores, scores.difficulty("el2n"), scores.prediction(y)
 
     expected, actual = step(logits, target), torch.compile(step, fullgraph=True, backend="aot_eager")(logits, target)
@@ -95,16 +91,6 @@ def test_it_compiles_as_one_graph(implementation, reduction, place):
     torch.testing.assert_close(actual[2:], expected[2:], equal_nan=True)
     grads = [torch.autograd.grad(out[0].sum(), logits)[0] for out in (expected, actual)]
     torch.testing.assert_close(*grads)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"bonus": None}, {"bonus": Focal(1.5)}], ids=repr)
-def test_other_options_compile_too(options):
-    logits, target = batch("cpu", torch.float32, n_rows=5, n_classes=7)
-    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
-    losses = [function(logits, target, **options) for function in (bonus_cross_entropy, compiled)]
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
 
 
 def test_compiled_backward_runs_the_operator():
@@ -122,12 +108,11 @@ def test_compiled_backward_runs_the_operator():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_new_shapes_do_not_recompile_for_ever(dynamic):
+def test_new_shapes_do_not_recompile_for_ever():
     """At most twice: once for the first shape, once for all others."""
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(bonus_cross_entropy_with_scores, fullgraph=True, dynamic=dynamic, backend=counter)
-    for n_rows, n_classes in ((4, 5), (7, 11), (9, 33), (2, 70), (3, 8), (16, 6)):
+    compiled = torch.compile(bonus_cross_entropy_with_scores, fullgraph=True, backend=counter)
+    for n_rows, n_classes in ((4, 5), (7, 11), (2, 70), (9, 33)):
         logits = torch.randn(n_rows, n_classes, requires_grad=True)
         target = torch.arange(n_rows) % n_classes
         loss, scores = compiled(logits, target)
@@ -143,7 +128,9 @@ def test_new_shapes_do_not_recompile_for_ever(dynamic):
 def test_other_shapes_are_one_graph_too(shape):
     logits = torch.randn(shape, requires_grad=True)
     target = torch.randint(0, 3, shape[:1] + shape[2:] if len(shape) > 1 else ())
-    compiled = torch.compile(bonus_cross_entropy_with_softmax, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x in (logits, target) if len(shape) > 1 else ():
+        torch._dynamo.maybe_mark_dynamic(x, (0, x.dim() - 1))
+    compiled = torch.compile(bonus_cross_entropy_with_softmax, fullgraph=True, backend="aot_eager")
     expected, actual = bonus_cross_entropy_with_softmax(logits, target), compiled(logits, target)
     torch.testing.assert_close(actual[0], expected[0])
     torch.testing.assert_close(tuple(actual[1]), tuple(expected[1]))
@@ -155,12 +142,11 @@ def test_other_shapes_are_one_graph_too(shape):
 def test_a_new_parameter_of_the_loss_gives_the_new_loss():
     """A frozen loss is a constant of the graph: another one is another graph. `Scheduled` is not."""
     logits, target = batch("cpu", torch.float32)
-    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="aot_eager")
-    for log_end in (0.3, 0.5, 0.75, 1.0):
-        bonus = LogBonus(log_end)
-        torch.testing.assert_close(
-            compiled(logits, target, bonus=bonus), bonus_cross_entropy(logits, target, bonus=bonus)
-        )
+    compiled = torch.compile(bonus_cross_entropy, fullgraph=True, backend="eager")
+    for bonus in (LogBonus(0.3), LogBonus(1.0), Focal(1.5), None):
+        losses = [function(logits, target, bonus=bonus) for function in (bonus_cross_entropy, compiled)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
 
 
 @pytest.mark.slow
@@ -192,17 +178,10 @@ def test_a_compiled_second_derivative_is_right_or_raises():
 # --- transforms in a graph --------------------------------------------------------------------------------------------
 
 
-def tangent_by_dual_numbers(loss: Callable, logits: Tensor) -> Tensor:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, logits.square()))).tangent
-
-
 TRANSFORMS: dict[str, Callable] = {
     "grad": lambda loss, z: grad(lambda z: loss(z).sum())(z),
     "vmap": lambda loss, z: vmap(loss)(torch.stack([z, 2 * z])),
-    "vmap of grad": lambda loss, z: vmap(grad(lambda z: loss(z).sum()))(torch.stack([z, 2 * z])),
     "jvp": lambda loss, z: jvp(loss, (z,), (z.square(),)),
-    "jacrev": lambda loss, z: jacrev(loss)(z),
     "hessian": lambda loss, z: hessian(lambda z: loss(z).sum())(z),
     "grad of grad": lambda loss, z: grad(lambda z: grad(lambda z: loss(z).sum())(z).square().sum())(z),
 }
@@ -210,11 +189,10 @@ TRANSFORMS: dict[str, Callable] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("implementation", "transform"),
-    [(None, name) for name in TRANSFORMS] + [(name, "vmap") for name in ("numba", "triton")],
+    ("implementation", "transform"), [(None, "grad of grad"), ("numba", "vmap"), ("triton", "vmap")]
 )
 def test_a_compiled_transform_gives_what_torch_gives(transform, implementation, place):
-    """The compiler drops the tangent of an operator without a word: forward mode must not meet one."""
+    """Those of every family are in test_watchers.py."""
     logits, target = (x.detach() for x in batch(place))
     apply = TRANSFORMS[transform]
     ours = {"bonus": None, "implementation": implementation}
@@ -225,8 +203,7 @@ def test_a_compiled_transform_gives_what_torch_gives(transform, implementation, 
 
 
 @pytest.mark.slow
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("transform", ["vmap of grad", "jvp", "hessian"])
+@pytest.mark.parametrize(("implementation", "transform"), [("numba", "jvp"), ("triton", "hessian")])
 def test_what_only_the_formula_computes_is_not_computed_by_what_was_named(transform, implementation, place):
     logits, target = (x.detach() for x in batch(place))
     apply = TRANSFORMS[transform]
@@ -239,7 +216,7 @@ def test_what_only_the_formula_computes_is_not_computed_by_what_was_named(transf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
 def test_a_transform_of_a_graph_is_right_or_raises(transform):
     logits, target = (x.detach() for x in batch("cpu"))
     compiled = torch.compile(lambda z: bonus_cross_entropy(z, target, bonus=None), backend="aot_eager")
@@ -249,15 +226,6 @@ def test_a_transform_of_a_graph_is_right_or_raises(transform):
     except torch._dynamo.exc.Unsupported:
         return
     torch.testing.assert_close(actual, TRANSFORMS[transform](lambda z: F.cross_entropy(z, target), logits))
-
-
-@pytest.mark.slow
-def test_dual_numbers_pass_a_graph():
-    logits, target = (x.detach() for x in batch("cpu"))
-    compiled = torch.compile(lambda z: bonus_cross_entropy(z, target, bonus=None), backend="aot_eager")
-    compiled(logits)
-    expected = tangent_by_dual_numbers(lambda z: F.cross_entropy(z, target), logits)
-    torch.testing.assert_close(tangent_by_dual_numbers(compiled, logits), expected)
 
 
 @pytest.mark.slow
@@ -271,7 +239,7 @@ def test_scores_and_probabilities_pass_a_compiled_transform(transform):
 
     def apply(z):
         if transform == "jvp":
-            return jvp(lambda z: everything(z)[0], (z,), (z,)), everything(z)
+            return jvp(lambda z: everything(z)[0], (z,), (z,))
         return vmap(vmap(everything))(torch.stack([z, 2 * z])[None])
 
     compiled = torch.compile(apply, fullgraph=True, backend="aot_eager")
@@ -313,8 +281,7 @@ def test_a_traced_step_runs_the_operators_on_other_data(reduction, tracing_mode)
 
 
 @pytest.mark.slow
-@EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("implementation", "strict"), [("numba", True), ("triton", False)])
 def test_it_exports_with_dynamic_shapes(implementation, strict, place):
     criterion = BonusCrossEntropyLoss(torch.rand(3, device=place), implementation=implementation)
     logits, target = (x.detach() for x in batch(place, torch.float32))
