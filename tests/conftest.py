@@ -34,11 +34,11 @@ WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
     collect_ignore = [
         "interpreter_guard.py",
-        "test_soft_kernels.py",
-        "test_rest.py",
-        "test_kernels.py",
-        "test_traffic.py",
-        "test_codegen.py",
+        "kernels/test_soft_kernels.py",
+        "kernels/test_rest.py",
+        "kernels/test_kernels.py",
+        "kernels/test_traffic.py",
+        "kernels/test_codegen.py",
     ]
 elif INTERPRETED:
     from tests.interpreter_speed import patch_once_a_launch

@@ -109,7 +109,7 @@ NOT_OF_THE_SPECIFICATION = {
     "upstream inf in a row", "upstream inf, sum",
     "weights that cancel", "vmap", "vmap of func.grad",
 }  # fmt: skip
-# Interpreted, these take seconds; `tests/test_autograd.py` has them for the kernels.
+# Interpreted, these take seconds; `tests/paths/test_autograd.py` has them for the kernels.
 SLOW_INTERPRETED = {"gradcheck", "gradgradcheck", "hessian"}
 
 

@@ -22,8 +22,7 @@ from bonus_ops import (
     patch_cross_entropy,
 )
 from bonus_ops.causal_lm import causal_lm_loss, causal_lm_loss_with_scores, trainer_loss
-
-from .budget import assert_within_budget
+from tests.budget import assert_within_budget
 
 # --- mixed precision --------------------------------------------------------------------------------------------------
 

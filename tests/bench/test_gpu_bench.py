@@ -16,7 +16,7 @@ from bench import gpu
 from bench.gpu import cases, goals, losses, report, steps
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,7 @@ TWO_PROCESSES = """
 import sys, torch
 from torch.utils.data import DataLoader
 from accelerate import Accelerator
-from tests.test_integrations import N, C, D, Rows, everyone
+from tests.integrations.test_integrations import N, C, D, Rows, everyone
 from bonus_ops import ExampleTracker, bonus_cross_entropy_with_scores
 from bonus_ops.policies import DifficultySampler
 

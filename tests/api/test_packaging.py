@@ -18,7 +18,7 @@ import bonus_ops
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 SOURCES = [path for folder in ("bonus_ops", "kernels", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
 

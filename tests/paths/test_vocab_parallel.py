@@ -731,4 +731,4 @@ def test_every_loss_for_one_rank(one_rank: None, n_classes: int, dtype: torch.dt
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 else:
-    from .budget import assert_within_budget
+    from tests.budget import assert_within_budget

@@ -12,13 +12,13 @@ import torch
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
 from bonus_ops.kernels.gpu import launching
 from tests.conftest import INTERPRETED, of_tested_compiler
-from tests.test_traffic import CHUNK, draw, reads
+from tests.kernels.test_traffic import CHUNK, draw, reads
 
 if INTERPRETED:
     from tests.interpreter_guard import guard
 
 watched = pytest.mark.skipif(not INTERPRETED, reason="the guard watches the interpreter")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ONE_SWEEP = (None, LogBonus(0.0), PowerBonus(2.5), LogBonus(strength=0.0))
 TWO_SWEEPS = (LogBonus(), LogBonus(0.0, start=0.2), PowerBonus(2.0, abrupt=0.9), CosineBonus(), SoftmaxSquaredError())
 SHAPES = [(5, 3, "contiguous"), (19, 10, "transposed"), (3, 65, "padded_rows"), (3, 1003, "offset_3")]

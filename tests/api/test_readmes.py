@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 BEFORE = "import tests.torchvision_operators\n"  # which these libraries import
 # what a reader has before the three lines for a library

@@ -447,4 +447,4 @@ def test_faults_of_a_layer_that_is_a_dtensor_are_clear(results: dict[str, Any]) 
 if __name__ == "__main__":
     rank_main(int(sys.argv[2]), sys.argv[1])
 else:
-    from .budget import assert_within_budget
+    from tests.budget import assert_within_budget

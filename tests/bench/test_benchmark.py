@@ -1,6 +1,6 @@
 """What `python -m bench` times, under pytest-benchmark; what it judges, writes, and writes again.
 
-    pytest tests/test_benchmark.py --benchmark-enable [-k "linear and ours"]
+    pytest tests/bench/test_benchmark.py --benchmark-enable [-k "linear and ours"]
 
 times at full size every step of every case that the command times. Otherwise a few run once, on a few rows: the quick
 run of the command, below, has all of them. Either way results must meet the float64 truth first.
@@ -21,7 +21,7 @@ from bench.measure import Effort
 from bench.providers import Outcome, Provider, WrongResult, check, inputs, truth
 from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FEW = 16
 TIMED = (speed, soft, sigmoid, linear, tracker)
 
