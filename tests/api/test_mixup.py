@@ -46,9 +46,12 @@ def batch(n_rows=7, n_classes=11, dtype=torch.float32, place="cpu"):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_is_the_combination_of_two_losses(path, loss, dtype, place):
+@pytest.mark.parametrize(
+    ("dtype", "loss"),
+    [(torch.float32, loss) for loss in LOSSES] + [(torch.float64, LOSSES[1]), (torch.bfloat16, LOSSES[1])],
+    ids=repr,
+)
+def test_is_the_combination_of_two_losses(path, dtype, loss, place):
     logits, a, b = batch(dtype=dtype, place=place)
     if dtype == torch.bfloat16 and path == "triton" and INTERPRETED:
         pytest.skip("the interpreter truncates bfloat16")
@@ -64,7 +67,7 @@ def test_is_the_combination_of_two_losses(path, loss, dtype, place):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("n_classes", [1, 2, 3, 8, 9, 40, 137])
 def test_any_number_of_classes(path, n_classes, place):
-    logits, a, b = batch(5, n_classes, torch.float64, place)
+    logits, a, b = batch(3, n_classes, torch.float64, place)
     mixup_cross_entropy(logits, a, b, 0.6, implementation=path).backward()
     _, grad = truth(logits, a, b, 0.6, reduction="mean")
     torch.testing.assert_close(logits.grad, grad, rtol=1e-10, atol=1e-12)
@@ -74,9 +77,9 @@ def test_any_number_of_classes(path, n_classes, place):
 @pytest.mark.parametrize("path", PATHS)
 def test_labels_anywhere_among_many_classes(path, place):
     """In one tile of the kernels, in two, in the edge, the same; one label or both ignored."""
-    logits, a, b = batch(8, 4101, place=place)
-    a[:] = torch.tensor([0, 5, 3000, 4100, 7, -100, -100, 2048])
-    b[:] = torch.tensor([1, 2500, 5, 3, 7, 9, -100, 2047])
+    logits, a, b = batch(8, 2061, place=place)
+    a[:] = torch.tensor([0, 5, 2050, 2060, 7, -100, -100, 2048])
+    b[:] = torch.tensor([1, 2050, 5, 3, 7, 9, -100, 2047])
     with torch.no_grad():
         logits[6] = float("nan")
     value = mixup_cross_entropy(logits, a, b, 0.3, implementation=path, reduction="none")
@@ -132,22 +135,14 @@ def test_derivatives_of_any_order(path, place):
     def f(x):
         return mixup_cross_entropy(x, a, b, 0.3, bonus=LogBonus(0.5), implementation=path)
 
-    assert torch.autograd.gradcheck(
-        f, (logits,), nondet_tol=1e-15
-    )  # the first backward may scale a gradient made before
-    assert torch.autograd.gradgradcheck(f, (logits,))
+    # the first backward may scale a gradient made before
+    assert torch.autograd.gradcheck(f, (logits,), nondet_tol=1e-15, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (logits,), fast_mode=True)
     x = logits.detach()
     hessian = torch.func.hessian(f)(x)
     plain = torch.func.hessian(lambda z: 0.3 * bonus_cross_entropy(z, a, bonus=LogBonus(0.5))
                                + 0.7 * bonus_cross_entropy(z, b, bonus=LogBonus(0.5)))(x)  # fmt: skip
     torch.testing.assert_close(hessian, plain)
-
-
-@pytest.mark.slow
-def test_one_graph():
-    logits, a, b = batch()
-    compiled = torch.compile(mixup_cross_entropy, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(logits, a, b, 0.3), mixup_cross_entropy(logits, a, b, 0.3))
 
 
 def test_bad_calls_say_what_was_expected():
@@ -171,12 +166,11 @@ def test_bad_calls_say_what_was_expected():
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(("reduction", "by_row"), [("mean", False), ("sum", True), ("none", True)])
 def test_scores_are_those_of_either_label(path, reduction, by_row, place):
-    logits, a, b = batch(place=place)
+    logits, a, b = batch(4, place=place)
     a[3] = -100
-    lam = torch.linspace(0, 1, 7, device=place) if by_row else 0.3
+    lam = torch.linspace(0, 1, 4, device=place) if by_row else 0.3
     out = mixup_cross_entropy_with_scores(logits, a, b, lam, reduction=reduction, implementation=path)
     assert torch.equal(out.loss, mixup_cross_entropy(logits, a, b, lam, reduction=reduction, implementation=path))
     for scores, target in ((out.scores_a, a), (out.scores_b, b)):

@@ -139,14 +139,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("implementation", ["numba", "triton", "reference"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("implementation", "reduction"), [("numba", "mean"), ("numba", "none"), ("triton", "none"), ("reference", "mean")]
+)
 def test_every_epoch_has_its_loss(case, implementation, reduction, request):
     place = request.getfixturevalue("kernel_device") if implementation == "triton" else "cpu"
     bonus, field = CASES[case]()
     criterion = BonusCrossEntropyLoss(bonus=bonus, reduction=reduction, implementation=implementation)
     logits, target = LOGITS.to(place).requires_grad_(), TARGET.to(place)
-    for epoch in range(6 if implementation != "triton" else 3):
+    for epoch in range(6 if implementation != "triton" else 2):
         assert bonus.epoch == epoch
         factor = bonus.schedules[field](epoch)
         same = type(bonus.loss)(**{**vars(bonus.loss), field: getattr(bonus.loss, field) * factor})
@@ -261,25 +262,21 @@ def test_it_says_what_it_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_a_new_epoch_compiles_no_graph(case, dynamic):
+def test_a_new_epoch_compiles_no_graph(case):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
     bonus, _ = CASES[case]()
     criterion = BonusCrossEntropyLoss(bonus=bonus)
-    compiled = torch.compile(criterion, fullgraph=True, dynamic=dynamic, backend=counter)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
     logits = LOGITS.clone().requires_grad_()
-    seen, first = set(), 0
-    for epoch in range(10):
+    seen = set()
+    for epoch in range(6):
         bonus.set_epoch(epoch)
         expected, actual = criterion(logits, TARGET), compiled(logits, TARGET)
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (actual, expected)))
         seen.add(actual.item())
-        first = first or counter.frame_count
-    # with dynamic=True a first call may analyse its frame twice
-    assert counter.frame_count == first and (dynamic or first == 1) and len(seen) >= 5
-    torch._dynamo.reset()
+    assert counter.frame_count == 1 and len(seen) >= 5
 
 
 def test_a_function_with_a_schedule_compiles_once():
@@ -295,7 +292,6 @@ def test_a_function_with_a_schedule_compiles_once():
         )
         bonus.step()
     assert counter.frame_count == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("case", CASES)
