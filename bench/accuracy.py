@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from bonus_ops import LogBonus, bonus_cross_entropy, difficulty_scores
 
+from .command import Tell
+from .measure import Effort
 from .providers import BONUS, paper_formula, truth
 
 N_CLASSES, N_ROWS = 1000, 64
@@ -19,10 +21,14 @@ OFFSETS = (0.0, 1e2, 1e4, 1e6, 1e8)
 OURS, TORCH, PAPER, EAGER = "ours", "F.cross_entropy", "paper's formula", "sqrt(sum p^2 - 2p + 1)"
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    gaps = [float(gap) for gap in range(-20, 91, 10 if quick else 1)]
-    progress(f"accuracy: {len(gaps)} gaps, {len(OFFSETS)} offsets")
-    n_rows = 8 if quick else N_ROWS
+TABLE_GAPS = (-20, -10, 0, 3, 6, 9, 12, 15, 16, 20, 30, 60, 87, 90)
+
+
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+    every = {Effort.QUICK: range(-20, 91, 20), Effort.SHORT: TABLE_GAPS, Effort.FULL: range(-20, 91)}
+    gaps = [float(gap) for gap in every[effort]]
+    tell(f"{len(gaps)} gaps, {len(OFFSETS)} offsets")
+    n_rows = 8 if effort is Effort.QUICK else N_ROWS
     return {
         "n_classes": N_CLASSES,
         "n_rows": n_rows,

@@ -20,9 +20,13 @@ from torch.nn import functional as F
 
 from bonus_ops import Focal, LogBonus, PowerBonus, bonus_cross_entropy
 
+from . import digits
 from .claims_data import BATCH, DECAY, MOMENTUM, RATE
 from .claims_encouraging import PLAIN, ScaledCrossEntropy
-from .claims_verdict import ABOVE_ZERO, interval, verdict
+from .claims_verdict import ABOVE_ZERO, verdict
+from .intervals import interval, mean
+from .measure import Effort
+from .tables import table
 
 TITLE = "Accuracy and calibration"
 LARGER_STEPS = "cross-entropy, rate x 2"  # a bonus takes larger steps too
@@ -65,14 +69,6 @@ class Split(NamedTuple):
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-
-
-@functools.cache
 def _lines() -> tuple[Tensor, Tensor]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -92,7 +88,7 @@ def _lines_of(folder: Path) -> set[str]:
     return {line for line in stripped if len(line) >= SHORTEST}
 
 
-_ROWS = {"digits": _digits, "lines": _lines}
+_ROWS = {"digits": digits.load, "lines": _lines}
 _PER_CLASS = {"digits": (104, 30, 40), "lines": (400, 200, 400)}  # train, where balanced; validation; test
 
 
@@ -210,20 +206,20 @@ def work(name: str, data: str, balance: str, n_seeds: int, epochs: int) -> dict[
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    names = (PLAIN, "LogBonus(0.75)") if quick else LOSSES
-    seeds = 2 if quick else SEEDS
+def jobs(effort: Effort) -> list[tuple[Any, ...]]:
+    if effort is Effort.QUICK:
+        return [(name, "digits", "imbalanced", 2, 1) for name in (PLAIN, "LogBonus(0.75)")]
     return [
-        (name, data, balance, seeds, 1 if quick else EPOCHS[data])
+        (name, data, balance, SEEDS, EPOCHS[data])
         for data in reversed(DATA)  # the longer ones first
         for balance in BALANCES
-        for name in names
+        for name in LOSSES
     ]
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, list[float]]], quick: bool) -> dict[str, Any]:
+def conclude(results: dict[tuple[Any, ...], dict[str, list[float]]], effort: Effort) -> dict[str, Any]:
     found: dict[str, dict[str, dict[str, list[float]]]] = {}  # task, loss, column: a number a seed
-    for job in jobs(quick):
+    for job in jobs(effort):
         found.setdefault(f"{job[1]}, {job[2]}", {})[job[0]] = dict(results[job])
     for losses in found.values():
         for each in losses.values():
@@ -232,7 +228,9 @@ def conclude(results: dict[tuple[Any, ...], dict[str, list[float]]], quick: bool
         task: {name: {key: interval(each[key]) for key in COLUMNS} for name, each in losses.items()}
         for task, losses in found.items()
     }
-    verdicts = [] if quick else [one for task, losses in found.items() for one in _verdicts(task, losses)]
+    verdicts = (
+        [] if effort is Effort.QUICK else [one for task, losses in found.items() for one in _verdicts(task, losses)]
+    )
     return {"tables": tables, "verdicts": verdicts}
 
 
@@ -268,7 +266,7 @@ def _verdicts(task: str, losses: dict[str, dict[str, list[float]]]) -> list[dict
     ]  # fmt: skip
 
 
-def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
+def markdown(section: dict[str, Any]) -> str:
     parts = [
         "Which loss, at what price. A D-128-C ReLU network, SGD of rate 0.1 falling linearly to 0, momentum 0.9, "
         f"weight decay 5e-4, batches of {BATCH}; of a seed, all losses start from the same weights and see the same "
@@ -285,7 +283,7 @@ def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
     ]  # fmt: skip
     for task, losses in section["tables"].items():
         rows = (
-            [name, *(cell(each[key], 3 if "nll" in key else 2) for key in COLUMNS)] for name, each in losses.items()
+            [name, *(mean(each[key], 3 if "nll" in key else 2) for key in COLUMNS)] for name, each in losses.items()
         )
         parts.append(f"\n{task}:\n\n" + table(["loss", *COLUMNS.values()], rows))
     return "".join(parts)

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 from bonus_ops import GapLoss, LogBonus, bonus_cross_entropy
 
 from . import digits
-from .claims_verdict import ABOVE_ZERO, interval, paired, verdict
+from .claims_verdict import ABOVE_ZERO, paired, verdict
+from .intervals import interval, mean
+from .measure import Effort
+from .tables import table
 
 TITLE = "Encouraging loss"
 PLAIN = "cross-entropy"
@@ -53,9 +56,10 @@ COLUMNS = {
 }
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    names = (PLAIN, "cross-entropy, rate x 2", "log_end 0.75") if quick else LOSSES
-    return [(name, seed, 3 if quick else EPOCHS) for name in names for seed in range(2 if quick else SEEDS)]
+def jobs(effort: Effort) -> list[tuple[Any, ...]]:
+    if effort is Effort.QUICK:
+        return [(name, 0, digits.SHARE_EPOCH) for name in (PLAIN, "log_end 0.75")]
+    return [(name, seed, EPOCHS) for name in LOSSES for seed in range(SEEDS)]
 
 
 def work(name: str, seed: int, epochs: int) -> dict[str, float]:
@@ -109,14 +113,14 @@ def _gap(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[label] - logits.masked_fill(label, -torch.inf).logsumexp(1)
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, float]], quick: bool) -> dict[str, Any]:
+def conclude(results: dict[tuple[Any, ...], dict[str, float]], effort: Effort) -> dict[str, Any]:
     names = list(dict.fromkeys(job[0] for job in results))
     by_key = {
         key: {name: {job[1]: value[key] for job, value in results.items() if job[0] == name} for name in names}
         for key in COLUMNS
     }
     table = {name: {key: interval(list(by_key[key][name].values())) for key in COLUMNS} for name in names}
-    return {"table": table, "verdicts": [] if quick else _verdicts(by_key)}
+    return {"table": table, "verdicts": [] if effort is Effort.QUICK else _verdicts(by_key)}
 
 
 def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, Any]]:
@@ -174,8 +178,8 @@ def _verdicts(by_key: dict[str, dict[str, dict[int, float]]]) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
-    rows = ([name, *(cell(each[key]) for key in COLUMNS)] for name, each in section["table"].items())
+def markdown(section: dict[str, Any]) -> str:
+    rows = ([name, *(mean(each[key]) for key in COLUMNS)] for name, each in section["table"].items())
     return (
         "A 64-256-256-10 ReLU network on scikit-learn's digits, 30 epochs, the last 450 of a seeded order as test "
         f"images. Attacks move every pixel by {EPSILON}, within [0, 1]. Of the five log_end tried, one in twenty would "

@@ -25,7 +25,10 @@ from bonus_ops.policies import (
 )
 
 from .claims_data import BATCH, EASY, NOISY, RATE, Network, digits_split, error, sgd, task
-from .claims_verdict import ABOVE_ZERO, interval, paired, verdict
+from .claims_verdict import ABOVE_ZERO, paired, verdict
+from .intervals import interval, mean
+from .measure import Effort
+from .tables import table
 
 TITLE = "Prioritisation under label noise"
 NOISE = (0, 25, 50)  # % of the training labels drawn at random
@@ -180,9 +183,9 @@ METHODS: dict[str, Callable[[Run], None]] = {
 SENSITIVITY = ("guarded, quantile .05", "guarded, quantile .20")  # at the most noise only
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    if quick:
-        return [(name, 50, seed, 1) for name in METHODS if name not in SENSITIVITY for seed in range(2)]
+def jobs(effort: Effort) -> list[tuple[Any, ...]]:
+    if effort is Effort.QUICK:
+        return [(name, 50, 0, 1) for name in METHODS if name not in SENSITIVITY]
     return [
         (name, noise, seed, EPOCHS)
         for name in METHODS
@@ -203,7 +206,7 @@ def work(name: str, noise: int, seed: int, epochs: int) -> dict[str, float]:
     }
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, float]], quick: bool) -> dict[str, Any]:
+def conclude(results: dict[tuple[Any, ...], dict[str, float]], effort: Effort) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     errors: dict[int, dict[str, dict[int, float]]] = {}
     for (name, noise, seed, _), result in results.items():
@@ -212,7 +215,7 @@ def conclude(results: dict[tuple[Any, ...], dict[str, float]], quick: bool) -> d
         for name in by_name:
             each = [value for job, value in results.items() if job[:2] == (name, noise)]
             table.setdefault(name, {})[str(noise)] = {key: interval([one[key] for one in each]) for key in each[0]}
-    return {"table": table, "verdicts": [] if quick else _verdicts(errors)}
+    return {"table": table, "verdicts": [] if effort is Effort.QUICK else _verdicts(errors)}
 
 
 def _verdicts(errors: dict[int, dict[str, dict[int, float]]]) -> list[dict[str, Any]]:
@@ -242,11 +245,11 @@ def _verdicts(errors: dict[int, dict[str, dict[int, float]]]) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
+def markdown(section: dict[str, Any]) -> str:
     noises = list(dict.fromkeys(noise for each in section["table"].values() for noise in each))
 
     def rows(key: str) -> Any:
-        return ([name, *(cell(each[n][key]) if n in each else "-" for n in noises)]
+        return ([name, *(mean(each[n][key]) if n in each else "-" for n in noises)]
                 for name, each in section["table"].items())  # fmt: skip
 
     head = ["policy", *(f"{noise} % random labels" for noise in noises)]

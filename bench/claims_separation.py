@@ -12,7 +12,10 @@ from torch import Tensor
 from bonus_ops import bonus_cross_entropy_with_scores
 
 from .claims_data import BATCH, EASY, HARD, NOISY, RATE, Network, Task, digits_split, error, sgd, task
-from .claims_verdict import interval, verdict
+from .claims_verdict import verdict
+from .intervals import interval, mean
+from .measure import Effort
+from .tables import table
 
 TITLE = "Noisy against hard"
 TASKS = {
@@ -29,9 +32,10 @@ MODES = (90, 30, 15, 6, 2)  # examples of each mode of a class of `synth`; the l
 TEST_MODES = (30, 10, 5, 2, 2)
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    names = ("rare",) if quick else TASKS
-    return [(name, seed, 7 if quick else EPOCHS) for name in names for seed in range(2 if quick else SEEDS)]
+def jobs(effort: Effort) -> list[tuple[Any, ...]]:
+    if effort is Effort.QUICK:
+        return [("rare", seed, 3) for seed in range(2)]
+    return [(name, seed, EPOCHS) for name in TASKS for seed in range(SEEDS)]
 
 
 # --- the tasks --------------------------------------------------------------------------------------------------------
@@ -224,7 +228,7 @@ def _ranks(columns: list[Any]) -> Any:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, Any]], quick: bool) -> dict[str, Any]:
+def conclude(results: dict[tuple[Any, ...], dict[str, Any]], effort: Effort) -> dict[str, Any]:
     by_task: dict[str, dict[int, dict[str, Any]]] = {}
     for (name, seed, _), result in results.items():
         by_task.setdefault(name, {})[seed] = result
@@ -240,7 +244,7 @@ def conclude(results: dict[tuple[Any, ...], dict[str, Any]], quick: bool) -> dic
             name: {score: {q: interval(each) for q, each in of.items()} for score, of in scores.items()}
             for name, scores in values.items()
         },
-        "verdicts": [] if quick else _verdicts(values),
+        "verdicts": [] if effort is Effort.QUICK else _verdicts(values),
     }
 
 
@@ -270,16 +274,16 @@ def _verdicts(values: dict[str, dict[str, dict[str, list[float]]]]) -> list[dict
     return made
 
 
-def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
+def markdown(section: dict[str, Any]) -> str:
     names = list(section["table"])
     scores = list(section["table"][names[0]])
     parts = [
         "AUROC over the examples of scores from the training logits, before each update, of a D-256-256-C network; "
         "0.5 is chance. Two scores with a plus are a logistic map of their ranks, fitted on other seeds.\n",
-        "\n".join(f"- `{name}`: {TASKS[name]}; test accuracy {cell(section['accuracy'][name])} %" for name in names),
+        "\n".join(f"- `{name}`: {TASKS[name]}; test accuracy {mean(section['accuracy'][name])} %" for name in names),
     ]
     for question in QUESTIONS:
-        rows = ([score, *(cell(section["table"][name][score][question], 3) for name in names)] for score in scores)
+        rows = ([score, *(mean(section["table"][name][score][question], 3) for name in names)] for score in scores)
         parts.append(f"\n{question}:\n\n" + table(["score", *names], rows))
     parts.append("Second-split forgetting, which takes two trainings, is not measured here.\n")
     return "\n".join(parts)
@@ -308,7 +312,6 @@ def _in_words(score: str) -> str:
 
 
 def draw(section: dict[str, Any], figure: Any) -> None:
-    figure.set_size_inches(14, 10)
     names = list(section["table"])
     scores = list(section["table"][names[0]])
     figure.suptitle("Does a score rank one kind of example above another? Five data sets with known damage")

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from bonus_ops import ExampleTracker, bonus_cross_entropy_with_scores
 
+from . import digits
 from .claims_data import BATCH, HIDDEN, MOMENTUM, N_TEST, RATE
-from .claims_verdict import ABOVE_ZERO, interval, verdict
+from .claims_verdict import ABOVE_ZERO, verdict
+from .command import Picture
+from .intervals import interval, mean
+from .measure import Effort
+from .tables import table
 
 TITLE = "Mislabelled examples"
 SEEDS, EPOCHS, QUICK_EPOCHS = 10, 30, 6
@@ -47,10 +52,7 @@ class Flipped(NamedTuple):
 
 
 def flip(share: float) -> Flipped:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    images, labels = digits.load()
     order = torch.randperm(len(labels))
     test, train = order[:N_TEST], order[N_TEST:]
     given = labels[train].clone()
@@ -81,8 +83,8 @@ def fit(data: Flipped, rows: Tensor, hidden_layers: int, epochs: int, tracker: E
     return 100 * (model(data.test_images).argmax(1) != data.test_labels).double().mean().item()
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    seeds, epochs = (1, QUICK_EPOCHS) if quick else (SEEDS, EPOCHS)
+def jobs(effort: Effort) -> list[tuple[Any, ...]]:
+    seeds, epochs = (1, QUICK_EPOCHS) if effort is Effort.QUICK else (SEEDS, EPOCHS)
     return [(name, seed, epochs) for name in SETTINGS for seed in range(seeds)]
 
 
@@ -110,7 +112,7 @@ def _shown(data: Flipped, report: Any, index: int) -> dict[str, Any]:
     return {"given": int(data.given[index]), "suggested": suggested, "true": int(data.true[index]), "pixels": pixels}
 
 
-def conclude(results: dict[tuple[Any, ...], dict[str, Any]], quick: bool) -> dict[str, Any]:
+def conclude(results: dict[tuple[Any, ...], dict[str, Any]], effort: Effort) -> dict[str, Any]:
     by_seed: dict[str, list[dict[str, Any]]] = {}
     worst: list[dict[str, Any]] = []  # of the first setting and seed
     for (name, seed, _), found in sorted(results.items(), key=lambda one: one[0][1]):
@@ -124,16 +126,16 @@ def conclude(results: dict[tuple[Any, ...], dict[str, Any]], quick: bool) -> dic
                 [-one["change"] for one in by_seed[name]], at_least=ABOVE_ZERO)
         for name in SETTINGS
     ]  # fmt: skip
-    return {"table": table, "by_seed": by_seed, "worst": worst, "verdicts": [] if quick else verdicts}
+    return {"table": table, "by_seed": by_seed, "worst": worst, "verdicts": [] if effort is Effort.QUICK else verdicts}
 
 
-def markdown(section: dict[str, Any], table: Any, cell: Any) -> str:
+def markdown(section: dict[str, Any]) -> str:
     head = ["seed", *COLUMNS.values()]
     parts = [
         f"Digits with flipped labels, {EPOCHS} epochs of plain cross-entropy, watched by an `ExampleTracker`; its "
         "report is asked for as many suspects as flips were made, and a new network is trained without them.\n\n",
         table(["setting", *COLUMNS.values()],
-              ([name, *(cell(each[key]) for key in COLUMNS)] for name, each in section["table"].items())),
+              ([name, *(mean(each[key]) for key in COLUMNS)] for name, each in section["table"].items())),
     ]  # fmt: skip
     for name, seeds in section["by_seed"].items():
         rows = ([one["seed"], *(f"{one[key]:.2f}" for key in COLUMNS)] for one in seeds)
@@ -161,7 +163,6 @@ def draw(section: dict[str, Any], figure: Any) -> None:
 
 def draw_worst(section: dict[str, Any], figure: Any) -> None:
     """Draw the images suspected most, with the label given, the one suggested, and whether that is right."""
-    figure.set_size_inches(11, 4)
     figure.suptitle(
         "Handwritten digits, 30 % of their labels flipped on purpose:\nwhat the tracker suspects most after one "
         "training, and the label it suggests"
@@ -174,4 +175,4 @@ def draw_worst(section: dict[str, Any], figure: Any) -> None:
         axes.set(xticks=[], yticks=[])
 
 
-MORE_PICTURES = {"-worst": draw_worst}
+MORE_PICTURES = {"-worst": Picture(draw_worst, 11, 4)}

@@ -1,27 +1,17 @@
-"""What the seeds say of a claim: mean, 95 % confidence interval, and whether the claim holds."""
+"""What the seeds say of a claim: whether its whole confidence interval meets the bar."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
+from .intervals import interval
 
 REPRODUCED = "reproduced"
 ON_AVERAGE = "on average only: the interval crosses the bar"
 NOT_REPRODUCED = "not reproduced"
 ABOVE_ZERO = 1e-9  # a bar that a difference of nothing does not meet
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean over seeds, half the width of its 95 % confidence interval, and the number of seeds."""
-    n = len(values)
-    half = math.nan
-    if n > 1:
-        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": statistics.fmean(values), "half": half, "seeds": n}
 
 
 def verdict(

@@ -6,15 +6,20 @@ accuracy: on this task its differences are about as large as the spread of the s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bonus_ops import GapLoss, LogBonus, Scores, bonus_cross_entropy_with_scores, difficulty_scores
+
+from .bounds import bound
+from .command import Tell, counted
+from .intervals import interval
+from .measure import Effort
 
 LOSSES: dict[str, GapLoss | None] = {
     "cross-entropy": None,
@@ -26,30 +31,27 @@ CONFIDENT = 0.9
 SHARE_EPOCH = 3  # when the gradient share is taken: later nearly every row is confident
 LAST_EPOCHS = 5  # averaged to find the hardest images
 SHOWN = "LogBonus(0.75)"  # the run whose hardest images are shown
-# another, earlier measurement of the same setup, 5 seeds, as mean and standard deviation
-EARLIER = {
-    "cross-entropy": {"accuracy": (97.33, 0.37), "train_margin": (8.36, 0.26), "confident_share": (0.11, 0.02)},
-    "LogBonus(0.75)": {"accuracy": (97.64, 0.64), "train_margin": (13.81, 0.28), "confident_share": (0.18, 0.04)},
-    "LogBonus(1.0)": {"accuracy": (97.60, 0.68), "train_margin": (60.61, 3.56), "confident_share": (0.44, 0.10)},
+COLUMNS = {
+    "accuracy": "test accuracy, %",
+    "train_margin": "train margin, logits",
+    "train_energy": "train energy, nats",
+    "confident_share": "gradient share of p > .9 after epoch 3",
 }
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
     if not importlib.util.find_spec("sklearn"):
         return {"skipped": "scikit-learn is not installed: no digits (pip install scikit-learn)"}
-    seeds, epochs = ((0,), 4) if quick else ((0, 1, 2), EPOCHS)
+    n_seeds, epochs = (3 if effort is Effort.FULL else 1), (4 if effort is Effort.QUICK else EPOCHS)
     losses, hardest = {}, []
-    for name, bonus in LOSSES.items():
-        runs = []
-        for seed in seeds:
-            progress(f"digits: {name}, seed {seed}")
-            runs.append(_Run(bonus, seed, device).train(epochs))
-        losses[name] = _statistics([each.result for each in runs]) | {"earlier": EARLIER[name]}
+    for (name,) in counted(((name,) for name in LOSSES), tell):
+        runs = [_Run(LOSSES[name], seed, device).train(epochs) for seed in range(n_seeds)]
+        losses[name] = _statistics([each.result for each in runs])
         if name == SHOWN:
             hardest = runs[0].hardest(10)
     return {
-        "seeds": len(seeds), "epochs": epochs, "losses": losses, "hardest": hardest, "hardest_of": SHOWN,
-        "bounds": [] if quick else _verdicts(losses),
+        "seeds": n_seeds, "epochs": epochs, "losses": losses, "hardest": hardest, "hardest_of": SHOWN,
+        "bounds": [] if effort is Effort.QUICK else _verdicts(losses),
     }  # fmt: skip
 
 
@@ -58,7 +60,8 @@ class _Run:
 
     def __init__(self, bonus: GapLoss | None, seed: int, device: str) -> None:
         self.bonus = bonus
-        images, labels, order = _digits(seed)
+        images, labels = load()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 + seed))
         self.images, self.labels = images.to(device), labels.to(device)
         self.index = order[:-N_TEST]  # of the training images in the data set
         self.train_rows, self.test_rows = order[:-N_TEST].to(device), order[-N_TEST:].to(device)
@@ -123,42 +126,33 @@ class _Run:
         ]  # fmt: skip
 
 
-def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images in [0, 1] [1797, 64], labels, and the order whose last `N_TEST` are the test set."""
+@functools.cache
+def load() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's images in [0, 1] [1797, 64], and labels."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(1000 + seed))
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target), order
+    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
 def _statistics(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and population standard deviation over the seeds, and the mean margin after each epoch."""
-    numbers = {
-        key: (statistics.fmean(values), statistics.pstdev(values))
-        for key in ("accuracy", "train_margin", "train_energy", "confident_share")
-        for values in [[result[key] for result in results]]
-    }
+    """Return each number over the seeds, and the mean margin after each epoch."""
     margins = [statistics.fmean(values) for values in zip(*(r["margins"] for r in results), strict=True)]
-    return numbers | {"margins": margins}
+    return {key: interval([result[key] for result in results]) for key in COLUMNS} | {"margins": margins}
 
 
 def _verdicts(losses: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare with what the bonus is known to do: bounds well inside what was measured earlier."""
-    mean = {name: {key: value[0] for key, value in _numbers(loss).items()} for name, loss in losses.items()}
-    plain = mean["cross-entropy"]
-    furthest = max(abs(each["accuracy"] - plain["accuracy"]) for each in mean.values())
-    checks = [
-        ("train margin, LogBonus(0.75) / cross-entropy >= 1.3",
-         mean["LogBonus(0.75)"]["train_margin"] / plain["train_margin"], 1.3),
-        ("train margin, LogBonus(1.0) / cross-entropy >= 4",
-         mean["LogBonus(1.0)"]["train_margin"] / plain["train_margin"], 4.0),
-        ("confident share, LogBonus(1.0) / cross-entropy >= 2",
-         mean["LogBonus(1.0)"]["confident_share"] / plain["confident_share"], 2.0),
+    """Compare with what the bonus is known to do: bounds well inside what `python -m bench claims` measures."""
+
+    def over_plain(key: str, name: str) -> float:
+        return losses[name][key]["mean"] / losses["cross-entropy"][key]["mean"]
+
+    accuracy = {name: each["accuracy"]["mean"] for name, each in losses.items()}
+    furthest = max(abs(each - accuracy["cross-entropy"]) for each in accuracy.values())
+    wanted = (("train_margin", "LogBonus(0.75)", 1.3), ("train_margin", "LogBonus(1.0)", 4.0),
+              ("confident_share", "LogBonus(1.0)", 2.0))  # fmt: skip
+    return [
+        *(bound(f"{key.replace('_', ' ')}, {name} / cross-entropy", over_plain(key, name), at_least=at_least)
+          for key, name, at_least in wanted),
+        bound("accuracy of the furthest less that of cross-entropy, points", furthest, at_most=1.5),
     ]  # fmt: skip
-    verdicts = [{"bound": what, "value": value, "passed": value >= limit} for what, value, limit in checks]
-    return [*verdicts, {"bound": "accuracy within 1.5 points", "value": furthest, "passed": furthest <= 1.5}]
-
-
-def _numbers(loss: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    return {key: loss[key] for key in ("accuracy", "train_margin", "train_energy", "confident_share")}

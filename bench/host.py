@@ -23,21 +23,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .command import Tell
+from .measure import Effort
 from .record import ROOT
 
 AT_MOST = 3.0  # times F.cross_entropy, default mean of 64x10, forward and backward
 SHAPE = (64, 10)
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    progress("host: launches mocked")
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+    tell("launches mocked")
     if importlib.util.find_spec("triton") is None:
         return {"skipped": "triton is not installed", "bounds": []}
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bench.host", *(["quick"] if quick else [])]
+    command = [sys.executable, "-m", "bench.host", effort.value]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
-    return found | {"bounds": [] if quick else _verdicts(found)}
+    return found | {"bounds": [] if effort is Effort.QUICK else _verdicts(found)}
 
 
 def _verdicts(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,12 +163,12 @@ def steps(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
     }
 
 
-def measured(quick: bool) -> dict[str, Any]:
+def measured(effort: Effort) -> dict[str, Any]:
     torch.set_num_threads(1)
     mock_launches()
     times: dict[str, list[float]] = {}
     found = steps(torch.float32)
-    calls, rounds = (50, 5) if quick else (500, 20)
+    calls, rounds = {Effort.QUICK: (10, 3), Effort.SHORT: (100, 8), Effort.FULL: (500, 20)}[effort]
     for call, x in found.values():
         torch.autograd.grad(call(), x)
     gc.collect()
@@ -208,4 +210,4 @@ def counted() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured("quick" in sys.argv[1:])))
+    print(json.dumps(measured(Effort(sys.argv[1]))))

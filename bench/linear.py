@@ -14,7 +14,12 @@ from bonus_ops import linear_bonus_cross_entropy_with_scores, linear_difficulty_
 from bonus_ops.ops import chunks
 
 from . import measure
+from .bounds import bound
+from .command import Tell, counted
+from .intervals import ratio, summary
+from .measure import Effort
 from .providers import BONUS, SCORE_NAMES, close, truth
+from .record import instruction_set
 
 # rows, hidden size, classes: what is required of ours over three bare products, by the widest vectors of the CPU
 SHAPES = {
@@ -62,64 +67,74 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every shape on one thread of a CPU."""
+def cases() -> list[tuple[str]]:
+    return [(name,) for name in SHAPES]
+
+
+def names(case: str) -> list[str]:
+    return [OURS, TORCH, EAGER, CHUNKED, BARE, ONE, ALONE, *([OURS_BF16] if case == HALVES[0] else [])]
+
+
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+    """Measure every shape on one thread of a CPU, in a short run the smallest alone."""
     if device == "cuda":
         return {"skipped": "measured on a CPU; `python -m bench gpu` has the linear form of a GPU"}
-    kept = measure.keep_memory()
-    torch.set_num_threads(1)
-    cases = []
-    for name, (n_rows, size, n_classes, _) in SHAPES.items():
-        if quick:
-            n_rows, size, n_classes = n_rows // 64, size // 16, n_classes // 16
-        progress(f"linear: {n_rows}x{size}x{n_classes}")
-        check(Case(16, size, n_classes))
-        case = {"case": name, "n_rows": n_rows, "hidden": size, "n_classes": n_classes, "dtype": "float32"}
-        cases.append(case | _measure(Case(n_rows, size, n_classes), name == HALVES[0], quick, progress))
-    vectors = torch.backends.cpu.get_cpu_capability().lower()
-    return {
-        "memory_kept": kept, "threads": 1, "vectors": vectors, "cases": cases,
-        "bounds": [] if quick else list(verdicts(cases, vectors)),
-    }  # fmt: skip
+    some = cases()[:1] if effort is Effort.SHORT else cases()
+    found = [_measure(*case, effort, device) for case in counted(some, tell)]
+    bounds = [] if effort is Effort.QUICK else list(verdicts(found, instruction_set()))
+    return {"vectors": instruction_set(), "cases": found, "bounds": bounds}
 
 
-def _measure(case: Case, halves: bool, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    (n_rows, _), (n_classes, _) = case.hidden.shape, case.weight.shape
-    logits = torch.empty(n_rows, n_classes)
-    grads = torch.empty_like(case.hidden), torch.empty_like(case.weight)
+def _sizes(case: str, effort: Effort) -> tuple[int, int, int]:
+    n_rows, size, n_classes, _ = SHAPES[case]
+    return (n_rows // 64, size // 16, n_classes // 16) if effort is Effort.QUICK else (n_rows, size, n_classes)
+
+
+def steps(case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+    """Return the steps of a shape, those of ours checked first."""
+    n_rows, size, n_classes = _sizes(case, effort)
+    check(Case(4, size, n_classes))
+    of, logits = Case(n_rows, size, n_classes), torch.empty(n_rows, n_classes)
+    grads = torch.empty_like(of.hidden), torch.empty_like(of.weight)
 
     def one() -> None:
         with torch.no_grad():
-            torch.mm(case.hidden, case.weight.t(), out=logits)
+            torch.mm(of.hidden, of.weight.t(), out=logits)
 
     def bare() -> None:
         one()
         with torch.no_grad():
-            torch.mm(logits, case.weight, out=grads[0])
-            torch.mm(logits.t(), case.hidden, out=grads[1])
+            torch.mm(logits, of.weight, out=grads[0])
+            torch.mm(logits.t(), of.hidden, out=grads[1])
 
     def alone() -> None:
-        linear_difficulty_scores(case.hidden, case.weight, case.target)
+        linear_difficulty_scores(of.hidden, of.weight, of.target)
 
-    losses = {OURS: ours, TORCH: plain, EAGER: eager, CHUNKED: chunked}
-    steps = {name: case.step(loss) for name, loss in losses.items()}
-    steps |= {name: measure.Step(case.forget, f) for name, f in ((BARE, bare), (ONE, one), (ALONE, alone))}
-    if halves:
-        half = Case(*case.hidden.shape, n_classes, torch.bfloat16)
-        steps[OURS_BF16] = half.step(ours)
-    slow = steps.pop(CHUNKED)  # many times slower than all others
-    peaks = {name: measure.peak_bytes(steps[name], False) for name in (OURS, TORCH, EAGER, ALONE)}
-    times = measure.interleave(steps, False, 0.0, (2, 2) if quick else (5, 5) if n_classes < 1 << 16 else (3, 3))
-    progress(f"linear: {CHUNKED}")
+    made = {name: of.step(loss) for name, loss in ((OURS, ours), (TORCH, plain), (EAGER, eager), (CHUNKED, chunked))}
+    made |= {name: measure.Step(of.forget, f) for name, f in ((BARE, bare), (ONE, one), (ALONE, alone))}
+    if case == HALVES[0]:
+        made[OURS_BF16] = Case(n_rows, size, n_classes, torch.bfloat16).step(ours)
+    return made
+
+
+def _measure(case: str, effort: Effort, device: str) -> dict[str, Any]:
+    (n_rows, size, n_classes), made = _sizes(case, effort), steps(case, effort, device)
+    slow = made.pop(CHUNKED)  # many times slower than all others
+    peaks = {name: measure.peak_bytes(made[name], False) for name in (OURS, TORCH, EAGER, ALONE)}
+    if effort is Effort.SHORT:
+        del made[EAGER]  # nothing is required beside it
+    rounds = 2 if effort is not Effort.FULL else 5 if n_classes < 1 << 16 else 3
+    times = measure.interleave(made, False, 0.0, (rounds, rounds))
     start = time.perf_counter()
     peaks[CHUNKED] = measure.peak_bytes(slow, False)
     times[CHUNKED] = [1e3 * (time.perf_counter() - start)]
     over = {OURS: BARE, TORCH: BARE, EAGER: BARE, ALONE: ONE, OURS_BF16: OURS}
-    ratios = {f"{a} / {b}": measure.ratio(times[a], times[b]) for a, b in over.items() if a in times}
-    ratios[f"{CHUNKED} / {BARE}"] = measure.ratio(times[CHUNKED], times[BARE][-1:])
+    ratios = {f"{a} / {b}": ratio(times[a], times[b]) for a, b in over.items() if a in times}
+    ratios[f"{CHUNKED} / {BARE}"] = ratio(times[CHUNKED], times[BARE][-1:])
     return {
-        "gradients": sum(4 * x.numel() for x in (case.hidden, case.weight)),
-        "time_ms": {name: measure.summary(values) for name, values in times.items()}, "peaks": peaks, "ratios": ratios,
+        "case": case, "n_rows": n_rows, "hidden": size, "n_classes": n_classes, "dtype": "float32",
+        "gradients": 4 * size * (n_rows + n_classes),
+        "time_ms": {name: summary(values) for name, values in times.items()}, "peaks": peaks, "ratios": ratios,
     }  # fmt: skip
 
 
@@ -139,22 +154,22 @@ def check(case: Case) -> None:
         close(name, getattr(scores, name), true.scores[name], 1e-4)
 
 
-def verdicts(cases: list[dict[str, Any]], vectors: str) -> Iterator[dict[str, Any]]:
-    """Return what is required on one CPU thread."""
-    for case in cases:
-        where = {"case": case["case"], "dtype": case["dtype"]}
-
-        def bound(what: str, value: float, at_most: float, where: Any = where) -> dict[str, Any]:
-            return {"bound": f"{what} <= {at_most:.4g}", **where, "value": value, "passed": value <= at_most}
-
-        ratio = {label: x["median"] for label, x in case["ratios"].items()}
-        at_most = SHAPES[case["case"]][3]
-        yield bound(f"{OURS} / {BARE}", ratio[f"{OURS} / {BARE}"], at_most.get(vectors, at_most["avx512"]))
+def verdicts(found: list[dict[str, Any]], vectors: str) -> Iterator[dict[str, Any]]:
+    """Return what is required on one CPU thread of every shape, measured or not."""
+    measured = {case["case"]: case for case in found}
+    for name, (*_, at_most) in SHAPES.items():
+        case = measured.get(name)
+        ratios = {label: x["median"] for label, x in case["ratios"].items()} if case else {}
+        cost = ratios.get(f"{OURS} / {BARE}")
+        where = {"case": name, "dtype": "float32"}
+        yield bound(f"{OURS} / {BARE}", cost, at_most=at_most.get(vectors, at_most["avx512"]), **where)
         for other in (TORCH, CHUNKED):
-            yield bound(f"{OURS} / {other}", ratio[f"{OURS} / {BARE}"] / ratio[f"{other} / {BARE}"], 1.0)
-        beyond = case["peaks"][OURS] - case["gradients"] - chunks.BUDGET["cpu"]
-        yield bound("memory beyond gradients and budget, MiB", beyond / MiB, BEYOND / MiB)
-        yield bound(f"{ALONE} / {ONE}", ratio[f"{ALONE} / {ONE}"], SCORING)
-        yield bound("memory of scores alone, MiB", case["peaks"][ALONE] / MiB, BEYOND / MiB)
-        if f"{OURS_BF16} / {OURS}" in ratio:
-            yield bound(f"{OURS_BF16} / {OURS}", ratio[f"{OURS_BF16} / {OURS}"], HALVES[1])
+            value = cost / ratios[f"{other} / {BARE}"] if case else None
+            yield bound(f"{OURS} / {other}", value, at_most=1.0, **where)
+        beyond = (case["peaks"][OURS] - case["gradients"] - chunks.BUDGET["cpu"]) / MiB if case else None
+        yield bound("memory beyond gradients and budget, MiB", beyond, at_most=BEYOND / MiB, **where)
+        yield bound(f"{ALONE} / {ONE}", ratios.get(f"{ALONE} / {ONE}"), at_most=SCORING, **where)
+        alone = case["peaks"][ALONE] / MiB if case else None
+        yield bound("memory of scores alone, MiB", alone, at_most=BEYOND / MiB, **where)
+        if name == HALVES[0]:
+            yield bound(f"{OURS_BF16} / {OURS}", ratios.get(f"{OURS_BF16} / {OURS}"), at_most=HALVES[1], **where)

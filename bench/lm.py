@@ -2,33 +2,30 @@
 
     python -m bench lm [train] [cost] [--quick] [--out folder]
 
-Both without a name: `train` takes three to four minutes on two cores, `cost` half a minute on one. Writes lm.json,
-lm.md and the pictures into bench/results.
+Both without a name: `train` takes three to four minutes on two cores, `cost` half a minute on one. Writes JSON, tables
+and pictures into bench/results/lm-avx2.*; avx2: the widest vectors of this CPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
 import multiprocessing
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import lm_model, measure
+from .command import Book, Picture, Section, Tell
+from .intervals import ratio, summary
 from .lm_model import BONUS, LOGITS, LOSSES, PLAIN, Sizes
 from .lm_text import N_PIECES, text
-from .record import commit, environment, progress, write
+from .measure import Effort
+from .record import instruction_set
 from .tables import table
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SIZES, QUICK = Sizes(N_PIECES, 64, 2, 128, 16, 500), Sizes(512, 16, 1, 16, 4, 6)
 QUICK_FILES, ROUNDS = 20, 9
 RUNS = (PLAIN, BONUS)
@@ -39,45 +36,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def main(arguments: list[str]) -> None:
-    """Parse, measure, write, print."""
-    parser = argparse.ArgumentParser(prog="python -m bench lm", description="Train a small language model.")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(SECTIONS)} (default: both) or report")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of seconds; its figures mean nothing")
-    parser.add_argument("--out", type=Path, help="where to write; default bench/results, with --quick its quick/")
-    options = parser.parse_args(arguments)
-    if unknown := set(options.names) - {*SECTIONS, "report"}:
-        sys.exit(f"unknown section {', '.join(sorted(unknown))}; expected {', '.join(SECTIONS)} or report")
-    folder = options.out or (RESULTS / "quick" if options.quick else RESULTS)
-    names = [name for name in options.names or SECTIONS if name != "report"]
-    written, said = run(names, options.quick, folder, progress, " ".join(["python -m bench lm", *arguments]))
-    print(said)
-    print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
-
-
-def run(
-    names: Iterable[str], quick: bool, folder: Path, progress: Callable[[str], None], command: str
-) -> tuple[list[Path], str]:
-    """Measure ``names`` into ``folder``; what is there and was not asked for stays. Return the files and the report."""
-    path = folder / "lm.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in names:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        start = time.perf_counter()
-        results["environment"] = environment("cpu")
-        stamp = {"command": command, "commit": commit(), "date": date, "quick": quick}
-        results[name] = SECTIONS[name](quick, progress) | stamp | {"elapsed_s": time.perf_counter() - start}
-        folder.mkdir(parents=True, exist_ok=True)
-        write(path, results)  # kept if the next one fails
-    progress("")
-    return report(folder)
-
-
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-def train(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+def train(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
     """Train plain and with the bonus, a process each; judge both by text they did not see."""
+    quick = effort is Effort.QUICK
     sizes = QUICK if quick else SIZES
     if quick:
         found = {name: _train(name, quick, lambda done: None) for name in RUNS}
@@ -91,7 +55,7 @@ def train(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
                 time.sleep(1)
                 done = min((told.get(name, 0) for name in RUNS), default=0)
                 left = (time.perf_counter() - start) * (sizes.steps / done - 1) if done else math.inf
-                progress(f"lm: step {done} of {sizes.steps}, about {left:.0f} s left")
+                tell(f"step {done} of {sizes.steps}, about {left:.0f} s left")
             found = {name: each.result() for name, each in waiting.items()}
     return {"sizes": sizes._asdict(), "processes": 1 if quick else len(RUNS), "runs": found, "text": _of_text(quick)}
 
@@ -141,14 +105,13 @@ def _train(name: str, quick: bool, tell: Callable[[int], None]) -> dict[str, Any
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def cost(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+def cost(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
     """Measure whole training steps, and the last layer with its loss alone, of three ways to the same gradient."""
-    kept = False if quick else measure.keep_memory()  # it is for the whole process
-    torch.set_num_threads(1)
+    quick = effort is Effort.QUICK
     sizes, of = QUICK if quick else SIZES, _text(quick)
     n_rows, steps, alone, first = sizes.batch * sizes.context, {}, {}, {}
     for name, loss in LOSSES.items():
-        progress(f"lm: {name}")
+        tell(name)
         training = lm_model.Training(sizes, of.train)
         batch = training.batch()
         first[name] = [training.step(loss, batch) for _ in range(3)]
@@ -159,16 +122,16 @@ def cost(quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     if abs(first[LOGITS][-1] - first[PLAIN][-1]) > 1e-4:  # three steps on
         raise ValueError(f"expected the same loss with and without logits, got {first[LOGITS]} and {first[PLAIN]}")
     peaks = {name: measure.peak_bytes(step, False) for name, step in alone.items()}
-    rounds = (2, 2) if quick else (ROUNDS, ROUNDS)
-    times = {"step": measure.interleave(steps, False, 0.0, rounds)}
-    times["last layer and loss"] = measure.interleave(alone, False, 0.0, rounds)
+    rounds = effort.rounds(0.0, (ROUNDS, ROUNDS))
+    times = {"step": measure.interleave(steps, False, *rounds)}
+    times["last layer and loss"] = measure.interleave(alone, False, *rounds)
     return {
-        "memory_kept": kept, "threads": 1, "n_rows": n_rows, "sizes": sizes._asdict(),
+        "n_rows": n_rows, "sizes": sizes._asdict(),
         "logits_bytes": 4 * n_rows * sizes.n_pieces, "gradients_bytes": 4 * sizes.width * (n_rows + sizes.n_pieces),
         "peak_bytes": peaks, "first_losses": first,
-        "tokens_per_s": {name: 1e3 * n_rows / measure.summary(ms)["median"] for name, ms in times["step"].items()},
-        "time_ms": {what: {n: measure.summary(ms) for n, ms in each.items()} for what, each in times.items()},
-        "ratios": {what: {n: measure.ratio(ms, each[LOGITS]) for n, ms in each.items()}
+        "tokens_per_s": {name: 1e3 * n_rows / summary(ms)["median"] for name, ms in times["step"].items()},
+        "time_ms": {what: {n: summary(ms) for n, ms in each.items()} for what, each in times.items()},
+        "ratios": {what: {n: ratio(ms, each[LOGITS]) for n, ms in each.items()}
                    for what, each in times.items()},
     }  # fmt: skip
 
@@ -183,44 +146,7 @@ def _last_layer(loss: lm_model.Loss, hidden: torch.Tensor, weight: torch.Tensor,
     return measure.Step(forget, lambda: loss(hidden, weight, target).backward())
 
 
-SECTIONS: dict[str, Callable[[bool, Callable[[str], None]], dict[str, Any]]] = {"train": train, "cost": cost}
-
-
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def report(folder: Path) -> tuple[list[Path], str]:
-    """Write lm.md and the pictures from lm.json; return all files and the text."""
-    from . import plots
-
-    results = json.loads((folder / "lm.json").read_text())
-    pictures = []
-    if why := plots.why_not():
-        print(why, file=sys.stderr)
-    elif "train" in results:
-        for name, draw, size in (("lm-loss", _draw_curves, (9, 5)), ("lm-hardest", _draw_text, (13, 8))):
-            figure = plots._figure(*size)
-            draw(results["train"], figure)
-            figure.savefig(folder / f"{name}.png", dpi=100)
-            pictures.append(f"{name}.png")
-    said = markdown(results, pictures)
-    (folder / "lm.md").write_text(said)
-    return [folder / name for name in ("lm.json", "lm.md", *pictures)], said
-
-
-def markdown(results: dict[str, Any], pictures: list[str]) -> str:
-    """Return the report of what ``results`` holds; ``pictures`` are file names beside it."""
-    from .report import _environment, _stamp
-
-    parts = ["# A language model without its logits\n\nGenerated by `python -m bench lm`; do not edit.\n"]
-    titles = {"cost": ("Time and memory", _cost), "train": ("Training", _train_report)}
-    for name, (title, render) in titles.items():
-        if name in results:
-            section = results[name]
-            parts.append(f"## {title}\n\n{_stamp(section)} It took {section['elapsed_s']:.0f} s.\n\n{render(section)}")
-    parts += [f"![{name}]({name})\n" for name in pictures]
-    parts.append(f"## Environment of the last run\n\n{_environment(results['environment'])}\n")
-    return "\n".join(parts)
 
 
 def _cost(section: dict[str, Any]) -> str:
@@ -314,3 +240,16 @@ def _draw_text(section: dict[str, Any], figure: Any) -> None:
         x += len(shown)
     bar = ScalarMappable(scale, colours)
     figure.colorbar(bar, ax=axes, label="cross-entropy, nats (lower is better; 10 and above alike)", shrink=0.6)
+
+
+BOOK = Book(
+    "python -m bench lm", "Train a small language model.", "A language model without its logits",
+    {
+        "cost": Section("Time and memory", cost, _cost),
+        "train": Section(
+            "Training", train, _train_report,
+            {"-loss": Picture(_draw_curves, 9, 5), "-hardest": Picture(_draw_text, 13, 8)},
+        ),
+    },
+    lambda device: f"lm-{instruction_set()}",
+)  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import functools
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -28,15 +30,16 @@ class Text(NamedTuple):
     n_characters: int
 
 
+@functools.cache
 def text(n_pieces: int, n_files: int | None = None) -> Text:
     """Return the standard library's text, of its first files only where a number is given."""
-    files = list(_files())[:n_files]
+    files = list(itertools.islice(_files(), n_files))
     kept = [i % HELD_OUT != HELD_OUT - 1 for i in range(len(files))]
     words = [WORDS.findall(file) for file in files]
     counted = collections.Counter(word for each, trains in zip(words, kept, strict=True) if trains for word in each)
-    letters = sorted({letter for word in counted for letter in word if letter.isascii()})
-    frequent = [word for word, _ in counted.most_common() if word not in set(letters)]
-    pieces = [UNKNOWN, *letters, *frequent][:n_pieces]
+    letters = {letter for word in counted for letter in word if letter.isascii()}
+    frequent = [word for word, _ in counted.most_common() if word not in letters]
+    pieces = [UNKNOWN, *sorted(letters), *frequent][:n_pieces]
     index = {piece: i for i, piece in enumerate(pieces)}
 
     def encoded(trains: bool) -> Tensor:

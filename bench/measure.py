@@ -1,8 +1,9 @@
-"""Time, peak memory and bandwidth of steps that run interleaved."""
+"""Time, peak memory and bandwidth of steps that run interleaved, and how much of it is measured."""
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import gc
 import math
 import statistics
@@ -12,7 +13,39 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .intervals import ratio, summary
+
+__all__ = [
+    "Effort", "Step", "cache_bytes", "copy_gb_per_s", "interleave", "keep_memory", "peak_bytes", "ratio", "summary",
+    "time_ms",
+]  # fmt: skip
+
+LARGE = 1 << 23  # logits: from here on an eager formula takes a good part of a second
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+class Effort(enum.Enum):
+    """How much is measured."""
+
+    QUICK = "quick"  # once, on a few rows: the figures mean nothing
+    SHORT = "short"  # what fits two minutes
+    FULL = "full"
+
+    @property
+    def suffix(self) -> str:
+        """What its record is called beside the full one."""
+        return "" if self is Effort.FULL else f"-{self.value}"
+
+    def rounds(self, budget_s: float, reps: tuple[int, int]) -> tuple[float, tuple[int, int]]:
+        """Return what `interleave` may spend where a full measurement spends these."""
+        if self is Effort.QUICK:
+            return 0.0, (2, 2)
+        return (budget_s, reps) if self is Effort.FULL else (budget_s / 6, (min(reps[0], 3), reps[1]))
+
+    def leaves_out(self, n_logits: int) -> bool:
+        """Return whether slow formulas of so many logits are left out."""
+        return self is Effort.SHORT and n_logits > LARGE
 
 
 class Step(NamedTuple):
@@ -73,17 +106,6 @@ def interleave(steps: dict[str, Step], on_gpu: bool, budget_s: float, reps: tupl
     finally:
         gc.enable()
     return times
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Return median and quartiles."""
-    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "low": low, "high": high, "reps": len(values)}
-
-
-def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Return median and quartiles of the ratio, round by round."""
-    return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
 def peak_bytes(step: Step, on_gpu: bool) -> int:

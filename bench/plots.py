@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 FLOOR = 1e-9  # errors below, and exact results, are drawn here
@@ -19,35 +17,7 @@ PANELS = (
 UNITS = ("F.cross_entropy", "F.cross_entropy, forward")
 
 
-def why_not() -> str | None:
-    """Return why nothing can be drawn, or None."""
-    return None if importlib.util.find_spec("matplotlib") else "matplotlib is not installed: no pictures"
-
-
-def draw(results: dict[str, Any], folder: Path, stem: str) -> list[str]:
-    """Draw what ``results`` holds into ``folder``; return the file names."""
-    figures = {}
-    if "accuracy" in results:
-        figures["accuracy"] = accuracy(results["accuracy"])
-    if "speed" in results:
-        figures["speed"] = speed(results["speed"])
-    if "digits" in results and "skipped" not in results["digits"]:
-        figures["digits-margin"] = margins(results["digits"])
-        figures["digits-hardest"] = hardest(results["digits"])
-    names = [f"{stem}-{name}.png" for name in figures]
-    for name, figure in zip(names, figures.values(), strict=True):
-        figure.savefig(folder / name, dpi=100)
-    return names
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def accuracy(section: dict[str, Any]) -> Any:
-    figure = _figure(13, 7.5)
+def accuracy(section: dict[str, Any], figure: Any) -> None:
     figure.suptitle(
         f"Rounding error in float32 against float64, the worst of {section['n_rows']} rows of {section['n_classes']} "
         f"classes. Lower is better; {FLOOR:g} and below are drawn at the lower edge."
@@ -67,7 +37,6 @@ def accuracy(section: dict[str, Any]) -> Any:
     figure.supxlabel("how sure the model is of the label: log-odds, log(p / (1 - p))")
     figure.supylabel("error; absolute ones in nats")
     panels[0, 0].set_ylim(bottom=FLOOR)
-    return figure
 
 
 SPEED = {  # what is drawn of the providers
@@ -79,10 +48,9 @@ SPEED = {  # what is drawn of the providers
 }
 
 
-def speed(section: dict[str, Any]) -> Any:
+def speed(section: dict[str, Any], figure: Any) -> None:
     """Dots: time of each provider over that of F.cross_entropy, or over its forward for what has no backward."""
     dtypes = list(dict.fromkeys(case["dtype"] for case in section["cases"]))
-    figure = _figure(13, 6)
     figure.suptitle("Time over that of F.cross_entropy with its gradient. Lower is better; left of 1 is faster.")
     panels = figure.subplots(1, len(dtypes), sharex=True, sharey=True, squeeze=False)
     for axes, dtype in zip(panels.flat, dtypes, strict=True):
@@ -100,7 +68,6 @@ def speed(section: dict[str, Any]) -> Any:
         axes.grid(alpha=0.3, axis="x")
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    return figure
 
 
 def _sizes(case: dict[str, Any]) -> str:
@@ -114,8 +81,7 @@ def _relative_time(providers: dict[str, Any], name: str) -> float:
     return providers[name]["time_ms"]["median"] / unit["time_ms"]["median"]
 
 
-def margins(section: dict[str, Any]) -> Any:
-    figure = _figure(7, 4.5)
+def margins(section: dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     for name, loss in section["losses"].items():
         axes.plot(range(1, len(loss["margins"]) + 1), loss["margins"], label=name)
@@ -123,11 +89,9 @@ def margins(section: dict[str, Any]) -> Any:
              ylabel="mean margin, logits\n(the label's logit less the largest other)")  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend()
-    return figure
 
 
-def hardest(section: dict[str, Any]) -> Any:
-    figure = _figure(11, 5.4)
+def hardest(section: dict[str, Any], figure: Any) -> None:
     figure.suptitle(
         f"The ten training digits that a network finds hardest, hardest first (trained with {section['hardest_of']}).\n"
         "Margin: by how many logits the label leads the runner-up, the likeliest other class."
@@ -139,4 +103,3 @@ def hardest(section: dict[str, Any]) -> Any:
             f"label {image['label']}, runner-up {image['runner_up']}\nmargin {image['margin']:.2f}", fontsize=9
         )
         axes.set(xticks=[], yticks=[])
-    return figure

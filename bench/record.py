@@ -17,7 +17,7 @@ import torch
 
 from bonus_ops import call, losses
 
-__all__ = ["ROOT", "between", "commit", "environment", "plain", "progress", "write"]
+__all__ = ["ROOT", "between", "commit", "environment", "instruction_set", "plain", "progress", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,15 +34,19 @@ def environment(device: str) -> dict[str, Any]:
         "bonus_ops": _version("bonus-ops"),
         "system": platform.platform(),
         "cpu": _cpu(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability().lower(),
+        "instruction_set": instruction_set(),
         "cpu_cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if on_gpu else "none used",
         "gpu_driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
-        "threads": torch.get_num_threads(),
         "implementation": call.decide(None, torch.empty(1, 2, device=device), "labels", losses.LogBonus(), None),
         "why": why_not or f"{'triton' if on_gpu else 'numba'} is installed",
     }  # fmt: skip
+
+
+def instruction_set() -> str:
+    """Return the widest vectors that torch finds here, and our loops: avx2, avx512, ... Times differ between them."""
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def _version(distribution: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from bonus_ops import Scores, SoftmaxSquaredError, bonus_cross_entropy, bonus_cross_entropy_with_scores
 
 from . import measure
+from .bounds import bound
+from .command import Tell, counted
+from .intervals import ratio, summary
+from .measure import Effort
 from .providers import (
     BONUS,
     CASES,
@@ -81,26 +86,19 @@ KINDS = {
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
+def cases() -> list[tuple[str, str, str]]:
+    return list(itertools.product(DTYPES, SHAPES, KINDS))
+
+
+def names(dtype: str, shape: str, target: str) -> list[str]:
+    return [OURS, PAPER] if KINDS[target].torch is None else [OURS, PAPER, ALONE, TORCH]
+
+
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
     """Measure every kind at every shape and dtype."""
     on_gpu = device == "cuda"
-    kept = on_gpu or measure.keep_memory()
-    if not on_gpu:
-        torch.set_num_threads(1)
-    cases = []
-    for dtype, name in itertools.product(DTYPES, SHAPES):
-        case = CASES[name]
-        n_rows, _ = case.shape(on_gpu, quick)
-        shape = {"case": name, "dtype": dtype, "n_rows": n_rows, "n_classes": case.n_classes}
-        few, full = (batch(n, case.n_classes, DTYPES[dtype], device) for n in (16, n_rows))
-        for name, kind in KINDS.items():
-            progress(f"soft: {dtype} {n_rows}x{case.n_classes} {name}")
-            check(kind, *few.of(kind))
-            cases.append(shape | {"target": name, **_measure(kind, *full.of(kind), quick, on_gpu)})
-    return {
-        "memory_kept": kept, "threads": None if on_gpu else 1, "cases": cases,
-        "bounds": [] if on_gpu or quick else list(verdicts(cases)),
-    }  # fmt: skip
+    found = [_measure(*case, effort, device) for case in counted(cases(), tell)]
+    return {"cases": found, "bounds": [] if on_gpu or effort is Effort.QUICK else list(verdicts(found))}
 
 
 class Batch(NamedTuple):
@@ -112,6 +110,7 @@ class Batch(NamedTuple):
         return self.logits, self.probabilities if kind.probabilities else self.label
 
 
+@functools.lru_cache(2)  # of a shape and dtype, few rows and all
 def batch(n_rows: int, n_classes: int, dtype: torch.dtype, device: str) -> Batch:
     """Return logits, labels, and a teacher's probabilities: 0.9 for the label, the rest for all classes."""
     z, label = inputs((n_rows, n_classes), dtype, device)
@@ -124,34 +123,48 @@ def ours(z: Tensor, target: Tensor, kind: Kind) -> tuple[Tensor, Scores]:
     return bonus_cross_entropy_with_scores(z, target, **kind.options)
 
 
-def _measure(kind: Kind, z: Tensor, target: Tensor, quick: bool, on_gpu: bool) -> dict[str, Any]:
+def steps(dtype: str, shape: str, target: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+    """Return a step of every provider, checked first."""
+    kind, n_classes = KINDS[target], CASES[shape].n_classes
+    n_rows, _ = CASES[shape].shape(device == "cuda", effort is Effort.QUICK)
+    check(kind, *batch(16 if n_classes < 10000 else 4, n_classes, DTYPES[dtype], device).of(kind))
+    z, y = batch(n_rows, n_classes, DTYPES[dtype], device).of(kind)
     losses: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: ours(z, target, kind)[0],
-        PAPER: lambda: kind.paper(z, target),
+        OURS: lambda: ours(z, y, kind)[0],
+        PAPER: lambda: kind.paper(z, y),
+        ALONE: lambda: bonus_cross_entropy(z, y, **kind.options),
+        TORCH: lambda: F.cross_entropy(z, y, **kind.torch),
     }
-    if kind.torch is not None:
-        losses[ALONE] = lambda: bonus_cross_entropy(z, target, **kind.options)
-        losses[TORCH] = lambda: F.cross_entropy(z, target, **kind.torch)
 
     def prepare() -> None:
         z.grad = None
 
-    steps = {name: measure.Step(prepare, lambda loss=loss: loss().backward()) for name, loss in losses.items()}
-    gradient = z.numel() * z.element_size()
-    results = {name: {"peak_gradients": measure.peak_bytes(step, on_gpu) / gradient} for name, step in steps.items()}
+    made = {name: measure.Step(prepare, lambda loss=losses[name]: loss().backward())
+            for name in names(dtype, shape, target)}  # fmt: skip
+    if effort.leaves_out(z.numel()):
+        del made[PAPER]
+    return made
+
+
+def _measure(dtype: str, shape: str, target: str, effort: Effort, device: str) -> dict[str, Any]:
+    on_gpu, made = device == "cuda", steps(dtype, shape, target, effort, device)
+    n_rows, n_classes = CASES[shape].shape(on_gpu, effort is Effort.QUICK)
+    gradient = n_rows * n_classes * DTYPES[dtype].itemsize
+    results = {name: {"peak_gradients": measure.peak_bytes(step, on_gpu) / gradient} for name, step in made.items()}
     # the slow formula apart, beside "ours", so that the others get more rounds
-    fast = {name: step for name, step in steps.items() if name != PAPER and kind.torch is not None}
-    times = measure.interleave(fast, on_gpu, 0.0 if quick else 1.5, (2, 2) if quick else (5, 31))
-    slow = {name: steps[name] for name in (OURS, PAPER)}
-    slow_times = measure.interleave(slow, on_gpu, 0.0 if quick else 1.5, (2, 2) if quick else (3, 15))
-    for name in steps:
-        results[name]["time_ms"] = measure.summary((times if name in times else slow_times)[name])
+    fast = {name: step for name, step in made.items() if name != PAPER}
+    times = measure.interleave(fast, on_gpu, *effort.rounds(1.5, (5, 31)))
+    slow = {name: made[name] for name in (OURS, PAPER)} if PAPER in made else {}
+    slow_times = measure.interleave(slow, on_gpu, *effort.rounds(1.5, (3, 15)))
+    for name in made:
+        results[name]["time_ms"] = summary((slow_times if name == PAPER else times)[name])
     ratios = {}
     for label, (over, under) in RATIOS.items():
         source = slow_times if over == PAPER else times
         if over in source and under in source:
-            ratios[label] = measure.ratio(source[over], source[under])
-    return {"providers": results, "ratios": ratios}
+            ratios[label] = ratio(source[over], source[under])
+    about = {"case": shape, "dtype": dtype, "n_rows": n_rows, "n_classes": n_classes, "target": target}
+    return about | {"providers": results, "ratios": ratios}
 
 
 def check(kind: Kind, z: Tensor, target: Tensor) -> None:
@@ -181,8 +194,6 @@ def verdicts(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if kind.torch is None:
             continue
         where = {"case": case["case"], "dtype": case["dtype"]}
-        cost, gain = (case["ratios"][f"{a} / {b}"]["median"] for a, b in ((OURS, TORCH), (PAPER, OURS)))
-        what = f"{case['target']}: "
-        at_most = kind.at_most
-        yield {"bound": f"{what}{OURS} / {TORCH} <= {at_most:g}", **where, "value": cost, "passed": cost <= at_most}
-        yield {"bound": f"{what}{PAPER} / {OURS} >= {AT_LEAST:g}", **where, "value": gain, "passed": gain >= AT_LEAST}
+        cost, gain = (case["ratios"].get(f"{a} / {b}", {}).get("median") for a, b in ((OURS, TORCH), (PAPER, OURS)))
+        yield bound(f"{case['target']}: {OURS} / {TORCH}", cost, at_most=kind.at_most, **where)
+        yield bound(f"{case['target']}: {PAPER} / {OURS}", gain, at_least=AT_LEAST, **where)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import measure
-from .providers import CASES, DTYPES, PROVIDERS, TOLERANCE, Outcome, Provider, WrongResult, call, check, inputs
+from .bounds import bound
+from .command import Tell, counted
+from .intervals import ratio, summary
+from .measure import Effort
+from .providers import CASES, DTYPES, PROVIDERS, TOLERANCE, Outcome, Provider, WrongResult, call, check, inputs, truth
 
 COMPILED = "F.cross_entropy, compiled"
 SLOW = ("paper's formula", "eager loss and scores")  # timed apart, beside "ours", so that the others get more rounds
 COMPILE_BUDGET_S = 40.0
-BUDGET_S = 120.0  # of the section: past it the slow formulas are left out
 COMPILED_CASES = ("ten-classes", "imagenet-1k", "llama2-vocab")  # a compilation takes 3 to 6 s
 RATIOS = {
     "ours / F.cross_entropy": ("ours", "F.cross_entropy"),
@@ -41,7 +44,7 @@ RATIOS = {
 }
 
 
-class Bound(NamedTuple):
+class Wanted(NamedTuple):
     """What is required of a ratio, or of the peak memory of "ours", on one CPU thread."""
 
     of: str
@@ -54,19 +57,19 @@ class Bound(NamedTuple):
 FROM_1000 = ("imagenet-1k", "llama2-vocab", "llama3-vocab")
 COST, ALONE = "ours / F.cross_entropy", "ours, loss only / F.cross_entropy"
 BOUNDS = (
-    Bound(COST, True, 0.75, 0.85, ("imagenet-1k",)),
-    Bound(COST, True, 0.6, 0.7, ("llama2-vocab", "llama3-vocab")),
-    Bound(COST, True, 0.8, 0.6, ("ten-classes",)),
-    Bound(COST, True, 0.95, 1.1, ("street-scenes",)),
-    Bound(COST, True, 1.4, 1.6, ("foreground",)),
-    Bound(COST, True, 2.5, 2.5, ("one-batch",)),
-    Bound(COST, True, 1.3, 1.3, ("small-batch",)),
-    Bound(ALONE, True, 2.0, 2.0, ("one-batch",)),
-    Bound(ALONE, True, 1.2, 1.2, ("small-batch",)),
-    Bound("paper's formula / ours", False, 5.0, 5.0, FROM_1000),
-    Bound("eager loss and scores / ours", False, 7.0, 7.0, FROM_1000),
-    Bound("peak memory of ours in gradients", True, 1.2, 1.2, FROM_1000),
-    Bound("peak memory of ours in gradients", True, 2.5, 3.5, ("ten-classes",)),
+    Wanted(COST, True, 0.75, 0.85, ("imagenet-1k",)),
+    Wanted(COST, True, 0.6, 0.7, ("llama2-vocab", "llama3-vocab")),
+    Wanted(COST, True, 0.8, 0.6, ("ten-classes",)),
+    Wanted(COST, True, 0.95, 1.1, ("street-scenes",)),
+    Wanted(COST, True, 1.4, 1.6, ("foreground",)),
+    Wanted(COST, True, 2.5, 2.5, ("one-batch",)),
+    Wanted(COST, True, 1.3, 1.3, ("small-batch",)),
+    Wanted(ALONE, True, 2.0, 2.0, ("one-batch",)),
+    Wanted(ALONE, True, 1.2, 1.2, ("small-batch",)),
+    Wanted("paper's formula / ours", False, 5.0, 5.0, FROM_1000),
+    Wanted("eager loss and scores / ours", False, 7.0, 7.0, FROM_1000),
+    Wanted("peak memory of ours in gradients", True, 1.2, 1.2, FROM_1000),
+    Wanted("peak memory of ours in gradients", True, 2.5, 3.5, ("ten-classes",)),
 )
 THREADS, TWO_THREADS = "one thread / two threads", 1.6  # times as fast, at 1024x32000
 FIRST_CALLS = {"machine code on disk": 0.6, "nothing on disk": 3.0}  # s at most
@@ -84,43 +87,51 @@ def bytes_moved(n_rows: int, n_classes: int, itemsize: int, reads: int, writes: 
     return n_rows * (n_classes * itemsize * (reads + writes) + 8 + 4 + 24)
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None], fresh_memory: bool = False) -> dict[str, Any]:
-    on_gpu = device == "cuda"
-    kept = on_gpu or (not fresh_memory and measure.keep_memory())
-    if not on_gpu:
-        torch.set_num_threads(1)
-    compiler = _Compiler(0.0 if quick else COMPILE_BUDGET_S)
-    copy = _copy_bandwidth(on_gpu, quick)
-    first_calls = {} if on_gpu else _first_calls(progress)
-    start, cases = time.perf_counter(), []
-    for dtype, (name, case) in itertools.product(DTYPES, CASES.items()):
-        shape = case.shape(on_gpu, quick)
-        progress(f"speed: {dtype} {'x'.join(map(str, shape))}")
+def cases() -> list[tuple[str, str]]:
+    return list(itertools.product(DTYPES, CASES))
+
+
+def names(*_: str) -> list[str]:
+    return list(PROVIDERS)
+
+
+def steps(dtype: str, case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+    """Return a step of every provider, each checked first."""
+    made = _Case(CASES[case].shape(device == "cuda", effort is Effort.QUICK), DTYPES[dtype], device)
+    return {name: made.step(made.checked(name)) for name in PROVIDERS}
+
+
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+    on_gpu, quick = device == "cuda", effort is Effort.QUICK
+    compiler = _Compiler(COMPILE_BUDGET_S if effort is Effort.FULL else 0.0)
+    copy = _copy_bandwidth(on_gpu, effort)
+    first_calls = _first_calls(tell) if effort is Effort.FULL and not on_gpu else dict.fromkeys(FIRST_CALLS)
+    found = []
+    for dtype, name in counted(cases(), tell):
+        shape = CASES[name].shape(on_gpu, quick)
         providers = [*PROVIDERS, COMPILED] if name in COMPILED_CASES else [*PROVIDERS]
-        left_out = SLOW if time.perf_counter() - start > BUDGET_S else ()
-        measured = _Case(shape, DTYPES[dtype], device).measure(providers, left_out, quick, compiler, copy)
+        measured = _Case(shape, DTYPES[dtype], device).measure(providers, effort, compiler, copy)
         n_rows = math.prod(shape) // shape[1]
-        about = {"case": name, "dtype": dtype, "shape": shape, "n_rows": n_rows, "n_classes": case.n_classes}
-        cases.append(about | measured)
-    progress("speed: two threads")
-    threads = {} if on_gpu else _two_threads(quick)
-    bounds = [*_verdicts(cases), *_verdicts_of_process(threads, first_calls)]
+        about = {"case": name, "dtype": dtype, "shape": shape, "n_rows": n_rows, "n_classes": shape[1]}
+        found.append(about | measured)
+    tell("two threads")
+    threads = {} if on_gpu else _two_threads(effort)
+    bounds = [*_verdicts(found), *_verdicts_of_process(threads, first_calls)]
     return {
-        "memory_kept": kept, "copy_gb_per_s": copy, "threads": None if on_gpu else 1, "cases": cases,
-        "two_threads": threads, "first_call_s": first_calls,
+        "copy_gb_per_s": copy, "cases": found, "two_threads": threads, "first_call_s": first_calls,
         "bounds": [] if on_gpu or quick else bounds,  # required of full-size CPU cases
     }  # fmt: skip
 
 
-def _copy_bandwidth(on_gpu: bool, quick: bool) -> float:
+def _copy_bandwidth(on_gpu: bool, effort: Effort) -> float:
     if on_gpu:
         return measure.copy_gb_per_s()
-    return measure.copy_gb_per_s(1 << (22 if quick else 28), 2, 6, "cpu")
+    return measure.copy_gb_per_s(1 << (22 if effort is Effort.QUICK else 28), 2, 6, "cpu")
 
 
-def _two_threads(quick: bool) -> dict[str, Any]:
+def _two_threads(effort: Effort) -> dict[str, Any]:
     """Return times of "ours" on one thread and on two, in turn, at a large vocabulary."""
-    logits, target = inputs(CASES["llama2-vocab"].shape(False, quick), torch.float32, "cpu")
+    logits, target = inputs(CASES["llama2-vocab"].shape(False, effort is Effort.QUICK), torch.float32, "cpu")
 
     def on(n_threads: int) -> measure.Step:
         def prepare() -> None:
@@ -131,11 +142,11 @@ def _two_threads(quick: bool) -> dict[str, Any]:
 
     steps = {"one thread": on(1), "two threads": on(2)}
     try:
-        times = measure.interleave(steps, False, 0.0 if quick else 3.0, (3, 3) if quick else (7, 31))
+        times = measure.interleave(steps, False, *effort.rounds(3.0, (7, 31)))
     finally:
         torch.set_num_threads(1)
-    summaries = {name: measure.summary(values) for name, values in times.items()}
-    return {"time_ms": summaries, "ratios": {THREADS: measure.ratio(*times.values())}}
+    summaries = {name: summary(values) for name, values in times.items()}
+    return {"time_ms": summaries, "ratios": {THREADS: ratio(*times.values())}}
 
 
 FIRST_CALL = """
@@ -147,7 +158,7 @@ print(time.perf_counter() - start)
 """
 
 
-def _first_calls(progress: Callable[[str], None]) -> dict[str, float]:
+def _first_calls(tell: Tell) -> dict[str, float]:
     """Return the seconds of a process's first call, from a copy of the package that has compiled nothing yet."""
     import bonus_ops
 
@@ -158,7 +169,7 @@ def _first_calls(progress: Callable[[str], None]) -> dict[str, float]:
         environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
         environment |= {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         for name in reversed(FIRST_CALLS):  # what the first one compiles the second one finds
-            progress(f"speed: first call, {name}")
+            tell(f"first call, {name}")
             command = [sys.executable, "-c", FIRST_CALL]
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
             found[name] = float(done.stdout)
@@ -174,7 +185,8 @@ class _Compiler:
     def provider(self, logits: Tensor, target: Tensor) -> Provider:
         """Return a compiled provider for this shape, or raise RuntimeError: why not."""
         if self.spent_s >= self.budget_s:
-            raise RuntimeError(f"the {self.budget_s:.0f} s for compiling are spent" if self.budget_s else "--quick")
+            spent = f"the {self.budget_s:.0f} s for compiling are spent"
+            raise RuntimeError(spent if self.budget_s else "compiled in a full run only")
         start = time.perf_counter()
         torch._dynamo.reset()
         torch._inductor.config.compile_threads = 1  # idle workers would disturb the timing
@@ -198,6 +210,9 @@ class _Case:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         self.on_gpu = device == "cuda"
         self.shape, self.dtype, self.device = shape, dtype, device
+        few = (2, shape[1], 3, 4) if len(shape) > 2 else (16 if shape[1] < 10000 else 4, shape[1])
+        self.few = inputs(few, dtype, device, seed=1)
+        self.exact = truth(*self.few)
         first = inputs(shape, dtype, device)
         # on a GPU enough copies in turn that none is found in L2
         size = first[0].numel() * first[0].element_size()
@@ -205,42 +220,38 @@ class _Case:
         self.batches = [first] + [_copy(first) for _ in range(n_copies - 1)]
         self.turn = itertools.cycle(self.batches)
 
-    def measure(
-        self, providers: list[str], left_out: tuple[str, ...], quick: bool, compiler: _Compiler, copy: float
-    ) -> dict[str, Any]:
+    def measure(self, providers: list[str], effort: Effort, compiler: _Compiler, copy: float) -> dict[str, Any]:
         results: dict[str, dict[str, Any]] = {}
         steps: dict[str, measure.Step] = {}
         for name in providers:
-            if name in left_out:
-                results[name] = {"skipped": f"not timed, the {BUDGET_S:g} s of this section are spent", "timed": False}
+            if name in SLOW and effort.leaves_out(math.prod(self.shape)):
+                results[name] = {"skipped": "not timed in a short run", "timed": False}
                 continue
             try:
-                provider = compiler.provider(*self.batches[0]) if name == COMPILED else self._checked(name)
-                steps[name] = self._step(provider)
+                provider = compiler.provider(*self.batches[0]) if name == COMPILED else self.checked(name)
+                steps[name] = self.step(provider)
                 results[name] = {"peak_gradients": self._warm_up(steps[name])}
             except Exception as error:  # out of memory, no C++ compiler, a wrong result: that provider is out
                 steps.pop(name, None)
                 results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        reps, budget_s = ((2, 2), 0.0) if quick else ((5, 31), 2.0)
         fast = {name: step for name, step in steps.items() if name not in SLOW}
         slow = {name: step for name, step in steps.items() if name in (*SLOW, "ours")}
-        times = measure.interleave(fast, self.on_gpu, budget_s, reps)
-        slow_times = measure.interleave(slow, self.on_gpu, budget_s, (min(reps[0], 3), reps[1]))
+        times = measure.interleave(fast, self.on_gpu, *effort.rounds(2.0, (5, 31)))
+        slow_times = measure.interleave(slow, self.on_gpu, *effort.rounds(2.0, (3, 31))) if len(slow) > 1 else {}
         for name in steps:
-            results[name] |= self._report(name, measure.summary((times | _only(slow_times, SLOW))[name]), copy)
+            results[name] |= self._report(name, summary((slow_times if name in SLOW else times)[name]), copy)
         ratios = {}
         for label, (over, under) in RATIOS.items():
             source = slow_times if over in SLOW else times
             if over in source and under in source:
-                ratios[label] = measure.ratio(source[over], source[under])
+                ratios[label] = ratio(source[over], source[under])
         return {"providers": results, "ratios": ratios}
 
-    def _checked(self, name: str) -> Provider:
-        few = (2, self.shape[1], 3, 4) if len(self.shape) > 2 else (16, self.shape[1])
-        check(PROVIDERS[name], *inputs(few, self.dtype, self.device, seed=1))
+    def checked(self, name: str) -> Provider:
+        check(PROVIDERS[name], *self.few, self.exact)
         return PROVIDERS[name]
 
-    def _step(self, provider: Provider) -> measure.Step:
+    def step(self, provider: Provider) -> measure.Step:
         turn, pristine = self.turn, None
         if provider.overwrites:  # batches of its own, restored one use later
             pristine = self.batches[0][0].detach().clone()
@@ -284,26 +295,21 @@ def _copy(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch[0].detach().clone().requires_grad_(), batch[1]
 
 
-def _only(times: dict[str, list[float]], names: tuple[str, ...]) -> dict[str, list[float]]:
-    return {name: values for name, values in times.items() if name in names}
-
-
 def _verdicts(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Judge every bound; what time left out, or what others get wrong, is judged by nobody (None)."""
-    for bound, case in itertools.product(BOUNDS, cases):
-        if case["case"] not in bound.cases:
+    for wanted, case in itertools.product(BOUNDS, cases):
+        if case["case"] not in wanted.cases:
             continue
-        limit = bound.float32 if case["dtype"] == "float32" else bound.bfloat16
-        timed = True
-        if bound.of in RATIOS:
-            value = case["ratios"].get(bound.of, {}).get("median")
-            timed = all(_judged(name, case["providers"][name]) for name in RATIOS[bound.of])
+        limit = wanted.float32 if case["dtype"] == "float32" else wanted.bfloat16
+        judged = True
+        if wanted.of in RATIOS:
+            value = case["ratios"].get(wanted.of, {}).get("median")
+            judged = all(_judged(name, case["providers"][name]) for name in RATIOS[wanted.of])
         else:
             value = case["providers"]["ours"].get("peak_gradients")
-        passed = value is not None and (value <= limit if bound.at_most else value >= limit)
-        what = f"{bound.of} {'<=' if bound.at_most else '>='} {limit:g}"
-        where = {"case": case["case"], "dtype": case["dtype"]}
-        yield {"bound": what, **where, "value": value, "passed": passed if timed else None}
+        side = {"at_most" if wanted.at_most else "at_least": limit}
+        held = bound(wanted.of, value, **side, case=case["case"], dtype=case["dtype"])
+        yield held | {"passed": False} if judged and value is None else held
 
 
 def _judged(name: str, provider: dict[str, Any]) -> bool:
@@ -311,17 +317,9 @@ def _judged(name: str, provider: dict[str, Any]) -> bool:
     return provider.get("timed", True) and ("skipped" not in provider or name.startswith("ours"))
 
 
-def _verdicts_of_process(threads: dict[str, Any], first_calls: dict[str, float]) -> Iterator[dict[str, Any]]:
+def _verdicts_of_process(threads: dict[str, Any], first_calls: dict[str, float | None]) -> Iterator[dict[str, Any]]:
     if threads:
         value = threads["ratios"][THREADS]["median"]
-        bound = f"{THREADS} >= {TWO_THREADS:g}"
-        yield {
-            "bound": bound,
-            "case": "llama2-vocab",
-            "dtype": "float32",
-            "value": value,
-            "passed": value >= TWO_THREADS,
-        }
+        yield bound(THREADS, value, at_least=TWO_THREADS, case="llama2-vocab", dtype="float32")
     for name, value in first_calls.items():
-        bound = f"first call with {name}, s <= {FIRST_CALLS[name]:g}"
-        yield {"bound": bound, "value": value, "passed": value <= FIRST_CALLS[name]}
+        yield bound(f"first call with {name}, s", value, at_most=FIRST_CALLS[name])

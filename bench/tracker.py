@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,36 +11,49 @@ from bonus_ops import bonus_cross_entropy_with_scores, difficulty_scores
 from bonus_ops.dynamics import DEFAULT_FIELDS, FIELDS, ExampleTracker, random_label_loss
 
 from . import measure
+from .bounds import bound
+from .command import Tell, counted
+from .intervals import ratio, summary
+from .measure import Effort
 
 N_CLASSES = 10
 CNN_BATCH, CNN_EXAMPLES = 128, 50_000  # CIFAR-10's
 LARGE_BATCH, LARGE_EXAMPLES = 65_536, 1_000_000
-STEP_LIMIT, SCATTER_LIMIT = 0.02, 3.0
+BASES = {  # what the update of all fields is held against, and what of it is required
+    "beside a training step": (f"training step of a small CNN, {CNN_BATCH}x3x32x32", 0.02),
+    "beside index_add_": (f"one index_add_ a field, {LARGE_BATCH} of {LARGE_EXAMPLES} examples", 3.0),
+}
 KEPT = {"all fields": "all", "default fields": DEFAULT_FIELDS}
 
 
-def run(quick: bool, device: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    on_gpu = device == "cuda"
-    if not on_gpu:
-        torch.set_num_threads(1)
-    reps, budget_s = ((2, 2), 0.0) if quick else ((15, 101), 4.0)
-    shrink = 16 if quick else 1
-    cases = {}
-    for name, steps in (
-        ("beside a training step", _beside_training(CNN_BATCH // shrink, device)),
-        ("beside index_add_", _beside_scatters(LARGE_BATCH // shrink, LARGE_EXAMPLES // shrink, device)),
-    ):
-        progress(f"tracker: {name}")
-        for step in steps.values():
+def cases() -> list[tuple[str]]:
+    return [(name,) for name in BASES]
+
+
+def names(case: str) -> list[str]:
+    return [BASES[case][0], *(KEPT if case == "beside a training step" else ["all fields"])]
+
+
+def steps(case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+    shrink = 16 if effort is Effort.QUICK else 1
+    if case == "beside a training step":
+        return _beside_training(CNN_BATCH // shrink, device)
+    return _beside_scatters(LARGE_BATCH // shrink, LARGE_EXAMPLES // shrink, device)
+
+
+def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+    on_gpu, found = device == "cuda", {}
+    for (name,) in counted(cases(), tell):
+        made, base = steps(name, effort, device), BASES[name][0]
+        for step in made.values():
             measure.time_ms(step, on_gpu)
-        times = measure.interleave(steps, on_gpu, budget_s, reps)
-        base = next(iter(times))
-        cases[name] = {
+        times = measure.interleave(made, on_gpu, *effort.rounds(4.0, (15, 101)))
+        found[name] = {
             "base": base,
-            "time_ms": {each: measure.summary(values) for each, values in times.items()},
-            "ratios": {each: measure.ratio(times[each], times[base]) for each in times if each in KEPT},
+            "time_ms": {each: summary(values) for each, values in times.items()},
+            "ratios": {each: ratio(times[each], times[base]) for each in times if each in KEPT},
         }
-    return {"cases": cases, "threads": None if on_gpu else 1, "bounds": [] if quick or on_gpu else _verdicts(cases)}
+    return {"cases": found, "bounds": [] if on_gpu or effort is Effort.QUICK else verdicts(found)}
 
 
 def _updates(n_rows: int, n_examples: int, device: str) -> dict[str, measure.Step]:
@@ -81,8 +93,10 @@ def _beside_training(n_rows: int, device: str) -> dict[str, measure.Step]:
         loss.backward()
         optimizer.step()
 
-    name = f"training step of a small CNN, {n_rows}x3x32x32"
-    return {name: measure.Step(lambda: None, train), **_updates(n_rows, CNN_EXAMPLES, device)}
+    return {
+        BASES["beside a training step"][0]: measure.Step(lambda: None, train),
+        **_updates(n_rows, CNN_EXAMPLES, device),
+    }
 
 
 def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, measure.Step]:
@@ -94,18 +108,14 @@ def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, mea
         for column in columns:
             column.index_add_(0, index, values)
 
-    name = f"one index_add_ a field, {n_rows} of {n_examples} examples"
     return {
-        name: measure.Step(lambda: index.copy_(torch.randperm(n_examples)[:n_rows]), add),
+        BASES["beside index_add_"][0]: measure.Step(lambda: index.copy_(torch.randperm(n_examples)[:n_rows]), add),
         "all fields": _updates(n_rows, n_examples, device)["all fields"],
     }
 
 
-def _verdicts(cases: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    limits = {"beside a training step": STEP_LIMIT, "beside index_add_": SCATTER_LIMIT}
-    verdicts = []
-    for name, limit in limits.items():
-        value = cases[name]["ratios"]["all fields"]["median"]
-        what = f"tracker update, all fields / {cases[name]['base']} <= {limit:g}"
-        verdicts.append({"bound": what, "value": value, "passed": value <= limit})
-    return verdicts
+def verdicts(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        bound(f"tracker update, all fields / {base}", found[name]["ratios"]["all fields"]["median"], at_most=limit)
+        for name, (base, limit) in BASES.items()
+    ]

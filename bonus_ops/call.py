@@ -71,7 +71,7 @@ class Call:
         smooth = self.smoothing > 0 or self.bonus_smoothing > 0
         by_label = isinstance(self.loss, GapLoss) and not (self.by_probabilities or smooth or bonus_weight is not None)
         self.kind = "labels" if by_label else "soft"
-        self.implementation = decide(implementation, input, self.kind, self.loss, self._only_by_formula(implementation))
+        self.implementation = decide(implementation, input, self.kind, self.loss, self._only_by_formula())
         if validate and not self.by_probabilities:
             reference.check_target(self.target, self.n_classes, self.ignore_index)
 
@@ -130,11 +130,8 @@ class Call:
         """Return scores and runner-up, each [N], as an object that knows its target."""
         return Scores(*map(self.shaped, columns), target=self.target)
 
-    def _only_by_formula(self, implementation: str | None) -> str | None:
+    def _only_by_formula(self) -> str | None:
         """Return what no kernel does of this call, if anything."""
-        by_loops = implementation != "triton" and self.input.device.type == "cpu"
-        if self.options.z_loss and self.kind != "labels" and not by_loops:
-            return "the z-loss of soft targets"
         if self.kind == "labels":
             deep = torch.compiler.is_compiling() and is_deeply_transformed()
             return "nested transforms under torch.compile" if deep else None

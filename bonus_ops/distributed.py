@@ -32,7 +32,7 @@ _ROWS_IN = {"logits": 0, "target": 0, "label": 0, "probabilities": 0, "saved": 1
 _ROWS_OUT = {
     "labels_forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, softmax
     "labels_backward": (0,),
-    "soft_forward": (0, 1, 0, 1),  # loss, scores, runner_up, saved
+    "soft_forward": (0, 1, 0, 1, 0),  # loss, scores, runner_up, saved, lse
     "soft_backward": (0,),
 }
 
@@ -227,18 +227,18 @@ def _soft_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
     rows, label, shard, terms = _local_classes(call, mesh_dim)
     local = vocab_parallel.rows_of(rows, label, shard, terms, call["scores"], False)
     scores, runner_up = _columns(call, local.sums, label != terms.ignore_index)
-    # the logsumexp first, where the z-loss looks for it; a class as the bits of an integer
-    saved = [local.lse, *shards.saved_of(local.sums)]
-    if local.more is not None:
+    saved = [*shards.saved_of(local.sums)]
+    if local.more is not None:  # a class as the bits of an integer
         top, *others = local.more
         saved += [top.to(shards.ints_like(local.lse)).view(local.lse.dtype), *others]
-    return _of_rows(call, local.loss, scores, runner_up, torch.stack(saved))
+    lse = local.lse if call["lse"] else local.lse[:0]
+    return _of_rows(call, local.loss, scores, runner_up, torch.stack(saved), lse)
 
 
 def _soft_backward(call: Any, mesh_dim: int) -> DTensor:
-    _, *saved = _whole(call["saved"])
+    saved = _whole(call["saved"])
     more = None
-    if saved[3:]:
+    if len(saved) > 3:
         top, *others = saved[3:]
         more = Smoothed(top.view(shards.ints_like(top)).to(torch.int32), *others)
     return _backward(call, mesh_dim, Saved(*saved[:3]), more)

@@ -57,8 +57,8 @@ class LinearCall(Call):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self._tensors
 
-    def _only_by_formula(self, implementation: str | None) -> str | None:
-        return super()._only_by_formula(implementation) or ("torch.func and forward mode" if is_transformed() else None)
+    def _only_by_formula(self) -> str | None:
+        return super()._only_by_formula() or ("torch.func and forward mode" if is_transformed() else None)
 
 
 def _check_layer(input: Any, linear_weight: Any, linear_bias: Any) -> None:

@@ -131,6 +131,8 @@ def z_of(logits: Tensor, target: Tensor, ignore_index: int, options: LogitOption
 def logsumexp(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Return the logsumexp of each row, 0 where ignored, in the accumulation dtype."""
     cleaned = logits.to(accumulation_dtype(logits.dtype)).masked_fill((target == ignore_index)[..., None], 0.0)
+    if logits.shape[-1] == 0:  # nothing to pay for
+        return cleaned.sum(-1)
     return torch.logsumexp(cleaned, -1).masked_fill(target == ignore_index, 0.0)
 
 

@@ -80,9 +80,9 @@ def bonus_cross_entropy(
         gap = z_y - logsumexp(rest)      L = value(gap)      dL/dz_y = -A      dL/dz_k = A exp(z_k - logsumexp(rest))
 
     One all-gather in forward carries 12 bytes a row of every rank (24 with scores, 4 more with smoothing; twice that
-    for float64); backward sends nothing. A bonus that is smoothed depends on every probability, which the ranks know
-    when the first has come: it takes 8 bytes a row more (4 with scores) and a second all-gather of 8. The loss has the
-    same bits on every rank.
+    for float64); backward sends nothing. A bonus that is smoothed depends on every probability, as a `ClassLoss` does,
+    which the ranks know when the first has come: it takes 8 bytes a row more (4 with scores) and a second all-gather of
+    8. The loss has the same bits on every rank.
 
     Args:
         input: logits of this rank's classes, [C_local], [N, C_local] or [N, C_local, d1, ...], float16, bfloat16,
@@ -95,7 +95,8 @@ def bonus_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; over rows: every rank returns the whole loss.
         ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
         label_smoothing: as in `bonus_ops.bonus_cross_entropy`, of the bonus too unless ``bonus_smoothing=0``.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
+        bonus: the loss of the gap, a `GapLoss`, or a `ClassLoss` of all classes; None is plain cross-entropy. Default
+            ``LogBonus(log_end=0.5)``.
         bonus_smoothing: as in `bonus_ops.bonus_cross_entropy`; 0 spares the second all-gather.
         bonus_weight: factor of each class's bonus, [C] of all ranks, the same on every rank.
         logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
@@ -114,8 +115,8 @@ def bonus_cross_entropy(
         TypeError, ValueError, RuntimeError, IndexError: as `bonus_ops.bonus_cross_entropy`.
         ValueError: the class ranges overlap, leave out a class or do not fit the shards; on every rank.
         IndexError: a label of no class; on every rank.
-        NotImplementedError: probabilities as target; a `ClassLoss`; `torch.func` and forward mode. RuntimeError for a
-            second derivative.
+        NotImplementedError: probabilities as target; `torch.func` and forward mode. RuntimeError for a second
+            derivative.
 
     Example:
         >>> import torch.distributed as dist
@@ -200,8 +201,8 @@ def linear_bonus_cross_entropy(
     As `bonus_cross_entropy` of ``linear(input, linear_weight, linear_bias)``, by chunks of rows whose logits become
     gradients in the forward pass. One all-gather of a few bytes before any product finds what does not fit, one a chunk
     carries the sums of its rows while the next chunk's logits are made, and one all-reduce adds up the gradient of
-    ``input``: in forward, or in backward for ``reduction="none"``. A smoothed bonus takes a second all-gather a chunk,
-    which nothing overlaps.
+    ``input``: in forward, or in backward for ``reduction="none"``. A smoothed bonus, or a `ClassLoss`, takes a second
+    all-gather a chunk, which nothing overlaps.
 
     Args:
         input: what the last layer takes, [..., H], the same on every rank.
@@ -324,7 +325,6 @@ def _of_logits(
             options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, kept, "reference",
             False, scores, False,
         )  # fmt: skip
-        ops.check_done(call)
         shard = shards.shard_of(group, class_range, n_local)
         return call, shard, shards.facts_of(shard, n_local, call.target)
 
@@ -347,7 +347,6 @@ def _of_layer(
             options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, kept,
             budget, "reference", False, scores, scores, options.n_weights,
         )  # fmt: skip
-        ops.check_done(call)
         shard = shards.shard_of(group, class_range, len(linear_weight))
         return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))
 

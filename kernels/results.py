@@ -20,12 +20,14 @@ class LabelResult(NamedTuple):
 
 
 class SoftResult(NamedTuple):
-    """Per-row results; ``scores`` has no elements where it was not asked for."""
+    """Per-row results; ``scores`` and ``lse`` have no elements where they were not asked for."""
 
     loss: Tensor  # [N]
     scores: Tensor  # [5, N] float32
     runner_up: Tensor  # [N] int32
-    saved: Tensor  # [5, N] max of the rest, scale of exp(z - max), mass, gradient at label and at runner-up
+    # max of the rest, scale of exp(z - max), mass, gradient at label and at runner-up; with ``lse`` also p of the two
+    saved: Tensor  # [5, N] or [7, N]
+    lse: Tensor  # [N] logsumexp of the logits, 0 where ignored
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,7 +48,7 @@ def empty_labels(logits: Tensor, scores: bool, softmax: bool, save: bool = True)
     )
 
 
-def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
+def empty_soft(logits: Tensor, scores: bool, lse: bool) -> SoftResult:
     """Return the memory of the results of rows [outer, inner, C]."""
     n_rows = logits.shape[0] * logits.shape[1]
     dtype = accumulation_dtype(logits.dtype)
@@ -54,14 +56,15 @@ def empty_soft(logits: Tensor, scores: bool) -> SoftResult:
         logits.new_empty(n_rows, dtype=dtype),
         logits.new_empty((5, n_rows) if scores else (0,), dtype=torch.float32),
         logits.new_empty(n_rows, dtype=torch.int32),
-        logits.new_empty((5, n_rows), dtype=dtype),
+        logits.new_empty((7 if lse else 5, n_rows), dtype=dtype),
+        logits.new_empty(n_rows if lse else 0, dtype=dtype),
     )
 
 
 def fill_ignored(result: Any) -> None:
     """Write what rows give that are ignored, as all must be where there are no classes."""
     result.loss.zero_()
-    for column, nothing in ((result.scores, torch.nan), (result.runner_up, -1), (result.saved, 0)):
+    for column, nothing in ((result.scores, torch.nan), (result.runner_up, -1), (result.saved, 0), (result.lse, 0)):
         if column is not None:
             column.fill_(nothing)
 

@@ -457,6 +457,10 @@ more("target transposed in 3-D", lambda: call(x(2, 5, 3), labels(3, 2).t(), redu
 more("probabilities transposed", lambda: base_with(target=mixture(5, 4).t()))
 more("weight of stride 2", lambda: base(weight=mixture(1, 10)[0, ::2]))
 
+more("4-D, a part", lambda: call(x(2, 5, 6, 5)[:, :, ::2, 1:], labels(2, 3, 4), reduction="none"))
+more("4-D, expanded in the batch", lambda: call(x(1, 5, 3, 2).expand(2, 5, 3, 2), labels(2, 3, 2)))
+more("4-D, classes flipped", lambda: call(x(2, 5, 3, 2).flip(1), labels(2, 3, 2), reduction="sum"))
+
 # more values
 more("-inf prefix of 64", lambda: call(torch.cat([x(4, 6).new_full((4, 64), -inf), x(4, 6)], 1), labels(4) + 64))
 more("-inf suffix of 64", lambda: call(torch.cat([x(4, 6), x(4, 6).new_full((4, 64), -inf)], 1), labels(4)))
@@ -482,6 +486,10 @@ more("one class, weight", lambda: call(x(2, 1), t(0, 0), weight=torch.tensor([3.
 more("uint8 label 255", lambda: call(x(2, 256), t(255, 0, dtype=torch.uint8), reduction="none"))
 more("uint8 label 255, ignored", lambda: call(x(2, 256), t(255, 0, dtype=torch.uint8), ignore_index=255))
 more("uint8 label 200 of 5", lambda: base_with(target=t(0, 200, 2, 3, dtype=torch.uint8)))
+for label, ignored in ((255, -1), (232, -100), (156, -100)):  # what -1 and -100 are in uint8, and -1 of 488 classes
+    more(f"uint8 label {label} of 488, {ignored} ignored, weight", lambda n=label, ignored=ignored: call(
+        x(2, 488), t(n, 0, dtype=torch.uint8), ignore_index=ignored, weight=mixture(1, 488)[0], reduction="none"
+    ))  # fmt: skip
 more("ignore_index 2**40", lambda: base_with(target=t(0, 2**40, 2, 3), ignore_index=2**40))
 more("label -100 where another is ignored", lambda: base_with(target=t(0, -100, 2, 3), ignore_index=2))
 for reduction in REDUCTIONS:
@@ -524,6 +532,11 @@ for reduction in REDUCTIONS:
     more(f"weight, an ignored row, smoothing, {reduction}", lambda r=reduction: base_with(
         target=t(0, -100, 2, 3), weight=mixture(1, 5)[0], label_smoothing=0.1, reduction=r
     ))  # fmt: skip
+    more(f"weight 0, some ignored, {reduction}", lambda r=reduction: base_with(
+        target=t(0, -100, 2, -100), weight=torch.zeros(5), reduction=r
+    ))  # fmt: skip
+more("weight, 3-D, ignore_index 3", lambda: call(x(2, 5, 3), labels(2, 3), weight=mixture(1, 5)[0], ignore_index=3))
+more("all ignored, weight", lambda: small(-100, -100, weight=torch.ones(3)))
 more("weights that cancel", lambda: base(weight=t(1, -1, 1, -1, 1, dtype=torch.float32)))
 more("weight inf", lambda: base(weight=t(1, inf, 1, 1, 1, dtype=torch.float32)))
 more("weight NaN of a class not in use", lambda: base(weight=t(1, 1, 1, 1, nan, dtype=torch.float32)))
@@ -532,6 +545,10 @@ more("weight 0 of a row that costs inf", lambda: row(-inf, 0, 1, weight=t(0, 1, 
 more("smoothing, 3-D", lambda: call(x(2, 5, 3), labels(2, 3), label_smoothing=0.3))
 more("smoothing, float16", lambda: base_with(x(4, 5, dtype=torch.float16), label_smoothing=0.3, reduction="none"))
 more("smoothing, -inf at the label", lambda: row(-inf, 0, 1, label_smoothing=0.1))
+for bad in (nan, inf):
+    for at in ((bad, 0, 1), (0, bad, 1)):
+        more(f"smoothing, {at}", lambda at=at: row(*at, label_smoothing=0.1))
+        more(f"probabilities, {at}", lambda at=at: call(torch.tensor([at]), torch.tensor([[0.7, 0.2, 0.1]])))
 
 # more of autograd and modes
 more("no_grad", base, loss_without_grad_mode)

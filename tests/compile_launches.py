@@ -1,7 +1,7 @@
 """Every launch of kernels/gpu/labels.py through the JIT's own binder and compiler, for a GPU that is not here.
 
 Run as a script, without TRITON_INTERPRET: a stand-in driver says which GPU it is, and nothing is executed. Prints the
-kernels that compiled, an experiment of the benchmark's among them.
+kernels that compiled, the experiments of the benchmark among them.
 """
 
 import json
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench.gpu.in_forward import InForward
+from bench.gpu.experiments import InForward, with_depth
 from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus
 from bonus_ops.kernels.gpu import labels
 from bonus_ops.logit_options import PLAIN
@@ -62,7 +62,11 @@ def main() -> None:
     launch(64, 1000, torch.float32, CosineBonus())
     launch(600, 3000, torch.float32, SubDataBonus(0.5), transposed=True)
     logits = torch.zeros(8, 50257, dtype=torch.bfloat16, requires_grad=True)
-    torch.autograd.grad(InForward.apply(logits, torch.zeros(8, dtype=torch.int64)), logits)
+    target = torch.zeros(8, dtype=torch.int64)
+    for way in ("held", "from L2"):
+        InForward.apply(logits[:, :32000], target, way)
+    with with_depth(4):
+        launch(4, 200000, torch.bfloat16, LogBonus())
     print(json.dumps(sorted(set(compiled))))
 
 

@@ -29,8 +29,11 @@ class AmdDriver(Driver):
         return 1  # the JIT keeps what it knows of a target by device
 
 
-def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transposed=False, smoothing=0.1):
-    """Make the launches of one forward with scores and one backward; ``given`` and ``weight`` are dtypes."""
+def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transposed=False, smoothing=0.1, lse=False):
+    """Make the launches of one forward with scores and one backward.
+
+    ``given`` and ``weight`` are dtypes; with ``lse`` as a z-loss makes them.
+    """
     shape = (n_classes, n_rows) if transposed else (n_rows, n_classes)
     logits = torch.zeros(shape, dtype=dtype)
     logits = (logits.t() if transposed else logits)[:, None]
@@ -39,9 +42,10 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     weights = (None, None) if weight is None else (torch.ones(n_classes, dtype=weight),) * 2
     targets = SoftTargets(probabilities, *weights, smoothing, smoothing)
     before = len(BUILT)
-    out = soft.forward(logits, label, targets, -100, loss, True)
+    out = soft.forward(logits, label, targets, -100, loss, True, lse=lse)
     upstream = torch.ones(n_rows, dtype=out.loss.dtype)
-    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss)
+    of_lse = upstream if lse else None
+    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss, grad_lse=of_lse)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
     for found in BUILT[before:]:
         found["case"] = " ".join(str(x) for x in what if x is not None)
@@ -68,7 +72,7 @@ def main() -> None:
             continue
         launch(600, 50257, half, CrossEntropy(), half, half)
         launch(1, 1, half, PowerBonus(2.5, start=0.1))
-        launch(600, 1003, single, SoftmaxSquaredError(1.0), single)
+        launch(600, 1003, single, SoftmaxSquaredError(1.0), single, lse=True)
         launch(64, 1000, double, Focal(), double)
         launch(600, 3000, torch.float16, SubDataBonus(0.5), transposed=True)
     print(json.dumps(BUILT))

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import compilers
 
@@ -33,11 +34,11 @@ WITHOUT_TRITON = importlib.util.find_spec("triton") is None
 if WITHOUT_TRITON:  # these import it
     collect_ignore = [
         "interpreter_guard.py",
-        "test_soft_kernels.py",
-        "test_rest.py",
-        "test_kernels.py",
-        "test_traffic.py",
-        "test_codegen.py",
+        "kernels/test_soft_kernels.py",
+        "kernels/test_rest.py",
+        "kernels/test_kernels.py",
+        "kernels/test_traffic.py",
+        "kernels/test_codegen.py",
     ]
 elif INTERPRETED:
     from tests.interpreter_speed import patch_once_a_launch
@@ -50,6 +51,12 @@ if not WITHOUT_TRITON:
         not triton.__version__.startswith("3.7."),
         reason="bounds on machine code are about triton 3.7's; `python -m bench codegen` shows that of another",
     )
+settings.register_profile(
+    "default", max_examples=500, deadline=None, derandomize=True, print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile("long", settings.get_profile("default"), max_examples=20000, derandomize=False)
+settings.load_profile("default")
 torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
 
 
@@ -123,15 +130,6 @@ def compiled(request: pytest.FixtureRequest) -> str:
     """Return what this file's compiler printed, see `compilers`."""
     pytest.importorskip("triton")
     return compilers.output(request.config.rootpath, request.module.__name__)
-
-
-@pytest.fixture
-def cuda():
-    """Put a stand-in in the place of `torch.cuda`."""
-    from tests import cuda_stand_in
-
-    with cuda_stand_in.stand_in() as cuda:
-        yield cuda
 
 
 @pytest.fixture

@@ -21,12 +21,14 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-KERNELS, REST, TRAFFIC = "tests/test_kernels.py", "tests/test_rest.py", "tests/test_traffic.py"
-TRANSFORMS, SCHEDULES, SIGMOID = "tests/test_transforms.py", "tests/test_schedules.py", "tests/test_sigmoid.py"
-LOOPS = "tests/test_loops.py"
-TRACKER, USERS = "tests/test_tracker.py", "tests/test_users_paths.py"
-GPU_BENCH = "tests/test_gpu_bench.py"
-SAMPLER, SCORES_OBJECT = "tests/test_sampler.py", "tests/test_scores_object.py"
+KERNELS, REST, TRAFFIC = "tests/kernels/test_kernels.py", "tests/kernels/test_rest.py", "tests/kernels/test_traffic.py"
+TRANSFORMS, SCHEDULES = "tests/paths/test_transforms.py", "tests/formulas/test_schedules.py"
+SIGMOID = "tests/api/test_sigmoid.py"
+LOOPS = "tests/kernels/test_loops.py"
+TABLE = "tests/api/test_behaviour_table.py::test_the_row_is_as_in_torch_or_deviates_as_listed"
+TRACKER, USERS = "tests/dynamics/test_tracker.py", "tests/api/test_users_paths.py"
+GPU_BENCH = "tests/bench/test_gpu_bench.py"
+SAMPLER, SCORES_OBJECT = "tests/policies/test_sampler.py", "tests/api/test_scores_object.py"
 
 
 class Mutant(NamedTuple):
@@ -47,7 +49,7 @@ MUTANTS = (
     Mutant(
         "threads that hold the same sum round another product of it", "kernels/gpu/rest.py",
         "return tl.where(product == 0.0, 0.0, product)", "return product",
-        "tests/test_ptx.py::test_compiled_kernels_pass_the_tests_of_interpreted_ones",
+        "tests/kernels/test_ptx.py::test_compiled_kernels_pass_the_tests_of_interpreted_ones",
     ),
     Mutant(
         "a constant of the compiler's is set twice", "kernels/gpu/sigmoid.py",
@@ -60,27 +62,16 @@ MUTANTS = (
         "backward waits for the GPU", "kernels/gpu/labels.py",
         "    upstream = grad_loss, 0, saved[1], None\n",
         "    upstream = grad_loss, 0, saved[1], None\n    grad_loss.sum().item()\n",
-        "tests/test_gpu_rehearsal.py::test_steps_of_the_gpu_tests",
+        "tests/paths/test_host.py::test_nothing_waits_for_the_device",
     ),
     Mutant(
-        "a side stream does not wait for its input", "bench/gpu/devices.py",
-        "        side.wait_stream(torch.cuda.current_stream())\n", "",
-        "tests/test_gpu_clock.py::test_replayed_time_is_that_of_a_call",
+        "a wrong loss is timed", "bench/gpu/losses.py",
+        "None if max(errors) < most else", "None if errors else", f"{GPU_BENCH}::test_a_wrong_loss_is_not_timed",
     ),
     Mutant(
-        "a property that torch calls otherwise", "bench/gpu/devices.py",
-        "properties.L2_cache_size", "properties.l2_cache_size",
-        "tests/test_cuda_stand_in.py::test_names_and_keywords_are_those_of_torch",
-    ),
-    Mutant(
-        "a step is timed after it was launched", "bench/measure.py",
-        "        begin.record()\n        step.run()", "        step.run()\n        begin.record()",
-        "tests/test_gpu_clock.py::test_a_step_is_timed_without_what_prepares_it",
-    ),
-    Mutant(
-        "a wrong result of ours counts as a run", "bench/gpu/steps.py",
-        "    if wrong := [name for name in (OURS, LOSS_ONLY) if name not in losses]:", "    if wrong := []:",
-        f"{GPU_BENCH}::test_a_wrong_result_of_ours_is_no_success",
+        "what a step had measured is lost with it", "bench/gpu/__init__.py",
+        'if row.endswith("}")', "if status == \"done\"",
+        f"{GPU_BENCH}::test_a_step_that_hangs_or_fails_keeps_its_rows",
     ),
     # which classes are read
     Mutant(
@@ -94,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "every program of a split row counts the edge", "kernels/gpu/sweep.py",
-        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part >= 0, rows.n_classes, 0)", path("fp32-uniform-16391"),
+        "tl.where(part == 0, rows.n_classes, 0)", "tl.where(part >= 0, rows.n_classes, 0)", path("fp32-typical-16391"),
     ),
     Mutant(
         "the label is counted among the rest", "kernels/gpu/sweep.py",
@@ -234,7 +225,7 @@ MUTANTS = (
     Mutant(
         "ignored rows pass on what they hold", "kernels/gpu/labels.py",
         "pulls(tl.where(rows.ignored, 0.0, slope), sum_exp)", "pulls(slope, sum_exp)",
-        f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[fp32-10]",
+        f"{KERNELS}::test_ignored_rows_teach_nothing_whatever_they_hold[torch.float32-10]",
         seen_in="torch 2.13.0 and flash-attention: NaN gradient of an ignored row of NaN",
     ),
     Mutant(
@@ -263,7 +254,7 @@ MUTANTS = (
     Mutant(
         "the mean divides by all rows, ignored ones too", "bonus_ops/call.py",
         "return (self.target != self.ignore_index).sum().to(", "return torch.as_tensor(self.target.numel()).to(",
-        "tests/test_functional.py::test_weight_and_ignore_index_are_as_in_torch[-100-False-mean-reference]",
+        f"{TABLE}[84 ignore_index -1-reference]",
         seen_in="NVIDIA/TransformerEngine PR #2476, ROCm/TransformerEngine PR #409",
     ),
     Mutant(
@@ -281,27 +272,27 @@ MUTANTS = (
     Mutant(
         "a second derivative goes through the opaque operator", "bonus_ops/ops/labels.py",
         "if torch.is_grad_enabled():  # create_graph", "if False:  # create_graph",
-        "tests/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
+        "tests/paths/test_autograd.py::test_without_a_bonus_second_derivatives_are_those_of_torch",
         seen_in="linkedin/Liger-Kernel, flash-attention; pytorch/pytorch #58509, #104040",
     ),
     Mutant(
         "the reference's gradient leaves the label's entry as any class's", "bonus_ops/reference.py",
         "torch.where(is_label & counts[..., None], pull[..., None], others)", "others",
-        "tests/test_reference.py::test_closed_form_gradient_is_autograd_of_rows",
+        "tests/formulas/test_reference.py::test_closed_form_gradient_is_autograd_of_rows",
     ),
     # seen in peers
     Mutant(
         "the stride of rows is the number of classes", "kernels/gpu/launching.py",
         "return Array(tensor, n_inner, n_classes, *tensor.stride())",
         "return Array(tensor, n_inner, n_classes, n_classes, n_classes, 1)",
-        f"{KERNELS}::test_every_layout[fp32-padded_rows-10]",
+        f"{KERNELS}::test_every_layout[padded_rows-torch.float32-1003]",
         seen_in="NVIDIA/TransformerEngine #2734: a transposed input is read as contiguous",
     ),
     Mutant(
         "logits that are not contiguous get themselves as gradient", "kernels/gpu/labels.py",
         "vector(logits, grad)\n",
         "vector(logits, grad)\n    if logits.stride(2) > 1:\n        return logits + 0\n",
-        f"{KERNELS}::test_every_layout[fp32-transposed-10]",
+        f"{KERNELS}::test_every_layout[transposed-torch.float32-1003]",
         seen_in="linkedin/Liger-Kernel 0.8.5: requires_grad is read after contiguous()",
     ),
     Mutant(
@@ -318,7 +309,7 @@ MUTANTS = (
     ),
     Mutant(
         "exponentials are rounded to halves before they are summed", "kernels/gpu/rest.py",
-        "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-typical-65"),
+        "    e = exp(d)\n", "    e = exp(d).to(tl.float16).to(tl.float32)\n", path("fp16-masked-65"),
         seen_in="apple/ml-cross-entropy PR #45: a loop that must be float32",
     ),
     Mutant(
@@ -337,37 +328,37 @@ MUTANTS = (
     Mutant(
         "the loss is always float32", "bonus_ops/ops/labels.py",
         "loss if loss.dtype == call.dtype else loss.to(call.dtype)", "loss.to(torch.float32)",
-        "tests/test_functional.py::test_every_dtype_is_float64_truth_rounded_once",
+        f"{TABLE}[46 input torch.float64-None]",
         seen_in="flash-attention: float32 from float64",
     ),
     Mutant(
         "autocast leaves halves", "bonus_ops/call.py",
         "self.dtype = torch.float32 if half and autocast else input.dtype", "self.dtype = input.dtype",
-        "tests/test_functional.py::test_autocast_computes_in_float32_as_in_torch",
+        f"{TABLE}[166 autocast to bfloat16-None]",
         seen_in="linkedin/Liger-Kernel #305",
     ),
     Mutant(
         "an unknown reduction is accepted", "bonus_ops/checks.py",
         "        _reduction.get_enum(reduction)\n", "        pass\n",
-        "tests/test_errors.py::test_an_unknown_reduction_says_which_there_are",
+        "tests/api/test_errors.py::test_an_unknown_reduction_says_which_there_are",
         seen_in="linkedin/Liger-Kernel 0.8.5: a number for reduction='foo'",
     ),
     Mutant(
         "the length of the target is not checked", "bonus_ops/checks.py",
         "if list(target.shape) != expected and", "if False and",
-        "tests/test_errors.py::test_class_and_first_line_are_those_of_torch",
+        "tests/api/test_errors.py::test_class_and_first_line_are_those_of_torch",
         seen_in="linkedin/Liger-Kernel 0.8.5: reads past a short target",
     ),
     Mutant(
         "labels out of range are not refused", "bonus_ops/reference.py",
         "    if bad.any():", "    if False:",
-        "tests/test_errors.py::test_class_and_first_line_are_those_of_torch",
+        "tests/api/test_errors.py::test_class_and_first_line_are_those_of_torch",
         seen_in="pytorch/pytorch #135546, #66872",
     ),
     Mutant(
         "the mean of nothing is 0", "bonus_ops/ops/labels.py",
         "if n == out.loss.numel() else out.loss.sum() / n", "if n == out.loss.numel() else out.loss.sum() / (n or 1)",
-        "tests/test_functional.py::test_nothing_to_divide_by_is_as_in_torch",
+        f"{TABLE}[13 all ignored, mean-None]",
         seen_in="linkedin/Liger-Kernel 0.8.5: 0.0 where torch says NaN; pytorch/torchtune #2341",
     ),
     # naive
@@ -386,13 +377,13 @@ MUTANTS = (
         "smoothing leaves out the label", "bonus_ops/soft_targets.py",
         "Share(1 - self.smoothing, self.smoothing / max(n_classes, 1),",
         "Share(1 - self.smoothing - self.smoothing / (n_classes - 1), self.smoothing / (n_classes - 1),",
-        "tests/test_functional.py::test_label_smoothing_is_as_in_torch",
+        f"{TABLE}[263 smoothing, 3-D-None]",
     ),
     Mutant(
         "the exact bonus is clamped at 1e-5", "bonus_ops/losses/log_bonus.py",
         "return log_rest if self.clamp is None else log_rest.clamp(min=self._floor())",
         "return log_rest.clamp(min=math.log(1e-5))",
-        "tests/test_properties.py::test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap",
+        "tests/formulas/test_properties.py::test_14_no_bonus_is_plain_bitwise_and_log_end_one_is_minus_the_gap",
         seen_in="lancopku/well-classified-examples-are-underestimated: the loss saturates at -log 1e-5",
     ),
     # shares of classes
@@ -400,82 +391,82 @@ MUTANTS = (
         "weights apply before smoothing", "bonus_ops/soft_targets.py",
         "share = hard * self.keep + self.off\n        return share if self.weight is None else share * self.weight",
         "return (hard if self.weight is None else hard * self.weight) * self.keep + self.off",
-        "tests/test_soft.py::test_every_loss_and_target[reference-fp64-log_bonus-weight]",
+        "tests/api/test_soft.py::test_every_loss_and_target[reference-fp64-log_bonus-weight]",
     ),
     Mutant(
         "the bonus is smoothed as cross-entropy is", "bonus_ops/soft_targets.py",
         "Share(1 - self.bonus_smoothing, self.bonus_smoothing / max(n_classes, 1),",
         "Share(1 - self.smoothing, self.smoothing / max(n_classes, 1),",
-        "tests/test_soft.py::test_the_form_of_translation_smooths_each_by_its_own",
+        "tests/api/test_soft.py::test_the_form_of_translation_smooths_each_by_its_own",
         seen_in="lancopku/well-classified-examples-are-underestimated: smoothing applied alike or twice in its copies",
     ),
     Mutant(
         "a weighted bonus is divided by the weights of cross-entropy", "bonus_ops/ops/soft.py",
         "targets = targets._replace(bonus_weight=call.bonus_weight * (divisor / call.divisor(None)))", "pass",
-        "tests/test_soft.py::test_the_mean_of_a_weighted_bonus_is_over_rows",
+        "tests/api/test_soft.py::test_the_mean_of_a_weighted_bonus_is_over_rows",
     ),
     Mutant(
         "a class at -inf without a share makes the loss NaN", "kernels/gpu/paid.py",
         "tl.sum(tl.where(t == 0.0, 0.0, -t * d), 2)", "tl.sum(-t * d, 2)",
-        "tests/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
+        "tests/api/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-triton]",
     ),
     Mutant(
         "the runner-up is counted twice where two sweeps are made", "kernels/gpu/soft_sweeps.py",
         "others = mask & (classes != rows.target[:, None]) & (classes != runner_up[:, None])",
         "others = mask & (classes != rows.target[:, None])",
-        "tests/test_soft.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+        "tests/api/test_soft.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
     ),
     Mutant(
         "the runner-up's bonus is in the mass twice where one sweep is made", "kernels/gpu/soft.py",
-        "mass -= of_other.pull", "pass", "tests/test_soft.py::test_kernels[power_bonus-any sum-torch.float32-9]",
+        "mass -= of_other.pull", "pass", "tests/api/test_soft.py::test_kernels[power_bonus-any sum-torch.float32-9]",
     ),
     Mutant(
         "the tile of the runner-up is summed whole", "kernels/gpu/tiles.py",
         "b = tl.where((b >= first) & (b < full) & (b != a), b, full)", "b = full",
-        "tests/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+        "tests/api/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
         "a tile is summed twice that holds both", "kernels/gpu/tiles.py",
         "(b < full) & (b != a), b, full)", "(b < full), b, full)",
-        "tests/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+        "tests/api/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
         "what is paid is not counted from a new max", "kernels/gpu/paid.py",
         "Paid(paid.total + total, paid.cost + paid.total * shift + cost, power)",
         "Paid(paid.total + total, paid.cost + cost, power)",
-        "tests/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+        "tests/api/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
         "odds are added without their denominators", "kernels/gpu/class_sums.py",
         "return n * other_d + other_n * d, d * other_d", "return n + other_n, d * other_d",
-        "tests/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
+        "tests/api/test_soft.py::test_label_and_runner_up_anywhere_among_whole_tiles",
     ),
     Mutant(
         "the label's 1 - p is a difference", "kernels/formulas/soft_targets.py",
         "- one.rest * (one.pull + one.share)", "- (1.0 - one.p) * (one.pull + one.share)",
-        "tests/test_soft.py::test_kernels[log_bonus-one-hot-torch.float32-9]",
+        "tests/api/test_soft.py::test_kernels[log_bonus-one-hot-torch.float32-9]",
     ),
     Mutant(
         "an edge far below 0 is counted from 0", "kernels/gpu/soft_sweeps.py",
         "edge = pay(unpaid(z), at, at,", "edge = pay(unpaid(z), 0.0 * at, at,",
-        "tests/test_soft.py::test_a_shift_changes_no_bit_in_kernels",
+        "tests/api/test_soft.py::test_a_shift_changes_no_bit_in_kernels",
     ),
     Mutant(
         "lanes are not rescaled to a new max", "kernels/gpu/paid.py",
         "power = power * exp(gamma * (before - at)) + chunk_sum", "power += chunk_sum",
-        "tests/test_soft.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
+        "tests/api/test_soft.py::test_kernels[power_bonus-both weights and smoothings-torch.float32-4101]",
     ),
     Mutant(
         "probabilities are walked as the logits are", "kernels/gpu/soft_targets.py",
         "array.class_stride,",
         "1,",
-        "tests/test_soft.py::test_every_layout_in_kernels[transposed]",
+        "tests/api/test_soft.py::test_every_layout_in_kernels[transposed]",
     ),
     # bits that tell the batch
     Mutant(
         "a row is split by the number of rows", "kernels/gpu/launch.py",
         "while parts < 16 and", "while parts * n_rows < 528 and",
-        "tests/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
+        "tests/kernels/test_determinism.py::test_a_split_row_is_merged_by_one_tree",
     ),
     # the loops of a CPU, and the gradient made in the forward visit
     Mutant(
@@ -501,17 +492,17 @@ MUTANTS = (
     Mutant(
         "a tile numbers its classes from 0", "kernels/cpu/sums.py",
         "k = p.first_class + k if", "k = k if",
-        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
+        "tests/kernels/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
     ),
     Mutant(
         "sums forget the tiles before", "kernels/cpu/sums.py",
         "merge(before, RestStats(m, k, s, s2, sz))", "RestStats(m, k, s, s2, sz)",
-        "tests/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
+        "tests/kernels/test_sums.py::test_sums_of_tiles_are_those_of_all_classes[dtype0-64-plain]",
     ),
     Mutant(
         "a loop charges ignored rows", "kernels/cpu/tile.py",
         "loss[i] = 0.0 if index[LABEL + i] < 0 else column[VALUE + i]", "loss[i] = column[VALUE + i]",
-        "tests/test_functional.py::test_ignored_rows_cost_nothing_whatever_they_hold[mean-numba]",
+        "tests/api/test_functional.py::test_ignored_rows_cost_nothing_whatever_they_hold[mean-numba]",
     ),
     Mutant(
         "a label below 0 is in range", "kernels/cpu/labels.py",
@@ -521,23 +512,23 @@ MUTANTS = (
     Mutant(
         "a class at -inf without a share spoils a row of a loop", "kernels/cpu/soft_rows.py",
         "cost_here -= where(t == 0.0, 0.0, t * (read(part[i]) - at))", "cost_here -= t * (read(part[i]) - at)",
-        "tests/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-None]",
+        "tests/api/test_soft.py::test_a_class_at_minus_infinity_without_a_share_is_not_there[None-None]",
     ),
     Mutant(
         "the runner-up is pulled as the label is", "kernels/cpu/soft_rows.py",
         "out[other] = narrow(column[OF_OTHER + GRADIENT + i] * slope)",
         "out[other] = narrow(column[OF_LABEL + GRADIENT + i] * slope)",
-        "tests/test_soft.py::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
+        "tests/api/test_soft.py::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
     ),
     Mutant(
         "no share of an infinite loss is NaN", "kernels/cpu/sigmoid.py",
         "value += where(other == 0.0, 0.0, other * column[OTHER_VALUE + i])",
         "value += other * column[OTHER_VALUE + i]",
-        "tests/test_sigmoid.py::test_infinite_logits_cost_the_limit_and_nan_stays[numba]",
+        "tests/api/test_sigmoid.py::test_infinite_logits_cost_the_limit_and_nan_stays[numba]",
     ),
     Mutant(
         "lines of a plane are counted without the planes before", "kernels/cpu/sigmoid.py",
-        "        line //= shape[axis]\n", "", "tests/test_sigmoid.py::test_any_layout[numba-none-in order-sliced]",
+        "        line //= shape[axis]\n", "", "tests/api/test_sigmoid.py::test_any_layout[numba-none-in order-sliced]",
     ),
     Mutant(
         "e^x is 2e-5 too large", "kernels/cpu/scalar.py",
@@ -562,33 +553,33 @@ MUTANTS = (
     Mutant(
         "a gradient is given away twice", "bonus_ops/ops/made.py",
         "if torch._C._autograd._get_current_graph_task_keep_graph():", "if False:",
-        "tests/test_autograd.py::test_a_kept_graph_gives_the_same_gradient_every_time[mean-numba]",
+        "tests/paths/test_autograd.py::test_a_kept_graph_gives_the_same_gradient_every_time[mean-numba]",
     ),
     Mutant(
         "a half is scaled after it was rounded", "bonus_ops/ops/made.py",
         "(grad.dtype.itemsize == 2 or not math.isfinite(factor))", "not math.isfinite(factor)",
-        "tests/test_autograd.py::test_a_gradient_scaler_keeps_what_would_underflow[dtype0]",
+        "tests/paths/test_autograd.py::test_a_gradient_scaler_keeps_what_would_underflow[dtype0]",
     ),
     Mutant(
         "an infinite upstream gradient reaches ignored rows", "bonus_ops/ops/made.py",
         "(grad.dtype.itemsize == 2 or not math.isfinite(factor))", "grad.dtype.itemsize == 2",
-        "tests/test_autograd.py::test_a_broken_upstream_gradient_leaves_ignored_rows_alone[nan-mean-numba]",
+        "tests/paths/test_autograd.py::test_a_broken_upstream_gradient_leaves_ignored_rows_alone[nan-mean-numba]",
     ),
     Mutant(
         "logits written before backward are not noticed", "bonus_ops/ops/made.py",
         "ctx.save_for_backward(input, visited.grad,", "ctx.save_for_backward(input.detach().clone(), visited.grad,",
-        "tests/test_autograd.py::test_inputs_changed_in_place_before_backward_raise[logits-mean-numba]",
+        "tests/paths/test_autograd.py::test_inputs_changed_in_place_before_backward_raise[logits-mean-numba]",
     ),
     Mutant(
         "loops take the address of a target that has none", "bonus_ops/watchers.py",
         "    for x in tensors:\n        if x is None:", "    for x in tensors[:1]:\n        if x is None:",
-        "tests/test_distributed.py::test_errors_are_clear",
+        "tests/paths/test_distributed.py::test_errors_are_clear",
     ),
     # what the matrix, the properties and the fuzzer are for
     Mutant(
         "the gradient forgets the strength of the bonus", "bonus_ops/losses/bonus.py",
         "self.bonus_slope(gap, p, rest)), alpha=self.strength)", "self.bonus_slope(gap, p, rest)))",
-        "tests/test_properties.py::test_16_the_gradient_is_the_central_difference",
+        "tests/formulas/test_properties.py::test_16_the_gradient_is_the_central_difference",
     ),
     # transforms and schedules
     Mutant(
@@ -659,37 +650,32 @@ MUTANTS = (
     Mutant(
         "an example on the median is in the upper half", "bonus_ops/dynamics/report.py",
         "2 * (mean > cuts[0])", "2 * (mean >= cuts[0])",
-        "tests/test_tracker_report.py::test_kinds_are_the_quarters_of_the_map",
+        "tests/dynamics/test_tracker_report.py::test_kinds_are_the_quarters_of_the_map",
     ),
     # found by using the library as a stranger would
     Mutant(
         "a threshold of one column is compared with every row", "bonus_ops/policies/checks.py",
         "    elif value.dim() > 0:\n", "    elif False:\n",
-        "tests/test_policies.py::test_a_bad_argument_says_what_was_expected_and_what_came",
+        "tests/policies/test_policies.py::test_a_bad_argument_says_what_was_expected_and_what_came",
     ),
     Mutant(
         "groups are counted in bfloat16", "bonus_ops/policies/reweighting.py",
         "loss = loss.to(torch.promote_types(loss.dtype, torch.float32))  # bfloat16 counts", "# bfloat16 counts",
-        "tests/test_policies.py::test_half_precision_counts_large_batches",
+        "tests/policies/test_policies.py::test_half_precision_counts_large_batches",
     ),
     Mutant(
         "a sampler loads half of a state before it refuses it", "bonus_ops/policies/sampler.py",
-        "        _check_state(state)\n", "", "tests/test_policies.py::test_sampler_refuses",
+        "        _check_state(state)\n", "", "tests/policies/test_policies.py::test_sampler_refuses",
     ),
     Mutant(
         "a penalty has no rule for vmap", "bonus_ops/policies/reference_penalty.py",
         "generate_vmap_rule = True", "generate_vmap_rule = False",
-        "tests/test_policies.py::test_kl_to_reference_under_transforms",
-    ),
-    Mutant(
-        "a step of the GPU benchmark finds in L2 what the last one read", "bench/gpu/steps.py",
-        "now[0] = next(self.turn)", "now[0] = self.batches[0]",
-        "tests/test_benchmark.py::test_no_step_reads_what_the_one_before_it_read",
+        "tests/policies/test_policies.py::test_kl_to_reference_under_transforms",
     ),
     Mutant(
         "the middle of the halted focal loss has no slope, as by a clamp of torch 2.15", "bonus_ops/losses/focal.py",
         "value(torch.where(gap > 0, 0.0, gap))", "value(torch.where(gap >= 0, 0.0, gap))",
-        "tests/test_sigmoid.py::test_the_formula_is_that_of_the_paper[halted]",
+        "tests/api/test_sigmoid.py::test_the_formula_is_that_of_the_paper[halted]",
     ),
     # wrong in silence for the person who trains
     Mutant(
@@ -710,22 +696,22 @@ MUTANTS = (
     Mutant(
         "what was never seen is never visited", "bonus_ops/policies/sampler.py",
         "unknown = difficulty.isnan() | (difficulty == math.inf)", "unknown = difficulty == math.inf",
-        "tests/test_policies.py::test_sampler_starves_nobody_that_the_tracker_has_not_seen",
+        "tests/policies/test_policies.py::test_sampler_starves_nobody_that_the_tracker_has_not_seen",
     ),
     Mutant(
         "what was taken out is taken for the easiest", "bonus_ops/policies/checks.py",
         "return difficulty.masked_fill(difficulty == TAKEN_OUT, math.nan)", "return difficulty",
-        "tests/test_policies.py::test_what_was_taken_out_takes_no_part_as_what_is_not_known",
+        "tests/policies/test_policies.py::test_what_was_taken_out_takes_no_part_as_what_is_not_known",
     ),
     Mutant(
         "an unknown threshold flags nothing", "bonus_ops/policies/denoise.py",
         '    check_threshold_is_known("noise_mask", "threshold", threshold, recent_loss)\n', "",
-        "tests/test_policies.py::test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge",
+        "tests/policies/test_policies.py::test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge",
     ),
     Mutant(
         "a share of ints is of the default dtype", "bonus_ops/dynamics/events.py",
         'state["correct_count"].to(torch.float32)', 'state["correct_count"]',
-        "tests/test_tracker_state.py::test_no_statistic_takes_its_dtype_from_the_default",
+        "tests/dynamics/test_tracker_state.py::test_no_statistic_takes_its_dtype_from_the_default",
     ),
     Mutant(
         "ignored rows rank as hardest", "bonus_ops/scores.py",
@@ -745,23 +731,23 @@ MUTANTS = (
     Mutant(
         "what torch scripted of a class before the patch is used in it", "bonus_ops/patch.py",
         "    torch.jit._recursive.concrete_type_store.type_store.clear()\n", "    pass\n",
-        "tests/test_lost_words.py::test_a_module_scripted_in_the_patch_has_its_bonus",
+        "tests/api/test_lost_words.py::test_a_module_scripted_in_the_patch_has_its_bonus",
     ),
     Mutant(
         "a slope of the wrong sign passes", "bonus_ops/check_loss.py",
         "slope = -derivative, loss.slope(gap.detach())", "slope = -derivative, loss.slope(gap.detach()).abs()",
-        "tests/test_check_loss.py::test_a_wrong_loss_is_told_what_is_wrong",
+        "tests/formulas/test_check_loss.py::test_a_wrong_loss_is_told_what_is_wrong",
     ),
     Mutant(
         "a suggested label keeps the confidence of the one before", "bonus_ops/dynamics/suggested.py",
         'torch.where(taken_over, 0.0, state["suggested_prob"].index_select(0, rows))',
         'state["suggested_prob"].index_select(0, rows)',
-        "tests/test_tracker_report.py::test_the_suggested_label_is_voted_by_the_predictions_and_its_confidence_is_a_mean",
+        "tests/dynamics/test_tracker_report.py::test_the_suggested_label_is_voted_by_the_predictions_and_its_confidence_is_a_mean",
     ),
     Mutant(
         "a file of the command line is unpickled", "bonus_ops/__main__.py",
         'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
-        "tests/test_command_line.py::test_a_pickle_is_never_run",
+        "tests/api/test_command_line.py::test_a_pickle_is_never_run",
     ),
 )  # fmt: skip
 

@@ -25,40 +25,28 @@ def build(cases: list[Case], progress: Callable[[str], None]) -> dict[str, Any]:
     planned = []
     for case in cases:
         made = launches(case)
-        for launch in made:
-            if launch.key not in number:
-                number[launch.key] = len(number)
-                work[case].append(launch.key)
-        planned.append(
-            case._asdict()
-            | {"launches": [launch._asdict() | {"key": None, "build": number[launch.key]} for launch in made]}
-        )
+        for key in dict.fromkeys(launch.key for launch in made):
+            if key not in number:
+                number[key] = len(number)
+                work[case].append(key)
+        rows = [{**launch._asdict(), "build": number[launch.key]} for launch in made]
+        planned.append(case._asdict() | {"launches": [{k: x for k, x in row.items() if k != "key"} for row in rows]})
     found: dict[str, dict[str, Any]] = {}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_inspect, case, keys) for case, keys in work.items()]
         for job in concurrent.futures.as_completed(jobs):
             found |= job.result()
             progress(f"codegen: {len(found)} of {len(number)} kernels compiled, {time.perf_counter() - start:.0f} s")
-    for case in planned:
-        for launch in case["launches"]:
-            del launch["key"]
     return {"triton": triton.__version__, "builds": [found[key] for key in number], "cases": planned}
 
 
 def _inspect(case: Case, keys: list[str]) -> dict[str, dict[str, Any]]:
-    constants = {launch.key: launch.constants for launch in launches(case)}
-    threads = {launch.key: launch.threads for launch in launches(case)}
+    # call, dtype and classes: of the first case that needs it
+    of_case = {"call": case.call, "dtype": case.dtype, "n_classes": case.n_classes, "target": case.target,
+               "misaligned": bool(case.offset)}  # fmt: skip
+    planned, built = {launch.key: launch for launch in launches(case)}, compile_case(case, set(keys))
     return {
-        key: {
-            "kernel": built.metadata.name,
-            "call": case.call,  # this, dtype and classes: of the first case that needs it
-            "dtype": case.dtype,
-            "n_classes": case.n_classes,
-            "target": case.target,
-            "misaligned": bool(case.offset),
-            "threads": threads[key],
-            "constants": constants[key],
-        }
-        | machine_code.inspect(built, case.target, BYTES[case.dtype])
-        for key, built in compile_case(case, set(keys)).items()
-    }
+        key: {"kernel": planned[key].kernel, "threads": planned[key].threads, "constants": planned[key].constants}
+        | of_case | machine_code.inspect(built[key], case.target, BYTES[case.dtype])
+        for key in keys
+    }  # fmt: skip

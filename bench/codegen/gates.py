@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import roofline
+from .predict import CHUNK, passes
 
 Build = dict[str, Any]
-CHUNK = 8
 MOST_REGISTERS = 64  # 1024 threads a multiprocessor
 MOST_REGISTERS_SHORT = 80  # programs of one warp: 25 warps, of the 32 that are allowed
 MOST_REGISTERS_SHORT_FLOAT32 = 100  # 20 warps, with twice the bytes in flight each
@@ -71,7 +70,7 @@ def arrays(build: Build) -> int:
 
 def streaming(build: Build) -> list[dict[str, Any]]:
     """Return the loop of each sweep that most logits of a long row pass."""
-    names = roofline.passes(build)
+    names = passes(build)
     most = next((name for name in ("full", "masked", "all") if name in names), None)
     return [loop for name, loop in zip(names, build["loops"], strict=True) if name == most]
 
@@ -189,13 +188,6 @@ def failures(builds: list[Build]) -> Iterator[str]:
         for build in builds:
             if wrong := gate(build):
                 yield f"{gate.__name__}: {label(build)}: {wrong}"
-
-
-def spilled(builds: list[Build]) -> Iterator[tuple[str, str]]:
-    """Yield what spills although nothing should."""
-    for build in builds:
-        if build["stack"] or build["spills"]:
-            yield label(build), f"{build['stack']} bytes of stack, {build['spills']} spills"
 
 
 def above(builds: list[Build]) -> Iterator[tuple[str, float]]:

@@ -29,6 +29,8 @@ from bonus_ops import (
 )
 from bonus_ops.ops import room
 
+from ..gpu.cases import ROWS
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -45,24 +47,6 @@ PLANNED_ROWS = 1024  # more rows are more programs of the same kernel; few keep 
 # --- the calls whose kernels are compiled: a line each ----------------------------------------------------------------
 
 Call = Callable[[Tensor, Tensor], Callable[[], object]]  # (logits, target) -> what is caught
-
-
-def _forward(z: Tensor, y: Tensor) -> Callable[[], object]:
-    return lambda: bonus_cross_entropy_with_scores(z, y, implementation="triton")
-
-
-def _loss_only(z: Tensor, y: Tensor) -> Callable[[], object]:
-    return lambda: bonus_cross_entropy(z, y, implementation="triton")
-
-
-def _softmax(z: Tensor, y: Tensor) -> Callable[[], object]:
-    return lambda: bonus_cross_entropy_with_softmax(z, y, implementation="triton")
-
-
-def _backward(z: Tensor, y: Tensor) -> Callable[[], object]:
-    z = z.requires_grad_()
-    loss = bonus_cross_entropy(z, y, implementation="triton")
-    return lambda: torch.autograd.grad(loss, z)
 
 
 def _forward_of(loss: Callable[..., object], likewise: bool = False, **options: Any) -> Call:
@@ -87,10 +71,10 @@ def _backward_of(loss: Callable[..., Tensor], likewise: bool = False, **options:
 ONE_SWEEP = PowerBonus(2.0)  # plain cross-entropy is this kernel too, with strength 0
 SIGMOID = bonus_binary_cross_entropy_with_logits
 HARD: dict[str, Call] = {
-    "forward": _forward,  # with all scores
-    "backward": _backward,
-    "loss only": _loss_only,
-    "softmax": _softmax,  # forward with scores and probabilities
+    "forward": _forward_of(bonus_cross_entropy_with_scores),
+    "backward": _backward_of(bonus_cross_entropy),
+    "loss only": _forward_of(bonus_cross_entropy),
+    "softmax": _forward_of(bonus_cross_entropy_with_softmax),  # with scores and probabilities
 }
 OF_ROWS: dict[str, Call] = {  # forwards with all scores where there are scores
     "smoothing, forward": _forward_of(bonus_cross_entropy_with_scores, label_smoothing=0.1),
@@ -107,22 +91,7 @@ OF_ELEMENTS: dict[str, Call] = {
 }
 CALLS = HARD | OF_ROWS | OF_ELEMENTS
 
-SHAPES = (
-    (65536, 10),
-    (65536, 1000),
-    (65536, 1024),
-    (8192, 32000),
-    (8192, 50257),
-    (8192, 50304),
-    (8192, 128256),
-    (8192, 151936),
-    (8192, 262144),
-    (64, 262144),  # few rows: each is split over programs
-    (128, 10),
-    (128, 1000),
-)
-
-
+SHAPES = ((65536, 10), (65536, 1024), *(case.shape for case in ROWS), (128, 10), (128, 1000))
 MAIN, SPOTS = ("forward", "backward"), ((65536, 1000), (8192, 50257), (64, 262144))
 
 
@@ -251,6 +220,14 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
     return logits, torch.zeros(n_rows, dtype=torch.int64)
 
 
+def caught_of(case: Case, catch: Callable[[JITFunction, tuple[Any, ...], Any, dict[str, Any]], None]) -> None:
+    """Hand what a call would launch to ``catch``, in order."""
+    with caught(case.target, lambda *_: None):
+        step = CALLS[case.call](*_inputs(case))
+    with caught(case.target, catch):
+        step()
+
+
 def launches(case: Case) -> list[Launch]:
     """Return what a call would launch, in order."""
     found: list[Launch] = []
@@ -263,10 +240,7 @@ def launches(case: Case) -> list[Launch]:
             constants |= {name.upper(): n for name, n in tile._asdict().items()}
         found.append(Launch(kernel.__name__, _key(kernel, args, kwargs), math.prod(grid) * scale, threads, constants))
 
-    with caught(case.target, lambda *_: None):
-        step = CALLS[case.call](*_inputs(case))
-    with caught(case.target, record):
-        step()
+    caught_of(case, record)
     return found
 
 
@@ -280,8 +254,5 @@ def compile_case(case: Case, keys: set[str]) -> dict[str, Any]:
         if key in keys and key not in built:
             built[key] = run(kernel, *args, grid=grid, warmup=True, **kwargs)
 
-    with caught(case.target, lambda *_: None):
-        step = CALLS[case.call](*_inputs(case))
-    with caught(case.target, build):
-        step()
+    caught_of(case, build)
     return built

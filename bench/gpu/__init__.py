@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command of under eight minutes: tests, ceilings, times, goals, launch parameters.
+"""Everything that needs a GPU, in one command of under eight minutes: times, goals, launch parameters, then tests.
 
-    python -m bench gpu                      every step: bench/results/gpu-<name>.{json,md}, a picture, bench/README.md
-    python -m bench gpu --steps speed sweep  some of them, into files of their own
-    python -m bench gpu --report             Markdown, pictures, bench/README.md again, from the JSON: needs no GPU
-    python -m bench gpu --dry-run            every path on the CPU at toy sizes with a stand-in clock
+    python -m bench gpu                         every step: bench/results/gpu-<name>.{json,md}, bench/README.md
+    python -m bench gpu --steps speed parity    some of them; what the file holds of the others stays
+    python -m bench gpu --report                Markdown and bench/README.md again, from the JSON: needs no GPU
+    python -m bench gpu --dry-run               the same without a GPU, small, and nothing is timed
 
-Each step is a process of its own with a time limit; what it has saved counts even if it is killed or crashes, and the
-results are written after every step. Nothing is installed: torch, triton and pytest suffice, peers are used if found.
+Each step is a process with a time limit; what it has written counts even if it is killed. Nothing is installed: torch,
+triton and pytest suffice, peers are used if found.
 """
 
 from __future__ import annotations
@@ -14,48 +14,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..record import ROOT, plain
+from ..record import ROOT, environment
 
-BUDGET_S = 460.0
-LEAST_S = 5.0  # with less left a step is skipped
-
-
-class Step(NamedTuple):
-    function: str  # in steps.py
-    limit_s: float
-
-
-STEPS = {
-    "ceilings": Step("ceilings", 60),
-    "gpu tests": Step("gpu_tests", 90),
-    "speed": Step("speed", 130),
-    "small": Step("small", 40),
-    "targets": Step("targets", 40),
-    "matrix": Step("matrix", 120),
-    "parity": Step("parity", 90),
-    "linear": Step("linear", 40),
-    "sanitizer": Step("sanitizer", 120),
-    "sweep": Step("sweep", 90),  # last: what the time is short for is the least needed
-}
+# seconds each; timings come first: tests can be had elsewhere
+LIMITS = {"speed": 190, "linear": 70, "variants": 100, "parity": 100, "memcheck": 60}
+BUDGET_S = 460.0  # for all of them
+KEPT = 80  # last lines of what a step said: nobody may see the terminal
+TESTS = ("test_gpu", "test_kernels", "test_rest", "test_soft", "test_mixup", "test_sigmoid")
 
 
 def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) -> None:
     options = _parser().parse_args(arguments)
-    if options.step:
-        return _child(options)
+    from . import report
+
     if options.dry_run and options.out is None:
         options.out = Path(tempfile.mkdtemp(prefix="bench-gpu-dry-run-"))
     folder = (options.out or results_folder).resolve()
@@ -63,19 +47,32 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
         sys.exit(f"a dry run is no measurement: give --out another folder than {results_folder}")
     readme = results_folder.parent / "README.md" if folder == results_folder.resolve() else None
     if options.report:
-        for path in sorted(folder.glob("gpu-*.json")):
-            write(json.loads(path.read_text()), folder, path.stem)
-        if readme is not None:
-            readme.write_text(_report().with_runs(readme.read_text(), folder))
+        for path in folder.glob("gpu-*.json"):
+            _write(json.loads(path.read_text()), path, readme)
         return
-    if not options.dry_run:
-        import torch
+    import torch
 
-        if not torch.cuda.is_available():
-            sys.exit("no CUDA device here; --dry-run shows that every path runs")
-    results = run(options, folder, " ".join(["python -m bench gpu", *arguments]), commit(), readme)
-    print(_report().summary(results))
-    if any(step["status"] != "done" for step in results["steps"].values()):
+    if not (options.dry_run or torch.cuda.is_available()):
+        sys.exit("no CUDA device here; --dry-run shows that every path runs")
+    device = "cpu" if options.dry_run else "cuda"
+    known = environment(device)
+    name = "dry-run" if options.dry_run else re.sub(r"\W+", "-", known["gpu"]).strip("-").lower()
+    path = folder / f"gpu-{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {"steps": {}}
+    results |= {"dry": options.dry_run, "environment": known}
+    end = time.monotonic() + options.budget
+    for step in options.steps:
+        limit = min(LIMITS[step], end - time.monotonic())
+        print(f"=== {step} (at most {max(limit, 0):.0f} s)", flush=True)
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        results["steps"][step] = run(step, device, limit) | {"date": date, "commit": commit()}
+        print(*results["steps"][step]["said"][-3:], results["steps"][step]["status"], sep="\n", flush=True)
+        _write(results, path, readme)
+    for goal in report.Times(results).goals():
+        print(f"{goal.verdict:>12}  {goal.what} at {goal.at}: {goal.outcome} (wanted {goal.wanted})")
+    print(f"written: {path}, {path.with_suffix('.md')}")
+    if any(results["steps"][step]["status"] not in ("done", "skipped") for step in options.steps):
         sys.exit(1)
 
 
@@ -83,132 +80,60 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP",
-                        help=", ".join(STEPS))  # fmt: skip
+    steps = list(LIMITS)
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps, metavar="STEP", help=", ".join(steps))
     parser.add_argument("--out", type=Path, help="where to write; default bench/results")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for all steps together")
     parser.add_argument("--dry-run", action="store_true", help="no GPU, no measurement: show that every path runs")
     parser.add_argument("--report", action="store_true", help="measure nothing, write again what is made from the JSON")
-    parser.add_argument("--step", help=argparse.SUPPRESS)  # the one that a child process runs
-    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
-def _report() -> Any:
+def run(step: str, device: str, limit_s: float) -> dict[str, Any]:
+    """Run a step in a process of its own; return how it ended, its last words, and the rows that it wrote."""
+    environ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step == "memcheck" else dict(os.environ)
+    if device == "cpu":
+        environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "said", "w+") as said:
+        rows, words, status = Path(folder) / "rows", command(step, device), "skipped"
+        if words is None:
+            said.write("compute-sanitizer is not installed\n")
+        elif limit_s < 5:
+            said.write("no time left\n")
+        else:
+            status = "timed out"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                words = [str(rows) if word == "ROWS" else word for word in words]
+                done = subprocess.run(words, cwd=ROOT, env=environ, stdout=said, stderr=said, timeout=limit_s)
+                status = "failed" if done.returncode else "done"
+        said.seek(0)
+        last = said.read().splitlines()[-KEPT if status != "done" else -1 :]
+        found = rows.read_text().splitlines() if rows.exists() else []
+    found = [json.loads(row) for row in found if row.endswith("}")]  # the last may be cut off
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "said": last, "rows": found}
+
+
+def command(step: str, device: str) -> list[str] | None:
+    """Return what a step runs; None where it cannot."""
+    # the checkout's options ask for a plugin that may not be there
+    pytest = ["-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    files = [str(path) for name in TESTS for path in sorted((ROOT / "tests").rglob(f"{name}.py"))]
+    if step == "parity":
+        workers = ["-n", str(min(os.cpu_count() or 1, 16))] if importlib.util.find_spec("xdist") else []
+        more = ["--collect-only", files[0]] if device == "cpu" else [*workers, "-rf", *files]
+        return [sys.executable, *pytest, *more]
+    if step == "memcheck":
+        tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        checked = [sys.executable, *pytest, files[0], "-k", "any_address or rounded_once"]
+        return tool and [tool, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5", *checked]  # type: ignore[return-value]
+    return [sys.executable, "-m", "bench.gpu.steps", step, "ROWS", device]
+
+
+def _write(results: dict[str, Any], path: Path, readme: Path | None) -> None:
     from . import report
 
-    return report
-
-
-# --- the parent -------------------------------------------------------------------------------------------------------
-
-
-def run(
-    options: argparse.Namespace, folder: Path, command: str, commit: str, readme: Path | None = None
-) -> dict[str, Any]:
-    """Run the steps, each in its process; write the results, and the page that quotes them, after every one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.budget
-    results: dict[str, Any] = {
-        "command": command,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "dry": options.dry_run,
-        "steps": {},
-    }
-    stem = "gpu-dry-run" if options.dry_run else None
-    for name in dict.fromkeys(["ceilings", *options.steps]):  # the ratios need the ceilings of the same run
-        limit = min(STEPS[name].limit_s, end - time.monotonic())
-        print(f"=== {name} (at most {max(limit, 0):.0f} s)", flush=True)
-        results["steps"][name] = rehearse(name) if options.dry_run else in_process(name, limit)
-        print(f"=== {name}: {results['steps'][name]['status']}", flush=True)
-        if stem is None:
-            device = results["steps"].get("ceilings", {}).get("device", {})
-            stem = stem_of(device["gpu"], options.steps) if "gpu" in device else None
-        write(results, folder, stem or "gpu-unknown")
-        if readme is not None:
-            readme.write_text(_report().with_runs(readme.read_text(), folder))
-    return results
-
-
-def stem_of(gpu: str, steps: list[str]) -> str:
-    """Return the name of a run's files: some steps alone must not take the place of a whole run."""
-    some = [] if set(steps) == set(STEPS) else steps
-    return "-".join(re.sub(r"\W+", "-", x).strip("-").lower() for x in ("gpu", gpu, *some))
-
-
-def rehearse(name: str) -> dict[str, Any]:
-    """Run a step here, on the stand-in."""
-    from . import steps
-    from .devices import StandIn
-
-    start, found = time.monotonic(), {}
-    try:
-        getattr(steps, STEPS[name].function)(StandIn(), found.update)
-        found["status"] = "done"
-    except Exception as error:
-        found |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return plain(found | {"seconds": round(time.monotonic() - start, 1)})
-
-
-def in_process(name: str, limit_s: float, command: list[str] | None = None) -> dict[str, Any]:
-    """Run a step in a process of its own; return what it saved, and how it ended."""
-    if limit_s < LEAST_S:
-        return {"status": "skipped", "seconds": 0.0, "error": "no time left"}
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "saved.json"
-        command = command or [sys.executable, "-m", "bench", "gpu", "--step", name]
-        command = [*command, "--save", str(saved)]
-        start = time.monotonic()
-        env = os.environ | {"PYTHONUNBUFFERED": "1"}
-        child = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
-        try:
-            code: int | None = child.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # and what it started
-        child.wait()
-        found: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
-    found["seconds"] = round(time.monotonic() - start, 1)
-    found["status"] = "timed out" if code is None else "done" if code == 0 else "failed"
-    if code is None:
-        found["error"] = f"stopped after {limit_s:.0f} s; what it had saved counts"
-    elif code:
-        found.setdefault("error", f"exit {code}")
-    return found
-
-
-def write(results: dict[str, Any], folder: Path, stem: str) -> None:
-    """Write JSON first: Markdown and the picture are made from it and may fail."""
-    (folder / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    try:
-        report = _report()
-        picture = f"{stem}.png"
-        drawn = report.draw(results, folder / picture)
-        (folder / f"{stem}.md").write_text(report.markdown(results, picture if drawn else None))
-    except Exception as error:
-        print(f"report: {type(error).__name__}: {error}", flush=True)
-
-
-# --- the child --------------------------------------------------------------------------------------------------------
-
-
-def _child(options: argparse.Namespace) -> None:
-    from . import steps
-    from .devices import Gpu
-
-    latest: dict[str, Any] = {}
-
-    def save(found: dict[str, Any]) -> None:
-        latest.update(found)
-        new = options.save.with_suffix(".new")
-        new.write_text(json.dumps(plain(latest)))
-        new.replace(options.save)  # never half written
-
-    try:
-        getattr(steps, STEPS[options.step].function)(Gpu(), save)
-    except Exception as error:
-        said = traceback.format_exc().splitlines()[-40:]  # nobody may see the terminal
-        save({"error": f"{type(error).__name__}: {str(error)[:300]}", "traceback": said})
-        raise
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(report.markdown(results))
+    if readme is not None:
+        readme.write_text(report.with_runs(readme.read_text(), path.parent))

@@ -1,125 +1,82 @@
-"""The goals on an H200 as ratios within one run, and what a run says about each.
+"""The goals, as ratios within one run: `codegen` predicts them, `gpu` measures them.
 
-R is the time to read the logits once, W to write as much once, at the copy bandwidth measured in the same run.
+R is the time to read the logits once, W to write as much, at the copy bandwidth of the same run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from .peers import COMPILED, EAGER, IN_FORWARD, LOSS_ONLY, OURS, PEERS
-from .steps import SHAPES
+from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, SMALL, Case
+from .losses import BARE, EAGER, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS, SCORING
 
-MET, MISSED, NOT_MEASURED, DRY = "met", "missed", "not measured", "dry run"
-LONG = tuple(shape for shape in SHAPES if shape[0] > 64)
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# published, other hardware and other runs: context, no verdict
-ANCHORS = (
-    ((8192, 32000), "train", 0.79, "Liger-Kernel, forward and backward, H100"),
-    ((8192, 128256), "train", 2.2, "Liger-Kernel, forward and backward, H100"),
-    ((8192, 262144), "train", 4.6, "Liger-Kernel, forward and backward, H100"),
-    ((8192, 262144), "forward", 1.36, "QuACK, forward of the loss, at the 3163 GB/s it reaches on an H100"),
-)
+NOT_MEASURED = "not measured"
+DEPTHS = (1, 2, 3, 4)  # tiles in flight
+Time = Callable[[object, str, str], "float | None"]  # of a case, a loss and a mode, in ms
 
 
-def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row a goal and shape: what is wanted, the outcome, the verdict."""
-    rows = [{"goal": goal, "at": at, "outcome": value, "limit": limit, "verdict": verdict(value, limit, at_most)}
-            for goal, at, value, limit, at_most in _all(Times(results["steps"]))]  # fmt: skip
-    return [row | {"verdict": DRY} for row in rows] if results["dry"] else rows
+class Goal(NamedTuple):
+    what: str
+    at: str
+    value: float | None
+    limit: float
+    at_most: bool = True
+
+    @property
+    def wanted(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.limit:g}"
+
+    @property
+    def outcome(self) -> str:
+        return NOT_MEASURED if self.value is None else f"{self.value:.2f}"
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return NOT_MEASURED
+        return "met" if (self.value <= self.limit) == self.at_most or self.value == self.limit else "missed"
 
 
-def verdict(value: float | None, limit: float, at_most: bool) -> str:
-    if value is None:
-        return NOT_MEASURED
-    return MET if (value <= limit if at_most else value >= limit) else MISSED
+def goals(ms: Time, once: Callable[[Case], float | None]) -> Iterator[Goal]:
+    """Yield the goals; ``once`` is R of a case, in ms."""
+
+    def over(what: str, case: object, a: str, b: str | float | None, mode: str, limit: float) -> Goal:
+        under = ms(case, b, mode) if isinstance(b, str) else b
+        return Goal(what, str(case), ratio(ms(case, a, mode), under), limit)
+
+    for case in (*ROWS[:-1], *PIXELS[:2]):
+        r, limit = once(case), 1.10 if case in ROWS else 1.25  # pixels may ask for 1.2 times the sectors
+        yield over("forward with all scores / R", case, OURS, r, "forward", limit)
+        yield over("forward and backward / (2R + W)", case, OURS, r and 3 * r, "train", limit)
+    share = ratio(once(FEW_ROWS), ms(FEW_ROWS, OURS, "forward"))
+    yield Goal("share of copy bandwidth, forward", str(FEW_ROWS), share, 0.60, False)
+    for case in (CLASSES_1000, LLAMA2, LLAMA3):
+        for mode in ("forward", "train"):
+            yield over(f"all scores / loss alone, {mode}", case, OURS, LOSS_ONLY, mode, 1.03)
+    padded = once(CUT) and once(GPT2_PADDED)
+    for mode in ("forward", "train"):
+        even = ratio(ms(GPT2_PADDED, OURS, mode), padded)
+        yield Goal(f"a byte of rows off 16 bytes / of whole vectors, {mode}", str(CUT),
+                   ratio(ratio(ms(CUT, OURS, mode), once(CUT)), even), 1.05)  # fmt: skip
+    for case in (LLAMA2, LLAMA3, FEW_ROWS):  # kept if they win that much
+        deeper = [t for depth in DEPTHS[1:] if (t := ms(case, f"depth {depth}", "forward")) is not None]
+        best = min(deeper, default=None)
+        yield Goal("deeper prefetch / one tile", str(case), ratio(best, ms(case, "depth 1", "forward")), 0.95)
+    for way, cases in ((HELD, (CLASSES_1000, LLAMA2)), (FROM_L2, (LLAMA2, LLAMA3))):
+        for case in cases:
+            yield over(f"{way} / forward and backward", case, way, OURS, "train", 0.80)
+    for case in SMALL[:2]:
+        yield over("host time / F.cross_entropy", case, OURS, EAGER, "host", 3.0)
+    for layer in LAYERS:
+        yield over("last layer with all scores / three bare products", layer, OURS, BARE, "train", 1.07)
+        for peer in list(OF_LAYERS)[1:]:
+            yield over(f"last layer with all scores / {peer}", layer, OURS, peer, "train", 1.0)
+    for peer in OF_LOGITS:
+        if peer not in (OURS, LOSS_ONLY, SCORING):
+            for case in (CLASSES_1000, LLAMA2, LLAMA3):
+                yield over(f"forward and backward with all scores / {peer}", case, OURS, peer, "train", 1.0)
 
 
-class Times:
-    """Medians in ms by what was run."""
-
-    def __init__(self, steps: dict[str, Any]) -> None:
-        self.copy = steps.get("ceilings", {}).get("copy_gb_per_s")
-        self.rows = steps.get("speed", {}).get("rows", [])
-        self.small = steps.get("small", {}).get("rows", [])
-        self.linear = steps.get("linear", {}).get("ms", {})
-
-    def ms(self, shape: tuple[int, int], provider: str, mode: str, dtype: str = "bf16") -> float | None:
-        for row in self.rows:
-            if (row["n_rows"], row["n_classes"], row["provider"], row["mode"], row["dtype"]) == (
-                *shape, provider, mode, dtype,
-            ):  # fmt: skip
-                return row["ms"]["median"] if "ms" in row else None
-        return None
-
-    def once_ms(self, shape: tuple[int, int], dtype: str = "bf16") -> float | None:
-        """Return R, which is also W: a copy counts bytes read and written."""
-        return shape[0] * shape[1] * BYTES[dtype] / self.copy / 1e6 if self.copy else None
-
-    def host_us(self, shape: tuple[int, int], provider: str) -> float | None:
-        for row in self.small:
-            if (row["n_rows"], row["n_classes"], row["provider"]) == (*shape, provider):
-                return row.get("host_us")
-        return None
-
-
-def ratio(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under else None
-
-
-Row = tuple[str, str, float | None, float, bool]
-
-
-def _all(times: Times) -> Iterator[Row]:
-    for shape in LONG:
-        once = times.once_ms(shape)
-        yield "forward with all scores / R", _at(shape), ratio(times.ms(shape, OURS, "forward"), once), 1.10, True
-    for shape in LONG:
-        thrice = times.once_ms(shape)
-        thrice = None if thrice is None else 3 * thrice
-        yield (
-            "forward and backward with all scores / (2R + W)",
-            _at(shape),
-            ratio(times.ms(shape, OURS, "train"), thrice),
-            1.10,
-            True,
-        )
-    for shape in ((8192, 32000), (8192, 128256)):  # an option that is kept only if it wins a fifth
-        once, in_forward = times.once_ms(shape), times.ms(shape, IN_FORWARD, "train")
-        twice = None if once is None else 2 * once
-        yield "gradient made in the forward visit / (R + W)", _at(shape), ratio(in_forward, twice), 1.20, True
-        in_backward = times.ms(shape, OURS, "train")
-        yield "gradient made in the forward visit / in backward", _at(shape), ratio(in_forward, in_backward), 0.80, True
-    for shape in LONG:
-        for mode, what in (("forward", "forward"), ("train", "forward and backward")):
-            cost = ratio(times.ms(shape, OURS, mode), times.ms(shape, LOSS_ONLY, mode))
-            yield f"{what} with all scores / loss alone", _at(shape), cost, 1.03, True
-    for mode, what in (("forward", "forward"), ("train", "forward and backward")):
-        odd, even = (8192, 50257), (8192, 50304)
-        a_byte = ratio(times.ms(odd, OURS, mode), times.ms(even, OURS, mode))
-        a_byte = None if a_byte is None else a_byte * even[1] / odd[1]
-        yield f"{what} of 50257 / of 50304 classes, a byte", _at(odd), a_byte, 1.05, True
-    few = (64, 262144)
-    share = ratio(times.once_ms(few), times.ms(few, OURS, "forward"))
-    yield "share of copy bandwidth of a forward of few rows", _at(few), share, 0.80, False
-    for shape in ((128, 10), (128, 1000)):
-        host = ratio(times.host_us(shape, OURS), times.host_us(shape, EAGER))
-        yield "host time of forward and backward / F.cross_entropy", _at(shape), host, 1.0, True
-    for peer in PEERS:
-        if peer in (OURS, LOSS_ONLY, IN_FORWARD):
-            continue
-        for shape in SHAPES:
-            value = ratio(times.ms(shape, OURS, "train"), times.ms(shape, peer, "train"))
-            if value is not None or shape == (8192, 128256):  # said once where a peer was not there
-                yield f"forward and backward with all scores / {peer}", _at(shape), value, 1.0, True
-    theirs = times.linear.get("Cut Cross-Entropy", {}).get("median")
-    ours = times.linear.get(OURS, {}).get("median")
-    yield "product, loss, scores, gradients / Cut Cross-Entropy", "8192 x 2048 x 128256", ratio(ours, theirs), 1.0, True
-
-
-def _at(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
-__all__ = ["ANCHORS", "COMPILED", "MET", "MISSED", "NOT_MEASURED", "Times", "goals", "ratio", "verdict"]
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None

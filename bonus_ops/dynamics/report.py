@@ -14,19 +14,25 @@ import torch
 from torch import Tensor
 
 from ..number_checks import check_integer, check_number
-from .suggested import Labels, SuggestedLabel
+from .suggested import Labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .tracker import ExampleTracker
-
-__all__ = ["KINDS", "Report"]
+__all__ = ["KINDS", "NothingKnown", "Report"]
 
 KINDS = ("easy", "hard", "suspect_label", "suspect_input", "unknown")
 COLORS = ("#b8c4d6", "#4c78a8", "#d62728", "#9467bd", "none")
 MEAN, EARLY = "mean_el2n", "early_entropy"
 LEADER = {"arrowstyle": "-", "linewidth": 0.4, "color": "gray"}  # from a point to its mark
+
+
+class NothingKnown(ValueError):
+    """No example has a statistic that a report needs; ``name`` is the statistic's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"report: no example has {name} together with the other axis of the map")
+        self.name = name
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,36 +71,33 @@ class Report:
     labels: Labels | None = None
 
     @classmethod
-    def of(cls, tracker: ExampleTracker, suspect: float = 0.15, uncertain: float = 0.15) -> Report:
-        """Make the report of a tracker; waits for its device.
+    def of(
+        cls, columns: dict[str, Tensor], labels: Labels | None = None, suspect: float = 0.15, uncertain: float = 0.15
+    ) -> Report:
+        """Make the report of a tracker's statistics; `ExampleTracker.report` collects them.
 
         Args:
-            tracker: one that keeps ``mean_el2n`` and ``early_entropy``, as by default. The default window of the
-                latter is epoch 6: a shorter training needs a window of its own, given to the tracker before it,
-                ``fields=("mean_el2n", Mean("entropy", (first, last)))``.
+            columns: statistics by name, float32 [num_examples] on the CPU, NaN where there is none; ``mean_el2n`` and
+                ``early_entropy`` are needed.
+            labels: as in the attributes.
             suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1]; about the share of damage
                 expected, or of what there is time to look at.
             uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
 
         Raises:
             TypeError: a share is no number.
-            ValueError: a share is out of range, a field is missing, or no example was observed in the early window.
+            ValueError: a share is out of range, a statistic is missing, or no example has both (`NothingKnown`).
         """
         check_number("report", "suspect", suspect, "[0, 1]")
         check_number("report", "uncertain", uncertain, "[0, 1]")
-        if missing := [name for name in (MEAN, EARLY) if name not in tracker.statistics]:
-            raise ValueError(
-                f"report: needs the field {' and '.join(missing)}, kept are {', '.join(tracker.statistics)}"
-            )
-        columns = {name: tracker.statistic(name).cpu() for name in tracker.statistics}
+        if missing := [name for name in (MEAN, EARLY) if name not in columns]:
+            raise ValueError(f"report: needs the field {' and '.join(missing)}, kept are {', '.join(columns)}")
         mean, early = columns[MEAN], columns[EARLY]
         known = ~(mean.isnan() | early.isnan())
         if not known.any():
-            raise ValueError(_nothing_known(tracker, EARLY if early.isnan().all() else MEAN))
+            raise NothingKnown(EARLY if early.isnan().all() else MEAN)
         cuts = _cut(mean[known], suspect), _cut(early[known], uncertain)
         kind = 2 * (mean > cuts[0]).to(torch.int64) + (early > cuts[1])
-        kept = any(isinstance(field, SuggestedLabel) for field in tracker.fields)
-        labels = Labels._make(column.cpu() for column in tracker.labels()) if kept else None
         return cls(torch.where(known, kind, KINDS.index("unknown")), columns, cuts, labels)
 
     @property
@@ -232,23 +235,6 @@ class Report:
     def _worst_first(self, mask: Tensor) -> Tensor:
         indices = mask.nonzero().squeeze(1)
         return indices[self.columns[MEAN][indices].argsort(descending=True, stable=True)]
-
-
-def _nothing_known(tracker: ExampleTracker, name: str) -> str:
-    """Return why no example has the statistic, and what to do about it."""
-    said = f"report: no example has {tracker.statistics[name].formula}"
-    if not tracker.step:
-        return f"{said}: the tracker has had no update"
-    if name == MEAN:
-        return f"{said}: it needs examples with a label, in the early window too"
-    if tracker.epoch == 1:
-        said += f": all {tracker.step} updates are of epoch 1. Call tracker.end_epoch() after every epoch"
-    else:
-        said += f": epochs 1 to {tracker.epoch - 1} have ended, the epoch is {tracker.epoch}. Train longer"
-    return said + (
-        ', or for a shorter training keep an earlier window: ExampleTracker(num_examples, fields=("mean_el2n", '
-        'Mean("entropy", (first, last))))'
-    )
 
 
 def _of(what: str, things: Any, index: int, n_examples: int) -> Any:

@@ -15,7 +15,7 @@ from ..scores import Scores
 from . import merge, random_labels, suggested
 from .field import Batch, Column, Field, State, Statistic
 from .fields import DEFAULT_FIELDS, resolve
-from .report import Report
+from .report import NothingKnown, Report
 from .suggested import Labels
 
 if TYPE_CHECKING:
@@ -305,16 +305,43 @@ class ExampleTracker:
         return suggested.labels(self._examples())
 
     def report(self, suspect: float = 0.15, uncertain: float = 0.15) -> Report:
-        """Return the map of the data set: easy, hard, suspect label, suspect input; see `Report.of`.
+        """Return the map of the data set: easy, hard, suspect label, suspect input; waits for the tracker's device.
+
+        The tracker must keep ``mean_el2n`` and ``early_entropy``, as by default. The default window of the latter is
+        epoch 6: a shorter training needs a window of its own, given to the tracker before it,
+        ``fields=("mean_el2n", Mean("entropy", (first, last)))``.
 
         Args:
-            suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1].
+            suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1]; about the share of damage
+                expected, or of what there is time to look at.
             uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
 
         Raises:
-            TypeError, ValueError: as `Report.of`.
+            TypeError: a share is no number.
+            ValueError: a share is out of range, a field is missing, or no example was observed in the early window.
         """
-        return Report.of(self, suspect, uncertain)
+        columns = {name: self.statistic(name).cpu() for name in self.statistics}
+        labels = Labels._make(x.cpu() for x in self.labels()) if "suggested" in self._state else None
+        try:
+            return Report.of(columns, labels, suspect, uncertain)
+        except NothingKnown as error:
+            raise ValueError(self._nothing_known(error.name)) from None
+
+    def _nothing_known(self, name: str) -> str:
+        """Return why no example has the statistic, and what to do about it."""
+        said = f"report: no example has {self.statistics[name].formula}"
+        if not self.step:
+            return f"{said}: the tracker has had no update"
+        if name == "mean_el2n":
+            return f"{said}: it needs examples with a label, in the early window too"
+        if self.epoch == 1:
+            said += f": all {self.step} updates are of epoch 1. Call tracker.end_epoch() after every epoch"
+        else:
+            said += f": epochs 1 to {self.epoch - 1} have ended, the epoch is {self.epoch}. Train longer"
+        return said + (
+            ', or for a shorter training keep an earlier window: ExampleTracker(num_examples, fields=("mean_el2n", '
+            'Mean("entropy", (first, last))))'
+        )
 
     def reset(self) -> None:
         """Forget everything: the state, the epoch and the step are as in a new tracker."""

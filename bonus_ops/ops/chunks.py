@@ -313,16 +313,18 @@ def _soft_by_loops(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChun
     z_factor = 0.0 if of.z_upstream is None else 1.0
     row = (of.ignore_index, of.loss, scores, upstream, of.of_product, z_factor, of.z_upstream)
     out = room("numba", "soft").visit(z, of.label, of.targets, *row, out=z).result
-    return out.loss, out.saved[0] if z_factor else None, out.scores, out.runner_up
+    return out.loss, out.lse if z_factor else None, out.scores, out.runner_up
 
 
 def _soft_by_kernels(z: Tensor, of: Rows, scores: bool, gradient: bool) -> _OfChunk:
     kernels, row = room("triton", "soft"), (of.ignore_index, of.loss)
-    out = kernels.forward(z, of.label, of.targets, *row, scores, of.of_product)
+    out = kernels.forward(z, of.label, of.targets, *row, scores, of.of_product, of.z_upstream is not None)
+    lse = None if of.z_upstream is None else out.lse
     if gradient:
+        of_lse = None if lse is None else _of_lse(of, lse)
         kernels.backward(z, of.label, of.targets, out.saved, out.runner_up, _each(of, out.saved), *row, z,
-                         of.of_product)  # fmt: skip
-    return out.loss, None, out.scores, out.runner_up
+                         of.of_product, of_lse)  # fmt: skip
+    return out.loss, lse, out.scores, out.runner_up
 
 
 def _each(of: Rows, like: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ further word:
 
 A smoothed cross-entropy, ``sum_k t_k (-log p_k)`` with ``t_k = weight_k ((1 - s) [k = y] + s / C)``, needs one float
 more: the sum of ``weight_k z_k``. What a smoothed bonus pays, ``sum_k v_k b(p_k)``, no sum of logits tells: b is of the
-probability, which is known once all ranks have told. Then they tell two floats a row more, of the classes besides the
-label and the largest of the rest; of these two, one of which alone can have p > 1/2, every rank knows the gap.
+probability, which is known once all ranks have told; nor what a `ClassLoss` does. Then they tell two floats a row more,
+of the classes besides the label and the largest of the rest; of these two, one of which alone can have p > 1/2, every
+rank knows the gap.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.functional import logsigmoid
 
 from .. import reference, row_sums
 from ..logit_options import LogitOptions
-from ..losses import GapLoss
+from ..losses import ClassLoss, GapLoss
 from ..number_checks import check_integer
 from ..row_sums import NO_CLASS, RowSums
 from ..soft_targets import Share, SoftTargets
@@ -72,7 +73,7 @@ class Shard(NamedTuple):
 class Terms(NamedTuple):
     """What a row pays: its label alone, or all classes by their shares."""
 
-    loss: GapLoss
+    loss: GapLoss | ClassLoss
     targets: SoftTargets | None  # of all classes, weights [C] in the accumulation dtype; None for the label alone
     label_weight: Tensor | None  # [N], of the label alone
     options: LogitOptions
@@ -92,7 +93,9 @@ class Terms(NamedTuple):
     @property
     def spreads_bonus(self) -> bool:
         """Whether all classes pay what is not cross-entropy."""
-        return self.targets is not None and self.targets.bonus_smoothing > 0 and not self.loss.is_cross_entropy()
+        if self.targets is None or self.loss.is_cross_entropy():
+            return False
+        return self.targets.bonus_smoothing > 0 or isinstance(self.loss, ClassLoss)
 
     def of_rows(self, at: Any) -> Terms:
         """Return the terms of some of the rows."""
@@ -112,8 +115,8 @@ class Smoothed(NamedTuple):
 
     top: Tensor  # [N] the largest of the rest, `NO_CLASS` without one
     top_gap: Tensor  # [N] its gap: less the logsumexp of all others
-    value: Tensor  # [N] sum v_k excess(gap_k) of the classes besides label and top
-    odds: Tensor  # [N] sum v_k a(gap_k) / (1 - p_k) of the same, a the slope of the excess
+    value: Tensor  # [N] sum of `_value` of the classes besides label and top
+    odds: Tensor  # [N] sum of `_slope` / (1 - p) of the same
 
 
 def ranks_of(group: Any) -> int:
@@ -292,7 +295,7 @@ def _of_classes(weight: Tensor | None, shard: Shard) -> Tensor | None:
     return None if weight is None else weight[shard.first : shard.stop]
 
 
-# --- the second exchange: what is not cross-entropy, of classes that are smoothed -------------------------------------
+# --- the second exchange: what is not cross-entropy, where all classes pay it -----------------------------------------
 
 
 def smoothed_sums(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, sums: Sums, n_classes: Tensor) -> Tensor:
@@ -302,9 +305,9 @@ def smoothed_sums(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, sum
     for rows in _blocks(*logits.shape):
         z = terms.options.applied(logits[rows].to(reference.accumulation_dtype(logits.dtype)))
         log_p = (z - maximum[rows, None]) - lse[rows, None]
-        share, gap, rest = _below_half(log_p, label[rows], top[rows], shard, terms, n_classes)
-        value = reference.share_times(share, terms.loss.excess(gap))
-        found.append(torch.stack([value.sum(1), (share * terms.loss.excess_slope(gap) / rest).sum(1)]))
+        apart, share, gap, rest = _below_half(log_p, label[rows], top[rows], shard, terms, n_classes)
+        value, slope = (f(terms.loss, share, gap, n_classes) for f in (_value, _slope))
+        found.append(torch.stack([x.masked_fill(apart, 0.0).sum(1) for x in (value, slope / rest)]))
     return torch.cat(found, 1).flatten()
 
 
@@ -318,10 +321,10 @@ def smoothed(parts: Tensor, sums: Sums) -> Smoothed:
 
 def _below_half(
     log_p: Tensor, label: Tensor, top: Tensor, shard: Shard, terms: Terms, n_classes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return share, gap and 1 - p of a block's classes; no share for the label and the largest of the rest.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return which of a block's classes are the label or the largest of the rest; share, gap and 1 - p of the others.
 
-    Of all others p <= 1/2, so that 1 - p has all its digits.
+    Of these p <= 1/2, so that 1 - p has all its digits.
     """
     classes = torch.arange(shard.first, shard.stop, device=label.device)
     apart = (classes == label[:, None]) | (classes == top[:, None])
@@ -329,7 +332,39 @@ def _below_half(
     off = off if weight is None else off * weight[shard.first : shard.stop]
     log_p = log_p.masked_fill(apart, -1.0).clamp(max=-0.5)
     rest = -torch.expm1(log_p)
-    return torch.where(apart, 0.0, off), log_p - torch.log(rest), rest
+    return apart, off, log_p - torch.log(rest), rest
+
+
+def _value(loss: GapLoss | ClassLoss, share: Tensor, gap: Tensor, n_classes: Tensor) -> Tensor:
+    """Return what classes cost by their shares; cross-entropy is left out where the loss adds to it."""
+    if isinstance(loss, GapLoss):
+        return reference.share_times(share, loss.excess(gap))
+    return loss.class_value(*_probability(gap), share) / n_classes
+
+
+def _slope(loss: GapLoss | ClassLoss, share: Tensor, gap: Tensor, n_classes: Tensor) -> Tensor:
+    """Return ``-d _value / d gap``."""
+    if isinstance(loss, GapLoss):
+        return share * loss.excess_slope(gap)
+    with torch.enable_grad():
+        p, rest, log_p = (x.detach().requires_grad_() for x in _probability(gap))
+        total = loss.class_value(p, rest, log_p, share).sum() / n_classes
+        by_p, by_rest, by_log_p = torch.autograd.grad(total, (p, rest, log_p), materialize_grads=True)
+    return ((by_rest - by_p) * p - by_log_p).detach() * rest.detach()
+
+
+def _probability(gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return p, 1 - p and log p: neither is a difference."""
+    return torch.sigmoid(gap), torch.sigmoid(-gap), logsigmoid(gap)
+
+
+def _of_largest(of: Any, terms: Terms, more: Smoothed, n_classes: Tensor) -> Tensor:
+    """Return `_value` or `_slope` of the largest of the rest, 0 without one."""
+    share = _own(
+        cast(SoftTargets, terms.targets).of_bonus(1)._replace(keep=0.0), more.top, n_classes, more.top_gap.dtype
+    )
+    found: Tensor = of(terms.loss, share, more.top_gap, n_classes)
+    return found.masked_fill(more.top == NO_CLASS, 0.0)
 
 
 def _shares(share: Share, n_classes: Tensor, dtype: torch.dtype) -> tuple[float, Tensor, Tensor | None]:
@@ -361,13 +396,11 @@ def value_of(
     gap = reference.gap_of_sums(sums.rest)
     lse, targets = reference.logsumexp_of_sums(sums.rest), terms.targets
     if targets is None:
-        loss = terms.loss.value(gap)
+        loss = cast(GapLoss, terms.loss).value(gap)
         return loss if terms.label_weight is None else loss * terms.label_weight, lse
-    bonus = targets.of_bonus(1)
-    loss = reference.share_times(_own(bonus, label, n_classes, gap.dtype), terms.loss.excess(gap))
+    loss = _value(terms.loss, _own(targets.of_bonus(1), label, n_classes, gap.dtype), gap, n_classes)
     if more is not None:
-        top = _own(bonus._replace(keep=0.0), more.top, n_classes, gap.dtype)
-        loss = loss + (reference.share_times(top, terms.loss.excess(more.top_gap)) + more.value)
+        loss = loss + (_of_largest(_value, terms, more, n_classes) + more.value)
     if not terms.loss.adds_to_cross_entropy:
         return loss, lse
     keep, off, weight = _shares(targets.of_cross_entropy(1), n_classes, gap.dtype)
@@ -425,11 +458,10 @@ def pull_of(
     targets, u = terms.targets, torch.sigmoid(-gap)
     off, at_label, pull_of_top = None, torch.zeros_like(gap), None
     if targets is None:
-        slope = terms.loss.slope(gap)
+        slope = cast(GapLoss, terms.loss).slope(gap)
         slope = slope if terms.label_weight is None else slope * terms.label_weight
     else:
-        bonus = targets.of_bonus(1)
-        slope = _own(bonus, label, n_classes, gap.dtype) * terms.loss.excess_slope(gap)
+        slope = _slope(terms.loss, _own(targets.of_bonus(1), label, n_classes, gap.dtype), gap, n_classes)
         if terms.loss.adds_to_cross_entropy:
             share = targets.of_cross_entropy(1)
             _, each, weight = _shares(share, n_classes, gap.dtype)
@@ -442,9 +474,7 @@ def pull_of(
     slope = torch.where(sum_exp == 0, slope * 0.0, slope)  # a row with no rest teaches nothing
     at_label = at_label + (slope * 0.0 - slope)  # an infinite slope is NaN at the label, as torch's
     if more is not None:
-        assert targets is not None
-        top = _own(targets.of_bonus(1)._replace(keep=0.0), more.top, n_classes, gap.dtype)
-        pull = grad_loss * top * terms.loss.excess_slope(more.top_gap)
+        pull = grad_loss * _of_largest(_slope, terms, more, n_classes)
         label_above = gap + torch.log(torch.where(sum_exp == 0, 1.0, sum_exp))  # less the largest of the rest
         beside = torch.exp((label_above + more.top_gap).clamp(max=0.0))  # less the logsumexp of all but that
         at_label = at_label + torch.where(pull == 0, 0.0, pull * beside)
@@ -483,8 +513,8 @@ def gradient(
 
 def _of_top(above: Tensor, label: Tensor, of: PullOfTop, shard: Shard, terms: Terms, n_classes: Tensor) -> Tensor:
     """Return what `PullOfTop` says of a block's classes; ``above`` are logits less the largest of the rest."""
-    share, gap, rest = _below_half(above - of.lse[:, None], label, of.top, shard, terms, n_classes)
-    odds = share * terms.loss.excess_slope(gap) / rest
+    apart, share, gap, rest = _below_half(above - of.lse[:, None], label, of.top, shard, terms, n_classes)
+    odds = (_slope(terms.loss, share, gap, n_classes) / rest).masked_fill(apart, 0.0)
     pull = of.pull[:, None]
     is_top = torch.arange(shard.first, shard.stop, device=label.device) == of.top[:, None]
     return torch.where(is_top, -pull, pull * torch.exp(above + of.gap[:, None]) - of.upstream[:, None] * odds)

@@ -159,7 +159,7 @@ class _Visit(NamedTuple):
         out, grad = self._visited(logits, operands, self.scores, upstream, self.z_factor)
         total = out.loss.sum() / divisor if self.mean else out.loss.sum()
         if self.z_factor:
-            total = total + out.saved[0].square().sum() * self.z_factor
+            total = total + out.lse.square().sum() * self.z_factor
         return Visited(total, (out.scores, out.runner_up) if self.scores else (), grad, (upstream,), 1.0)
 
     def again(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
@@ -229,23 +229,23 @@ def _gradient(
 def forward(
     logits: Tensor, label: Tensor, probabilities: Tensor | None, weight: Tensor | None, bonus_weight: Tensor | None,
     fields: Tensor, smoothing: float, bonus_smoothing: float, ignore_index: int, loss: str, logit_scale: float,
-    softcap: float | None, scores: bool, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    softcap: float | None, lse: bool, scores: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows [outer, inner, C] to what `SoftResult` holds."""
     targets = SoftTargets(probabilities, weight, bonus_weight, smoothing, bonus_smoothing)
     if logits.device.type == "cpu" and probabilities is None:
         reference.check_target(label, logits.shape[2], ignore_index)
     kernels = room(implementation, "soft")
     options = LogitOptions(logit_scale, softcap)
-    return tuple(kernels.forward(logits, label, targets, ignore_index, decode(loss, fields), scores, options))
+    return tuple(kernels.forward(logits, label, targets, ignore_index, decode(loss, fields), scores, options, lse))
 
 
 @forward.register_fake
 def _(  # type: ignore[no-untyped-def]
     logits, label, probabilities, weight, bonus_weight, fields, smoothing, bonus_smoothing, ignore_index, loss,
-    logit_scale, softcap, scores, implementation,
+    logit_scale, softcap, lse, scores, implementation,
 ):  # fmt: skip
-    return tuple(empty_soft(logits, scores))
+    return tuple(empty_soft(logits, scores, lse))
 
 
 @torch.library.custom_op("bonus_ops::soft_backward", mutates_args=())
@@ -280,9 +280,9 @@ class _OperatorRows(torch.autograd.Function):
         logits, label, probabilities, weight, bonus_weight, fields, smoothings, ignore_index, loss, options, lse,
         scores, implementation,
     ):  # fmt: skip
-        loss, *others = forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings, ignore_index,
-                                loss, *options, scores, implementation)  # fmt: skip
-        return loss, others[2][0].clone() if lse else loss.new_empty(0), *others
+        loss, *others, lse = forward(logits, label, probabilities, weight, bonus_weight, fields, *smoothings,
+                                     ignore_index, loss, *options, lse, scores, implementation)  # fmt: skip
+        return loss, lse, *others
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
 """A loss of logits, or of a last layer, whose classes are spread over ranks: with its gradient, by `shards`.
 
-Logits: one all-gather in forward, a second of two floats a row where a bonus is smoothed, nothing in backward. A layer:
+Logits: one all-gather in forward, a second of two floats a row where a bonus is smoothed or a loss is of all classes,
+nothing in backward. A layer:
 chunks of rows as in `chunks`; while a chunk's sums travel, the next chunk's logits are made, so two chunks share the
 budget. Gradients of a reduced loss are made in
 forward; those of reduction "none" wait, and make the logits again from the sums that are kept.
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..call import Call, as_rows
 from ..linear_call import LinearCall
-from ..losses import CrossEntropy, GapLoss
+from ..losses import CrossEntropy
 from ..row_sums import RowSums
 from ..scores import Scores
 from ..soft_targets import SoftTargets
@@ -25,17 +26,7 @@ from . import shards
 from .chunks import Layer, Products, row_bytes, rows_of_chunk
 from .shards import Facts, Saved, Shard, Smoothed, Sums, Terms
 
-__all__ = ["LinearResult", "OfRows", "check_done", "chunk_rows", "rows_of", "run", "run_linear"]
-
-
-def check_done(call: Call) -> None:
-    """Raise for a call whose loss is not done for classes spread over ranks."""
-    loss = call.loss.current
-    if not isinstance(loss, GapLoss):
-        raise NotImplementedError(
-            f"classes spread over ranks: not done for {type(loss).__name__}.\nExpected a loss of the gap, or plain "
-            "cross-entropy, bonus=None."
-        )
+__all__ = ["LinearResult", "OfRows", "chunk_rows", "rows_of", "run", "run_linear"]
 
 
 def terms_of(call: Call) -> Terms:
@@ -43,7 +34,7 @@ def terms_of(call: Call) -> Terms:
     dtype = reference.accumulation_dtype(call.input.dtype)
     row_weight = call.row_weight()
     n_weights = None if call.weight is None and call.bonus_weight is None else call.n_classes
-    loss = cast(GapLoss, call.loss.current)
+    loss = call.loss.current
     loss = CrossEntropy() if loss.is_cross_entropy() else loss
     if call.kind == "labels":
         label_weight = None if row_weight is None else row_weight.to(dtype)
@@ -90,7 +81,7 @@ class OfRows(NamedTuple):
 
 
 def rows_of(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, scores: bool, validate: bool) -> OfRows:
-    """Return what follows from one all-gather, of a smoothed bonus two, of this rank's logits [N, C_local]."""
+    """Return what follows from one all-gather, or two, of this rank's logits [N, C_local]."""
     sums = shards.local_sums(logits, label, shard, terms)
     floats = shards.message(sums, shard, terms, scores)
     facts = shards.facts_of(shard, logits.shape[1], label)
@@ -115,7 +106,7 @@ def rows_of(logits: Tensor, label: Tensor, shard: Shard, terms: Terms, scores: b
 def second_of(
     logits: Tensor, label: Tensor, shard: Shard, terms: Terms, sums: Sums, n_classes: Tensor
 ) -> Smoothed | None:
-    """Return what a second all-gather tells, where a bonus is smoothed."""
+    """Return what a second all-gather tells, where all classes pay what is not cross-entropy."""
     if not terms.spreads_bonus:
         return None
     work, parts = shards.gather(shard.group, shards.smoothed_sums(logits, label, shard, terms, sums, n_classes))

@@ -41,16 +41,16 @@ def _loop(element: str, given: str, of_logit: str) -> Any:
 class Visited(NamedTuple):
     """What a visit returns; None where it was not asked for."""
 
-    result: SoftResult  # of whose `saved` the first is the logsumexp, 0 where ignored; the others are not written
+    result: SoftResult  # whose `saved` is not written: a second visit needs nothing of the first
     grad: Any  # as the logits
 
 
 def forward(
-    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any
+    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any, lse: bool
 ) -> SoftResult:
-    """Return loss, scores and, as all that is saved, the logsumexp of rows [outer, inner, C]."""
-    out = visit(logits, label, targets, ignore_index, loss, scores, None, options).result
-    out.saved[1:] = 0.0
+    """Return loss, scores and logsumexp of rows [outer, inner, C]; nothing is saved."""
+    out = visit(logits, label, targets, ignore_index, loss, scores, None, options, lse=lse).result
+    out.saved.zero_()
     return out._replace(runner_up=out.runner_up if scores else out.runner_up.zero_())
 
 
@@ -67,16 +67,16 @@ def backward(
 def visit(
     logits: Tensor, label: Tensor | None, targets: Any, ignore_index: int, loss: Any, scores: bool,
     upstream: Tensor | None, options: Any, z_factor: float = 0.0, grad_lse: Tensor | None = None,
-    out: Tensor | None = None,
+    out: Tensor | None = None, lse: bool = False,
 ) -> Visited:  # fmt: skip
-    """Return loss, scores and logsumexp and, for an upstream gradient [N] or [1], the gradient.
+    """Return loss and scores, the logsumexp for ``lse`` or a ``z_factor``, the gradient for an upstream one [N] or [1].
 
     It is written to ``out``, where that is given: it may be the logits, whose classes then lie side by side. ``label``
     [outer, inner] is not looked at where probabilities are given: theirs is the largest. ``z_factor`` times
     the squared logsumexp of every row is added to what the gradient is of, times its ``grad_lse`` [N] where that is
     given; without a factor, ``grad_lse`` is the upstream gradient of the logsumexp itself.
     """
-    result = empty_soft(logits, scores)
+    result = empty_soft(logits, scores, lse or z_factor != 0)
     grad = None if upstream is None else torch.empty_like(logits) if out is None else out
     n_outer, n_inner, n_classes = logits.shape
     if not logits.numel():
@@ -105,8 +105,8 @@ def visit(
         address_of(label), ignore_index, address_of(given), *((0, 0) if given is None else given.stride()[:2]),
         *map(address_of, weights), given is None and weights == [None, None], shares.data_ptr(),
         *((0, 0, 0, 0) if terms is None else terms[:4]), numbers.data_ptr(), *strided(up), *strided(of_lse),
-        result.loss.data_ptr(), result.saved.data_ptr() if z_factor or out is None else 0,
-        result.scores.data_ptr(), result.runner_up.data_ptr() if scores else 0,
+        result.loss.data_ptr(), result.lse.data_ptr(), result.scores.data_ptr(),
+        result.runner_up.data_ptr() if scores else 0,
         address_of(out), *((0, 0) if out is None else out.stride()[:2]), int(in_place),
     ))  # fmt: skip
     of_tile = tile * n_classes * ((not in_place) + (terms is not None))

@@ -8,7 +8,9 @@ allows, two where not.
 Traffic a row of V logits of b bytes and, where given, V probabilities of c bytes. Forward: a sweep reads V (b + c), the
 second from cache as far as it reaches; besides, the label's logit, the runner-up's chunk, and label's and runner-up's
 probabilities again; writes 4 bytes a column. Backward reads V (b + c), 5 saved columns, runner-up, target and upstream
-gradient; writes V b. Class weights are read as probabilities are.
+gradient; writes V b. Class weights are read as probabilities are. Where the logsumexp is differentiated, it is one
+column more, its upstream gradient another, and so are the probabilities of label and runner-up: dL/dz_j gets
+``grad_lse p_j``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..formulas import class_terms
 from ..formulas.scalar import tiny
-from ..formulas.scores import gap_of
+from ..formulas.scores import gap_of, lse_of
 from ..formulas.soft_targets import (
     Softmax,
     cross_entropy_apart,
@@ -108,10 +110,12 @@ def soft_forward_kernel(
     gap = tl.where(rows.active, gap_of(z_target, rest), float("nan"))
     softmax = softmax_of(gap, rest)
     inside, missing = row < n_rows, tl.where(rows.active, 0.0, float("nan"))
-    loss_ptr, scores_ptr, runner_up_ptr, saved_ptr = outputs
+    loss_ptr, scores_ptr, runner_up_ptr, saved_ptr, lse_ptr = outputs
     # stored first: what a second sweep need not keep
     if scores_ptr is not None:
         store_scores(scores_ptr, row, n_rows, z_target, gap, rest, missing)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, tl.where(rows.ignored, 0.0, lse_of(z_target, gap, rest)), inside)
     known = rows.active & (rest.argmax >= 0) & (rest.argmax < rows.n_classes)
     runner_up = tl.where(known, rest.argmax, 0)
     tl.store(runner_up_ptr + row, tl.where(known & (gap == gap) & (rest.max > -float("inf")), runner_up, -1), inside)
@@ -128,12 +132,12 @@ def soft_forward_kernel(
     gap = gap_of_runner_up(z_target, rest, sums.exp)
     of_other = apart(runner_up, known, gap, target, params, TERMS)
     of_other = of_runner_up(known, of_other, of_label, softmax)
-    store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, (loss_ptr, column), missing, POWER)
+    store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, (loss_ptr, column, lse_ptr), missing, POWER)
 
 
 @triton.jit
 def store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, pointers, missing, POWER: tl.constexpr):
-    """Store the loss, and the last three saved columns."""
+    """Store the loss, and all but the first two saved columns."""
     inside = row < n_rows
     loss = cross_entropy_of(paid, softmax.log_scale) + cross_entropy_apart(of_label)
     loss += sums.value + of_label.value
@@ -143,18 +147,23 @@ def store_row(rows, row, n_rows, of_label, of_other, sums, paid, softmax, pointe
     else:
         loss += of_other.value
 
-    loss_ptr, column = pointers
+    loss_ptr, column, lse_ptr = pointers
     tl.store(loss_ptr + row, tl.where(rows.ignored, 0.0, loss + missing), inside)
     mass_of_row = mass + (of_label.pull + of_label.share) + (of_other.pull + of_other.share)
     column += n_rows
     tl.store(column, mass_of_row + missing, inside)
     column += n_rows
     tl.store(column, gradient_apart(of_label, of_other, mass), inside)
-    tl.store(column + n_rows, gradient_apart(of_other, of_label, mass), inside)
+    column += n_rows
+    tl.store(column, gradient_apart(of_other, of_label, mass), inside)
+    if lse_ptr is not None:
+        column += n_rows
+        tl.store(column, of_label.p, inside)
+        tl.store(column + n_rows, of_other.p, inside)
 
 
 class Saved(NamedTuple):
-    """What forward saved of each row [ROWS], gradients times the upstream one."""
+    """What forward saved of each row [ROWS], gradients times the upstream one and with that of the logsumexp."""
 
     softmax: Softmax
     grad_loss: tl.tensor
@@ -166,7 +175,7 @@ class Saved(NamedTuple):
 
 @triton.jit
 def load_saved(saved, row, n_rows):
-    """Load the Saved from the pointers (columns, runner-up, upstream gradient)."""
+    """Load the Saved from the pointers (columns, runner-up, upstream gradients of loss and of logsumexp or None)."""
     inside = row < n_rows
     column = saved[0] + row
     maximum = tl.load(column, inside, 0.0)
@@ -177,7 +186,14 @@ def load_saved(saved, row, n_rows):
     mass = tl.load(column, inside, 0.0) * grad_loss
     column += n_rows
     at_target = tl.load(column, inside, 0.0) * grad_loss
-    at_runner_up = tl.load(column + n_rows, inside, 0.0) * grad_loss
+    column += n_rows
+    at_runner_up = tl.load(column, inside, 0.0) * grad_loss
+    if saved[3] is not None:
+        grad_lse = tl.load(saved[3] + row, inside, 0.0).to(scale.dtype)
+        mass += grad_lse
+        column += n_rows
+        at_target += tl.load(column, inside, 0.0) * grad_lse
+        at_runner_up += tl.load(column + n_rows, inside, 0.0) * grad_lse
     softmax = Softmax(maximum, scale, tl.log(tl.maximum(scale, tiny(scale))))
     return Saved(softmax, grad_loss, mass, at_target, tl.load(saved[1] + row, inside, -1), at_runner_up)
 
@@ -291,10 +307,11 @@ def class_kernel(loss: Any) -> ClassKernel:
 
 
 def forward(
-    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any = None
-) -> SoftResult:
+    logits: Tensor, label: Tensor, targets: Any, ignore_index: int, loss: Any, scores: bool, options: Any = None,
+    lse: bool = False,
+) -> SoftResult:  # fmt: skip
     """Return the results of each row; ``targets`` turn the labels [outer, inner] into shares."""
-    out = empty_soft(logits, scores)
+    out = empty_soft(logits, scores, lse)
     n_rows, n_classes = out.loss.numel(), logits.shape[2]
     if n_rows == 0 or n_classes == 0:
         fill_ignored(out)
@@ -304,17 +321,17 @@ def forward(
     with device_guard(logits):
         soft_forward_kernel[(-(-n_rows // how.rows),)](
             **_rows(logits, label, targets, ignore_index, loss, options),
-            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved), TERMS=kernel.terms,
-            SUMS=kernel.sums, POWER=kernel.is_power, TILE=how.tile(by), num_warps=how.num_warps,
+            outputs=(out.loss, out.scores if scores else None, out.runner_up, out.saved, out.lse if lse else None),
+            TERMS=kernel.terms, SUMS=kernel.sums, POWER=kernel.is_power, TILE=how.tile(by), num_warps=how.num_warps,
         )  # fmt: skip
     return out
 
 
 def backward(
     logits: Tensor, label: Tensor, targets: Any, saved: Tensor, runner_up: Tensor, grad_loss: Tensor,
-    ignore_index: int, loss: Any, out: Tensor | None = None, options: Any = None,
+    ignore_index: int, loss: Any, out: Tensor | None = None, options: Any = None, grad_lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the logits from the upstream gradient [N] of each row's loss.
+    """Return the gradient of the logits from the upstream gradients [N] of each row's loss and logsumexp.
 
     It is written to ``out``, where that is given: it may be the logits.
     """
@@ -324,7 +341,7 @@ def backward(
         return grad
     kernel, by = class_kernel(loss), _vector(targets, logits, grad)
     how = launch.soft_backward(n_classes, WARP_SIZE, by)
-    from_forward = saved, runner_up, grad_loss.contiguous()
+    from_forward = saved, runner_up, grad_loss.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     with device_guard(logits):
         soft_backward_kernel[(-(-n_rows // how.rows), how.parts)](
             **_rows(logits, label, targets, ignore_index, loss, options), saved=from_forward,

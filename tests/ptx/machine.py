@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from .memory import WARP, Fault, GlobalMemory, SharedMemory
-from .operations import NUMPY, Array, operation
+from .operations import NUMPY, Array, operation, unknown
 from .program import Address, Instruction, Operand, Program, meetings
 
 PARAMETER_BYTES = {"u64": "Q", "u32": "I", "u16": "H", "u8": "B", "f32": "f", "f64": "d", "s32": "i", "s64": "q"}
@@ -233,54 +233,43 @@ class Machine:
             raise Fault(f"a thread of the {what} is missing")
 
     def _shfl(self, x: Instruction, active: Array) -> None:
-        """The value of another lane; segments, clamps and the lane past which none is taken as PTX says."""
+        """The value of another lane; segments and the lane past which none is taken as PTX says."""
         into, value, b, c, _ = x.operands
         self._whole(active, WARP, "warp")
         lane = np.arange(self.n_lanes) % WARP
         b, c = (np.broadcast_to(self.read(o, "u32"), self.n_lanes).astype(np.int64) for o in (b, c))
-        clamp, segment = c & 31, (c >> 8) & 31
-        last = (lane & segment) | (clamp & ~segment)
-        mode = x.modifiers[1]
-        first = lane & segment
-        source = {"bfly": lane ^ b, "idx": first | (b & ~segment), "up": lane - b, "down": lane + b}[mode]
-        inside = source >= last if mode == "up" else source <= last
-        source = np.where(inside, source, lane) + np.arange(self.n_lanes) // WARP * WARP
+        segment, ways = (c >> 8) & 31, {"bfly": lane ^ b, "idx": (lane & ((c >> 8) & 31)) | (b & ~((c >> 8) & 31))}
+        if x.modifiers[1] not in ways:
+            raise unknown(x)
+        source, last = ways[x.modifiers[1]], (lane & segment) | (c & 31 & ~segment)
+        source = np.where(source <= last, source, lane) + np.arange(self.n_lanes) // WARP * WARP
         self.write(into, np.broadcast_to(self.read(value, "b32"), self.n_lanes)[source], active)
 
     def _ldmatrix(self, x: Instruction, active: Array) -> None:
         names, where = x.operands
         lanes = np.flatnonzero(active)
-        for name, places in zip(names, self._matrices(x, where, active), strict=False):
+        for name, at in zip(names, self._matrices(x, where, active), strict=False):
             value = np.zeros(self.n_lanes, np.uint32)
-            for i, at in enumerate(places):
-                (part,) = self.shared.load(lanes, at, 4 // len(places), 1)
-                value[lanes] |= part.astype(np.uint32) << np.uint32(16 * i)
+            (value[lanes],) = self.shared.load(lanes, at, 4, 1)
             self.write(name, value, active)
 
     def _stmatrix(self, x: Instruction, active: Array) -> None:
         where, names = x.operands
         lanes = np.flatnonzero(active)
-        for name, places in zip(names, self._matrices(x, where, active), strict=False):
-            value = np.broadcast_to(self.read(name, "b32"), self.n_lanes)[lanes]
-            for i, at in enumerate(places):
-                part = (value >> np.uint32(16 * i)).astype(f"u{4 // len(places)}")
-                self.shared.store(lanes, at, [part])
+        for name, at in zip(names, self._matrices(x, where, active), strict=False):
+            self.shared.store(lanes, at, [np.broadcast_to(self.read(name, "b32"), self.n_lanes)[lanes]])
 
-    def _matrices(self, x: Instruction, where: Address, active: Array) -> list[list[Array]]:
-        """Return for up to four 8 x 8 matrices where each lane's two elements lie: in one word, or transposed in two.
+    def _matrices(self, x: Instruction, where: Address, active: Array) -> list[Array]:
+        """Return for up to four 8 x 8 matrices of 2 bytes where each lane's word lies: four lanes share a row.
 
-        8 lanes give the addresses of the rows, 16 bytes each; four lanes share a row, or a column.
+        8 lanes give the addresses of the rows, 16 bytes each.
         """
-        assert x.type == "b16", x.line
+        if x.type != "b16" or "trans" in x.modifiers:
+            raise unknown(x)
         self._whole(active, WARP, "warp")
         lanes, address = np.flatnonzero(active), self._address(where)
         lane, warp = lanes % WARP, lanes // WARP * WARP
-        quarter, eighth = (lane % 4).astype(np.uint64), (lane // 4).astype(np.uint64)
-        if "trans" not in x.modifiers:
-            return [[address[warp + 8 * i + lane // 4] + np.uint64(4) * quarter] for i in range(4)]
-        return [
-            [address[warp + 8 * i + 2 * (lane % 4) + e] + np.uint64(2) * eighth for e in range(2)] for i in range(4)
-        ]
+        return [address[warp + 8 * i + lane // 4] + (4 * (lane % 4)).astype(np.uint64) for i in range(4)]
 
     def _redux(self, x: Instruction, active: Array) -> None:
         into, value, _ = x.operands

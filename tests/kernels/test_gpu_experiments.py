@@ -1,0 +1,50 @@
+"""The experiments of `bench gpu`: the library's results, whatever they cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bonus_ops import LogBonus, bonus_cross_entropy, bonus_cross_entropy_with_scores
+from tests import cases
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("kernel_device")
+
+
+def draw(n_rows, n_classes, dtype, device):
+    logits, target = cases.typical(cases.generator(n_classes), n_rows, n_classes, dtype, device)
+    target[0] = -100 if n_classes == 10 else target[0]
+    return logits.requires_grad_(), target
+
+
+@pytest.mark.parametrize("way", ["held", "from L2"])
+@pytest.mark.parametrize("n_classes", [10, 1003, 2053, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_made_in_forward_is_that_of_the_library(way, n_classes, dtype, kernel_device):
+    from bench.gpu.experiments import InForward
+
+    n_rows = 5 if n_classes < 2053 else 2
+    logits, target = draw(n_rows, n_classes, dtype, kernel_device)
+    exact = logits.detach().double().requires_grad_()
+    options = {"bonus": LogBonus(0.75), "reduction": "sum", "implementation": "reference"}
+    true = bonus_cross_entropy(exact, target, **options) / n_rows
+    (true_grad,) = torch.autograd.grad(true, exact)
+    loss = InForward.apply(logits, target, way)
+    (grad,) = torch.autograd.grad(loss, logits)
+    rtol = torch.finfo(dtype).eps + 1e-5
+    torch.testing.assert_close(loss.double(), true.detach(), rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=rtol, atol=1e-8)
+    assert (grad[0] == 0).all() or n_classes != 10
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_more_tiles_in_flight_give_the_same_bits(depth, kernel_device):
+    from bench.gpu.experiments import with_depth
+
+    logits, target = draw(2, 16391, torch.bfloat16, kernel_device)
+    expected = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
+    with with_depth(depth):
+        found = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
+    for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert torch.equal(a, b)
