@@ -37,8 +37,7 @@ def saved(path, arrays):
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".pt"])
-@pytest.mark.parametrize("epochs", [1, 3, 12])
+@pytest.mark.parametrize(("suffix", "epochs"), [(".npz", 1), (".pt", 3), (".npz", 12)])
 def test_rows_with_a_wrong_label_come_first_with_the_right_one_suggested(tmp_path, capsys, suffix, epochs):
     files = [saved(tmp_path / f"{i}{suffix}", epoch(i)) for i in range(epochs)]
     table = tmp_path / "rows.csv"
@@ -74,8 +73,6 @@ def test_it_runs_as_a_module(tmp_path):
     file = saved(tmp_path / "a.npz", epoch())
     run = subprocess.run([sys.executable, "-m", "bonus_ops", "suspects", file], capture_output=True, text=True)
     assert run.returncode == 0 and "suspect_label" in run.stdout and not run.stderr
-    run = subprocess.run([sys.executable, "-m", "bonus_ops", "suspects", file + "x"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and not run.stdout
 
 
 def pickled(path):

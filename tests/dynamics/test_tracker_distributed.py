@@ -15,6 +15,7 @@ from bonus_ops import Scores, difficulty_scores
 from bonus_ops.dynamics import FIELDS, ExampleTracker, LearnedFor, Mean, random_label_loss
 
 NUM, CLASSES, EPOCHS, STEPS, BATCH = 41, 4, 6, 3, 4  # rows of a rank: EPOCHS x STEPS x BATCH
+WORLD = 4
 EVERY_FIELD = (*FIELDS, Mean("energy", (2, 4)), LearnedFor(1))
 TIMEOUT_S = 60
 
@@ -185,34 +186,23 @@ def worker(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[int, Path]:
-    """Run every check on every rank of two worlds at once; a server that has imported torch once forks the ranks."""
+def results(tmp_path_factory) -> dict[str, list[str]]:
+    """Run every check on every rank; a server that has imported torch once forks the ranks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    found = {world: tmp_path_factory.mktemp(f"ranks-{world}") for world in (2, 4)}
-    processes = [
-        context.Process(target=worker, args=(rank, world, str(folder)), daemon=True)
-        for world, folder in found.items()
-        for rank in range(world)
-    ]
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which the first reduction imports
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [context.Process(target=worker, args=(rank, WORLD, str(folder)), daemon=True) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(TIMEOUT_S)
         process.kill()
-    return found
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request, folders) -> dict[str, list[str]]:
-    """Return what became of each check on each rank."""
-    world, folder = request.param, folders[request.param]
-    names = [check.__name__ for check in CHECKS]
     return {
-        name: [
-            path.read_text() if (path := folder / f"{name}-{rank}").exists() else "no result" for rank in range(world)
+        check.__name__: [
+            path.read_text() if (path := folder / f"{check.__name__}-{rank}").exists() else "no result"
+            for rank in range(WORLD)
         ]
-        for name in names
+        for check in CHECKS
     }
 
 

@@ -27,9 +27,7 @@ def visits(batches):
     return [int(i) for batch in batches for i in batch]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-@pytest.mark.parametrize("when", [1, 3, 6])
+@pytest.mark.parametrize(("workers", "epoch", "when"), [(0, 0, 1), (0, 0, 6), (0, 1, 3), (0, 5, 6), (1, 5, 3)])
 def test_an_epoch_set_while_an_iterator_runs_changes_the_next_one_only(workers, epoch, when):
     sampler, loader = loader_of(40, half, workers=workers)
     twin, other = loader_of(40, half)
@@ -44,11 +42,16 @@ def test_an_epoch_set_while_an_iterator_runs_changes_the_next_one_only(workers, 
         assert visits(loader) == visits(other) and sampler.epoch == epoch
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("look", [lambda loader: next(iter(loader)), lambda loader: [next(iter(loader)) for _ in "ab"],
-                                  lambda loader: len(loader), lambda loader: loader.sampler.state_dict()])  # fmt: skip
-@pytest.mark.parametrize("when", [0, 1, 3])
-def test_a_look_at_the_loader_changes_no_epoch(workers, look, when):
+LOOKS = {
+    "a batch": lambda loader: next(iter(loader)), "two": lambda loader: [next(iter(loader)) for _ in "ab"],
+    "the length": lambda loader: len(loader), "the state": lambda loader: loader.sampler.state_dict(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("look", "workers", "when"), [(look, 0, when) for look in LOOKS for when in (0, 1, 3)] + [("two", 1, 3)]
+)
+def test_a_look_at_the_loader_changes_no_epoch(look, workers, when):
     sampler, loader = loader_of(80, half, workers=workers)
     expected = visits(loader_of(80, half)[1])
     it, head = iter(loader), []
@@ -56,7 +59,7 @@ def test_a_look_at_the_loader_changes_no_epoch(workers, look, when):
         head.append(next(it))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        look(loader)
+        LOOKS[look](loader)
     assert visits(head + list(it)) == expected and sampler.epoch == 0
     assert sorted(expected) == sampler.weight.nonzero()[:, 0].tolist()
     assert sampler.state_dict()["position"] == len(expected)
@@ -136,9 +139,7 @@ def test_ints_of_numpy_are_ints(kind):
         sampler.set_epoch(True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("trained", [0, 1, 5, 16])
+@pytest.mark.parametrize(("workers", "trained"), [(0, 0), (0, 1), (2, 5), (0, 16)])
 def test_a_run_that_says_what_it_trained_goes_on_there(workers, trained):
     sampler, loader = loader_of(256, batch_size=16, workers=workers)
     sampler.set_epoch(4)
