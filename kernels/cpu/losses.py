@@ -175,7 +175,7 @@ def described(body: Callable[..., Any]) -> str:
     body = getattr(body, "fn", body)
     if not isinstance(body, FunctionType):
         raise TypeError(f"expected a function, got {type(body).__name__}")
-    if body.__module__.endswith(f".formulas.{body.__module__.rpartition('.')[2]}"):
+    if body.__module__.startswith(f"{__package__.rpartition('.')[0]}.formulas."):
         return f"{body.__module__}.{body.__qualname__}"  # whose source `stored` looks at
     code = body.__code__
     named = [body.__globals__[name] for name in code.co_names if name in body.__globals__]
