@@ -10,7 +10,6 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from tests import compilers
 
@@ -51,12 +50,15 @@ if not WITHOUT_TRITON:
         not triton.__version__.startswith("3.7."),
         reason="bounds on machine code are about triton 3.7's; `python -m bench codegen` shows that of another",
     )
-settings.register_profile(
-    "default", max_examples=500, deadline=None, derandomize=True, print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-settings.register_profile("long", settings.get_profile("default"), max_examples=20000, derandomize=False)
-settings.load_profile("default")
+if importlib.util.find_spec("hypothesis") is not None:  # `python -m bench gpu` asks for pytest alone
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "default", max_examples=500, deadline=None, derandomize=True, print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
+    settings.register_profile("long", settings.get_profile("default"), max_examples=20000, derandomize=False)
+    settings.load_profile("default")
 torch.set_num_threads(1)  # small cases on shared cores: a second thread only waits
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("hypothesis")  # in the extra `test`
 from hypothesis import given, settings
 
 from bonus_ops.kernels.cpu import labels
