@@ -101,9 +101,16 @@ CLASS_COUNTS = (*cases.CLASS_COUNTS, cases.MULTI_TILE, cases.SPLIT_FORWARD)
 def counts_of(dtype, regime):
     """Return the paths a regime takes: one code for all dtypes and numbers, so only float32 takes them all."""
     if dtype != torch.float32:
-        return {"typical": (10, 1000, cases.SPLIT_FORWARD), "masked": (65, 1003), "confident": (10,)}.get(regime, ())
-    # where classes are dropped, doubled or tie, each path is a case of its own; elsewhere one of each kind will do
-    return CLASS_COUNTS if regime in ("typical", "masked") else (10, 65, 1003)
+        return {
+            "typical": (10, 1000, cases.SPLIT_FORWARD),
+            "masked": (65, 1003),
+            "confident": (10,),
+            "shifted": (10,),
+        }.get(regime, ())
+    # where classes are dropped, each path is a case of its own; ties also meet across programs; else one of each kind
+    if regime in ("typical", "masked"):
+        return CLASS_COUNTS
+    return (10, 65, 1003, *([cases.SPLIT_FORWARD] if regime == "ties" else []))
 
 
 PATHS = [
