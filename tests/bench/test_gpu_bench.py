@@ -99,15 +99,16 @@ def test_a_call_leaves_nothing_to_the_garbage_collector():
              for name in (losses.OURS, losses.LOSS_ONLY)]  # fmt: skip
     for call in calls:
         call()
-    gc.collect()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what other tests have left
     try:
         for call in calls:
             call()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         held = (torch.Tensor, torch.autograd.function.BackwardCFunction)
-        assert [x for x in gc.garbage if isinstance(x, held)] == []  # other tests may have left things of their own
+        assert [x for x in gc.garbage if isinstance(x, held)] == []
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
