@@ -58,22 +58,29 @@ def truth(input, target, reduction, options, **others):
     return loss + {"none": cost, "sum": cost.sum(), "mean": cost.sum() / counts.sum()}[reduction]
 
 
+by_kernels = pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+
+
 @pytest.mark.slow
-@names
 @pytest.mark.parametrize(
-    ("shape", "reduction"),
-    [((6, 130), "mean"), ((70, 10), "sum"), ((2, 5, 3, 4), "none"), ((2, 2500), "none"), ((2, SPLIT_FORWARD), "mean")],
-)
-@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
-def test_kernels_compute_the_definition(options, reduction, shape):
-    """Several rows a program, one, a row by several programs, rows side by side."""
-    test_loss_and_gradient_are_those_of_the_definition(options, "labels", reduction, shape, "triton")
+    ("options", "kind", "shape", "reduction"),
+    [
+        # several rows a program, one, a row by several programs, rows side by side
+        (OPTIONS[0], "labels", (6, 130), "mean"), (OPTIONS[1], "labels", (70, 10), "sum"),
+        (OPTIONS[2], "labels", (2, 5, 3, 4), "none"), (OPTIONS[3], "labels", (2, 2065), "none"),
+        (OPTIONS[3], "labels", (2, SPLIT_FORWARD), "mean"),
+        (OPTIONS[1], "smoothing", (3, 130), "mean"), (OPTIONS[3], "probabilities", (3, 130), "sum"),
+        (OPTIONS[2], "smoothing", (2, 5, 3, 4), "mean"), (OPTIONS[3], "probabilities", (2, 2065), "none"),
+    ],
+)  # fmt: skip
+@by_kernels
+def test_kernels_compute_the_definition(options, kind, shape, reduction):
+    assert_is_the_definition(options, kind, shape, reduction, "triton")
 
 
 @pytest.mark.slow
-@names
-@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4)])
-@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+@pytest.mark.parametrize(("options", "shape"), [(OPTIONS[2], (6, 130)), (OPTIONS[3], (2, 5, 3, 4))])
+@by_kernels
 def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
     input, target, _ = case("labels", shape)
     z = z_of(input, **options)
@@ -82,15 +89,6 @@ def test_scores_and_softmax_of_kernels_are_those_of_z(options, shape):
     for one, other in zip(scores, expected, strict=True):
         assert torch.allclose(one.double(), other.double(), rtol=2e-5, atol=2e-5, equal_nan=True)
     assert torch.allclose(softmax.double(), of_z, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"z_loss": 1e-2}, {"softcap": 4.0, "logit_scale": 1.5, "z_loss": 1e-3}], ids=str)
-@pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
-@pytest.mark.parametrize("shape", [(6, 130), (2, 5, 3, 4), (2, 2500)])
-@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
-def test_kernels_of_soft_targets_compute_the_definition(options, kind, shape):
-    test_loss_and_gradient_are_those_of_the_definition(options, kind, "mean", shape, "triton")
 
 
 @pytest.mark.parametrize("implementation", ["numba", *(["triton"] if INTERPRETED else [])])
@@ -113,7 +111,7 @@ def test_the_z_loss_of_soft_targets_knows_every_kind_of_row(implementation, bonu
         torch.testing.assert_close(x.grad.double(), exact.grad, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="tensors are on the CPU")
+@by_kernels
 def test_a_cap_lifts_no_masked_lane():
     """cap tanh(-inf) is finite: what a kernel loads past the end of a row, or instead of the label, must stay -inf."""
     for shape in ((3, 10), (2, 21, 2), (1, 2051)):
@@ -125,9 +123,12 @@ def test_a_cap_lifts_no_masked_lane():
 
 @names
 @pytest.mark.parametrize("kind", TARGETS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(6, 130), (70, 10), (2, 5, 3, 4)])
-def test_loss_and_gradient_are_those_of_the_definition(options, kind, reduction, shape, implementation=None):
+@pytest.mark.parametrize(("shape", "reduction"), [((6, 130), "mean"), ((70, 10), "sum"), ((2, 5, 3, 4), "none")])
+def test_loss_and_gradient_are_those_of_the_definition(options, kind, shape, reduction):
+    assert_is_the_definition(options, kind, shape, reduction)
+
+
+def assert_is_the_definition(options, kind, shape, reduction, implementation=None):
     input, target, others = case(kind, shape)
     exact = input.double().clone().requires_grad_()
     expected = truth(exact, target, reduction, options, **others)
@@ -211,8 +212,9 @@ def test_z_loss_counts_rows_and_not_class_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["numba", "reference"])
-@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize(
+    ("implementation", "kind"), [*(("numba", kind) for kind in TARGETS), ("reference", "probabilities")]
+)
 @names
 def test_derivatives_of_first_and_second_order(implementation, kind, options):
     input, target, others = case(kind, (2, 3), torch.float64)
@@ -331,8 +333,13 @@ def layer(dtype=torch.float64, n_rows=9, size=6, n_classes=70):
 
 
 @names
-@pytest.mark.parametrize(("reduction", "budget"), [("mean", 3 * 128 * 8), ("sum", None), ("none", 3 * 128 * 8)])
-@pytest.mark.parametrize("others", ["", "class weights and rows'", "smoothing", "smoothing and rows'"])
+@pytest.mark.parametrize(
+    ("others", "reduction", "budget"),
+    [
+        ("", "sum", None), ("class weights and rows'", "mean", 3 * 128 * 8), ("smoothing", "mean", 3 * 128 * 8),
+        ("smoothing and rows'", "none", 3 * 128 * 8),
+    ],
+)  # fmt: skip
 def test_a_last_layer_has_them_too(options, reduction, others, budget):
     hidden, weight, bias, target = layer()
     named = {"label_smoothing": 0.1} if others.startswith("smoothing") else {}
