@@ -88,15 +88,19 @@ TRANSFORMS: dict[str, Callable[[Loss], object]] = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("implementation", ["numba", "triton", "reference"])
+FEW = ("grad", "jvp", "vmap over both", "vmap of grad", "jacrev", "batched upstream gradients")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "transform"),
+    [("numba", name) for name in TRANSFORMS] + [(how, name) for how in ("triton", "reference") for name in FEW],
+)
 def test_a_transform_gives_what_torch_gives(transform, implementation, request):
     """Against cross-entropy without a bonus, against autograd of the specification with one."""
     if implementation == "triton" and request.getfixturevalue("kernel_device") != "cpu":
         pytest.skip("the same code on another device")
-    full = implementation == "numba"
-    for reduction in ("none", "mean", "sum") if full else ("mean",):
-        for weight in (None, WEIGHT) if full else (WEIGHT,):
+    for reduction, weight in (("none", None), ("mean", WEIGHT)):
+        if implementation == "numba" or reduction == "mean":
             options = {"weight": weight, "reduction": reduction}
 
             def plain(z, y, options=options):
@@ -128,8 +132,6 @@ def test_a_linearized_loss_is_its_tangent(reduction):
     ("implementation", "bonus", "reduction"),
     [
         ("numba", LogBonus(), "none"),
-        ("numba", LogBonus(), "mean"),
-        ("numba", LogBonus(1.0, clamp=None), "mean"),
         ("numba", CosineBonus(start=0.2), "mean"),
         ("numba", Focal(), "none"),
         ("triton", LogBonus(), "none"),
@@ -147,7 +149,8 @@ def test_every_mode_agrees_with_finite_differences(implementation, bonus, reduct
     fast = implementation == "triton"  # a few directions instead of all
     batched = {"check_batched_grad": not fast, "check_batched_forward_grad": not fast}
     assert torch.autograd.gradcheck(loss, logits, check_forward_ad=True, fast_mode=fast, **batched)
-    assert torch.autograd.gradgradcheck(loss, logits, check_fwd_over_rev=True, fast_mode=fast)
+    if implementation != "triton":  # a second derivative is the formula's, see `test_autograd`
+        assert torch.autograd.gradgradcheck(loss, logits, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,8 @@ def test_scores_and_probabilities_come_out_batched(implementation, in_dims, requ
     if implementation == "triton" and request.getfixturevalue("kernel_device") != "cpu":
         pytest.skip("the same code on another device")
     logits, target = LOGITS_3.float(), TARGET_3
+    if implementation == "triton":
+        logits, target = logits[:2], target[:2]
     if in_dims[0] is None:
         logits = logits[:1].expand_as(logits)
     if in_dims[1] is None:
