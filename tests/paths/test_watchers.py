@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import hessian, jvp
+from torch.func import jvp
 
 from bonus_ops import (
     SoftmaxSquaredError,
@@ -49,17 +49,13 @@ def test_a_batch_of_upstream_gradients(loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "transform"),
-    [(family, "jvp") for family in OPERATORS] + [("labels", "hessian"), ("probabilities", "hessian")],
-)
-def test_a_compiled_transform_is_the_eager_one(family, transform):
+@pytest.mark.parametrize("family", OPERATORS)
+def test_a_compiled_transform_is_the_eager_one(family):
     """The compiler drops the tangent of an operator without a word: forward mode must not meet one."""
     loss, x = FAMILIES[family], logits(dtype=torch.float64)
-    f = hessian(loss) if transform == "hessian" else lambda x: jvp(loss, (x,), (DIRECTION.double(),))[1]
-    backend = "eager" if transform == "hessian" else "aot_eager"  # the graph is the point, and it is large
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(f, backend=backend)(x), f(x), rtol=1e-10, atol=1e-12)
+    compiled = torch.compile(lambda x: jvp(loss, (x,), (DIRECTION.double(),))[1], backend="aot_eager")
+    torch.testing.assert_close(compiled(x), tangent(loss, x), rtol=1e-10, atol=1e-12)
 
 
 def tangent(f, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +70,7 @@ def test_tangents_are_those_of_finite_differences(loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", OPERATORS)
+@pytest.mark.parametrize("family", ["labels", "sigmoid"])
 def test_a_graph_without_tangents_does_not_serve_those_that_have(family):
     loss, x = FAMILIES[family], logits(dtype=torch.float64)
     torch._dynamo.reset()
