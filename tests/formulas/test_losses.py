@@ -81,22 +81,20 @@ def test_every_step_of_the_gap_is_rewarded(loss):
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize("gap", [200.0, -200.0, 0.0])
-def test_value_and_slope_are_finite_in_float32(loss, gap):
-    gap = torch.tensor(gap)
-    assert loss.value(gap).dtype == loss.slope(gap).dtype == torch.float32
-    assert loss.value(gap).isfinite() and loss.slope(gap).isfinite()
+def test_value_and_slope_are_finite_in_float32(loss):
+    for found in (f(torch.tensor([200.0, -200.0, 0.0])) for f in (loss.value, loss.slope)):
+        assert found.dtype == torch.float32 and found.isfinite().all()
 
 
 @EVERY_LOSS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_infinite_gaps_are_the_limit(loss, dtype, sign):
-    far, limit = torch.tensor(sign * 2000.0, dtype=dtype), torch.tensor(sign * math.inf, dtype=dtype)
-    torch.testing.assert_close(loss.slope(limit), loss.slope(far))
-    # an unbounded value is near 2000 nats by now, a bounded one below 100
-    expected = loss.value(far)
-    torch.testing.assert_close(loss.value(limit), expected * math.inf if expected.abs() > 100 else expected)
+def test_infinite_gaps_are_the_limit(loss, dtype):
+    for sign in (-1, 1):
+        far, limit = torch.tensor(sign * 2000.0, dtype=dtype), torch.tensor(sign * math.inf, dtype=dtype)
+        torch.testing.assert_close(loss.slope(limit), loss.slope(far))
+        # an unbounded value is near 2000 nats by now, a bounded one below 100
+        expected = loss.value(far)
+        torch.testing.assert_close(loss.value(limit), expected * math.inf if expected.abs() > 100 else expected)
 
 
 @EVERY_LOSS
@@ -210,11 +208,15 @@ def through_the_kernel(loss: GapLoss, gap: Tensor, device: str) -> tuple[Tensor,
     return loss_of_row.detach().cpu(), -grad[:, 0].cpu()
 
 
-@EVERY_LOSS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_jit_pair_repeats_the_torch_formulas(loss, dtype, kernel_device):
-    # 180 / 127 is no multiple of a power of two: float32 sees a rounded gap, and so does the truth
-    gap = torch.linspace(-90, 90, 128, dtype=torch.float64).to(dtype)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in NAMED_LOSSES]
+    + [(name, torch.float64) for name in ("log_bonus", "power_bonus_window", "focal_star")],
+)
+def test_the_jit_pair_repeats_the_torch_formulas(name, dtype, kernel_device):
+    loss = NAMED_LOSSES[name] or CrossEntropy()
+    # 180 / 95 is no multiple of a power of two: float32 sees a rounded gap, and so does the truth
+    gap = torch.linspace(-90, 90, 96, dtype=torch.float64).to(dtype)
     actual, actual_slope = through_the_kernel(loss, gap, kernel_device)
     truth, true_slope = loss.value(gap.double()), loss.slope(gap.double())
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
