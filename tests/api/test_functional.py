@@ -110,8 +110,7 @@ def test_probability_targets_get_their_gradient(reduction):
 
 
 @EVERY_IMPLEMENTATION
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-@EVERY_REDUCTION
+@pytest.mark.parametrize(("layout", "reduction"), [*((layout, "mean") for layout in LAYOUTS), ("transposed", "none")])
 def test_gradients_keep_the_strides_torch_gives_them(implementation, layout, reduction, place):
     logits = LAYOUTS[layout](torch.randn(4, 5, device=place))
     target = torch.tensor([0, 1, 2, 3], device=place)
@@ -135,7 +134,7 @@ def test_ignored_rows_cost_nothing_whatever_they_hold(implementation, reduction,
     """Unlike in torch, where their gradient is NaN: padding may be garbage."""
     logits = torch.tensor([[NAN, 0.0, 1.0], [INF, 0.0, 1.0], [-INF] * 3, [1.0, 2.0, 3.0]], device=place)
     target = torch.tensor([-100, -100, -100, 1], device=place)
-    for bonus in (None, LogBonus(), LogBonus(1.0, clamp=None), Focal()):
+    for bonus in (None, LogBonus(1.0, clamp=None), Focal()):
         options = {"reduction": reduction, "bonus": bonus, "implementation": implementation}
         value, grad = value_and_grad(bonus_cross_entropy, logits, target, **options)
         assert (grad[:3] == 0).all() and (grad[3] != 0).all()
@@ -163,7 +162,7 @@ def test_a_scaled_float16_loss_neither_overflows_nor_underflows(reduction):
 
 
 @EVERY_IMPLEMENTATION
-@EVERY_REDUCTION
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_callers_tensors_are_never_written(implementation, reduction, place):
     logits, target = torch.randn(6, 40, device=place), torch.arange(6, device=place)
     target[2] = -100
@@ -203,11 +202,8 @@ def test_deterministic_mode_fills_nothing_that_is_read(poison):
 @EVERY_IMPLEMENTATION
 @pytest.mark.parametrize(
     ("shape", "reduction", "weighted"),
-    [
-        ("(C)", "none", True), ("(N, C)", "mean", False), ("(N, C)", "none", False), ("(N, C, d)", "mean", True),
-        ("(N, C, d)", "sum", False), ("no rows", "mean", False),
-    ],
-)  # fmt: skip
+    [("(C)", "none", True), ("(N, C)", "mean", False), ("(N, C, d)", "sum", True), ("no rows", "mean", False)],
+)
 def test_scores_and_softmax_do_not_change_the_loss(implementation, reduction, shape, weighted, place):
     input_shape, target_shape = SHAPES[shape]
     logits = torch.randn(input_shape, device=place)
