@@ -50,10 +50,10 @@ def main() -> None:
         return torch.zeros(shape, dtype=dtype)
 
     launch("in order", rows(torch.bfloat16, 5, 1003), rows(torch.bfloat16, 5, 1003), LogBonus())
-    launch("in order", rows(torch.float32, 5, 1003), rows(torch.float32, 5, 1003), Focal())
+    launch("in order", rows(torch.float32, 5, 1003), rows(torch.float32, 5, 1003), Focal(), "gradient")
     launch("in order", rows(torch.bfloat16, 4, 1000), rows(torch.float32, 4, 1000), CrossEntropy(), "gradient")
     launch("float64", rows(torch.float64, 70), rows(torch.float64, 70), CrossEntropy(), "gradient")
-    launch("one", rows(torch.float32), rows(torch.float32), CrossEntropy(), weight=rows(torch.float32))
+    launch("one", rows(torch.float32), rows(torch.float32), CrossEntropy(), "losses", weight=rows(torch.float32))
     weights = {"weight": rows(torch.float32, 600, 1), "pos_weight": rows(torch.float32, 80)}
     launch("weights", rows(torch.float32, 600, 80), rows(torch.float32, 600, 80), CrossEntropy(), "sum", **weights)
     launch("three axes", rows(torch.float16, 80, 5, 600).transpose(0, 2), rows(torch.float16, 600, 5, 80),

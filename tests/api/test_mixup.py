@@ -65,7 +65,7 @@ def test_is_the_combination_of_two_losses(path, dtype, loss, place):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("n_classes", [1, 2, 3, 8, 9, 40, 137])
+@pytest.mark.parametrize("n_classes", [1, 2, 9, 137])
 def test_any_number_of_classes(path, n_classes, place):
     logits, a, b = batch(3, n_classes, torch.float64, place)
     mixup_cross_entropy(logits, a, b, 0.6, implementation=path).backward()
@@ -76,24 +76,19 @@ def test_any_number_of_classes(path, n_classes, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_labels_anywhere_among_many_classes(path, place):
-    """In one tile of the kernels, in two, in the edge, the same; one label or both ignored."""
-    logits, a, b = batch(8, 2061, place=place)
-    a[:] = torch.tensor([0, 5, 2050, 2060, 7, -100, -100, 2048])
-    b[:] = torch.tensor([1, 2050, 5, 3, 7, 9, -100, 2047])
-    with torch.no_grad():
-        logits[6] = float("nan")
+    """In one tile of the kernels, in two, in the edge, the same, one of them ignored, side by side in two tiles."""
+    logits, a, b = batch(6, 531, place=place)
+    a[:] = torch.tensor([0, 5, 530, 7, -100, 256])
+    b[:] = torch.tensor([1, 300, 3, 7, 9, 255])
     value = mixup_cross_entropy(logits, a, b, 0.3, implementation=path, reduction="none")
     value.sum().backward()
-    with torch.no_grad():
-        logits[6] = 0.0
     expected, grad = truth(logits, a, b, 0.3, reduction="none")
     torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(logits.grad.double(), grad, rtol=2e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("reduction", "weighted"), [("mean", False), ("mean", True), ("sum", False), ("none", True)])
 def test_ignored_labels_weights_and_a_share_for_each_row(path, reduction, weighted, place):
     logits, a, b = batch(6, 9, torch.float64, place)
     a[3], b[4], a[5], b[5] = -100, -100, -100, -100
@@ -165,8 +160,10 @@ def test_bad_calls_say_what_was_expected():
         mixup_cross_entropy(x, t, t, 0.5, bonus=SoftmaxSquaredError())
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("reduction", "by_row"), [("mean", False), ("sum", True), ("none", True)])
+@pytest.mark.parametrize(
+    ("path", "reduction", "by_row"),
+    [("numba", "mean", False), ("numba", "sum", True), ("triton", "none", True), ("reference", "none", True)],
+)
 def test_scores_are_those_of_either_label(path, reduction, by_row, place):
     logits, a, b = batch(4, place=place)
     a[3] = -100
