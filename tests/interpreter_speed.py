@@ -13,6 +13,7 @@ import math
 import triton.language as tl
 from triton.runtime import interpreter
 
+_whole_type = tl.block_type.__init__
 _one_by_one = interpreter.ReduceOps.generic_reduce
 _numpy_type = functools.cache(interpreter._get_np_dtype)
 
@@ -26,6 +27,22 @@ def _modules(fn):
 @functools.cache
 def _shape(*sizes):
     return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+
+@functools.cache
+def _fields_of_block(element, sizes):
+    made = object.__new__(tl.block_type)
+    _whole_type(made, element, list(sizes))
+    return vars(made)
+
+
+def _block(self, element_ty, shape):
+    """Make the type of a block; Triton's own checks and names every one."""
+    if element_ty.is_ptr():  # has no hash
+        _whole_type(self, element_ty, shape)
+    else:
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        vars(self).update(_fields_of_block(element_ty, sizes))
 
 
 def _tensor(self, handle, type):
@@ -62,5 +79,6 @@ def _reduce(self, input):
 def patch_once_a_launch() -> None:
     interpreter.InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = lambda dtype: _numpy_type(tl.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
+    tl.block_type.__init__ = _block
     tl.tensor.__init__ = _tensor
     interpreter.ReduceOps.generic_reduce = _reduce
