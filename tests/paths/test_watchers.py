@@ -27,7 +27,7 @@ FAMILIES = {
 }
 FAMILY = pytest.mark.parametrize("loss", FAMILIES.values(), ids=FAMILIES)
 DIRECTION = torch.linspace(1, -2, 36).reshape(4, 9)
-OPERATORS = ("labels", "probabilities", "two labels", "sigmoid")  # the families whose graphs differ
+OPERATORS = ("labels", "probabilities", "sigmoid")  # the families whose graphs differ; two labels are two of one
 
 
 def logits(**options) -> torch.Tensor:
