@@ -401,7 +401,7 @@ def test_memory_is_that_of_the_gradients_and_the_budget():
     layer = Layer(n=256, h=64, c=40_000)
     budget = 2 << 20
     layer.loss(budget=budget)  # loads what it needs
-    peak = peak_bytes(Step(lambda: None, lambda: layer.loss(budget=budget).backward()), False)
+    peak = peak_bytes(Step(lambda: None, lambda: layer.loss(budget=budget).backward()))
     gradients = sum(4 * x.numel() for x in layer.parameters())
     assert gradients < peak <= gradients + budget + (16 << 20)
     assert gradients + budget + (16 << 20) < 4 * 256 * 40_000  # what the logits alone would take

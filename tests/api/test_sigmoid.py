@@ -713,7 +713,7 @@ def test_every_launch_binds_compiles_and_fits(compiled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", bench.PAIRS)
 def test_the_benchmark_compares_like_with_like(name, dtype):
-    x, t = bench.inputs((16, 8, 16), dtype, "cpu")
+    x, t = bench.inputs((16, 8, 16), dtype)
     bench._check(x, t, bench.PAIRS[name])
     wrong = bench.PAIRS[name]._replace(options={"bonus": PowerBonus(1.5)})
     with pytest.raises(bench.WrongResult):
