@@ -11,7 +11,6 @@ import ast
 import concurrent.futures
 import contextlib
 import copy
-import functools
 import importlib
 import importlib.util
 import multiprocessing
@@ -29,24 +28,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 COMPILED = "kernels/cpu", "kernels/formulas"  # what machine code on disk is made of
 
 
-class Operation(NamedTuple):
-    function: Callable[..., Operation]
-    args: tuple[Any, ...]
-
-    def change(self, node: ast.AST) -> ast.AST | None:
-        """Return what a node becomes; None where the operation does not fit."""
-        return self.function.__wrapped__(node, *self.args)
-
-    def __str__(self) -> str:
-        args = (arg.__name__ if isinstance(arg, type) else repr(arg) for arg in self.args)
-        return f"{self.function.__name__}({', '.join(args)})"
-
-
 class Fault(NamedTuple):
     words: str
     file: str
     function: str  # qualified by its class; "f:x" is what f assigns to x, "f:return" what it returns
-    operation: Operation
+    operation: tuple[Any, ...]  # one of those below, and what it takes beside a node
     test: str  # or one case of it
     place: tuple[int, int] = (1, 1)  # which of how many
     seen_in: str = ""  # the peer that had it
@@ -56,15 +42,7 @@ class Stale(Exception):
     """The source has no such place any more, or several."""
 
 
-# --- operations: called without the node, they wait for it -----------------------------------------------------------
-
-
-def operation(function: Callable[..., ast.AST | None]) -> Callable[..., Operation]:
-    @functools.wraps(function)
-    def waiting(*args: Any) -> Operation:
-        return Operation(waiting, args)
-
-    return waiting
+# --- operations: what a node becomes, None where they do not fit -----------------------------------------------------
 
 
 def _with(node: Any, **fields: Any) -> Any:
@@ -78,26 +56,22 @@ def _callee(node: Any) -> str | None:
     return getattr(function, "attr", getattr(function, "id", None))
 
 
-@operation
 def operator(x: Any, old: type, new: type) -> ast.AST | None:
     """Make ``a old b`` or ``a old= b`` the new one."""
     return _with(x, op=new()) if isinstance(getattr(x, "op", None), old) else None
 
 
-@operation
 def compare(x: Any, old: type, new: type) -> ast.AST | None:
     """Make ``a old b`` a comparison by the new one."""
     return _with(x, ops=[new()]) if isinstance(x, ast.Compare) and isinstance(x.ops[0], old) else None
 
 
-@operation
 def constant(x: Any, old: Any, new: Any) -> ast.AST | None:
     """Make the literal ``old`` another."""
     is_old = isinstance(x, ast.Constant) and type(x.value) is type(old) and x.value == old
     return ast.Constant(new) if is_old else None
 
 
-@operation
 def name(x: Any, old: str, new: str) -> ast.AST | None:
     """Make the variable or attribute ``old`` another."""
     if isinstance(x, ast.Name) and x.id == old:
@@ -105,7 +79,6 @@ def name(x: Any, old: str, new: str) -> ast.AST | None:
     return _with(x, attr=new) if isinstance(x, ast.Attribute) and x.attr == old else None
 
 
-@operation
 def operand(x: Any, kind: type, i: int) -> ast.AST | None:
     """Leave of ``a kind b`` the ``i``-th alone."""
     if isinstance(x, ast.AugAssign) or not isinstance(getattr(x, "op", None), kind):
@@ -113,31 +86,26 @@ def operand(x: Any, kind: type, i: int) -> ast.AST | None:
     return x.values[i] if isinstance(x, ast.BoolOp) else (x.left, x.right)[i]
 
 
-@operation
 def argument(x: Any, function: str, i: int) -> ast.AST | None:
     """Leave of a call its ``i``-th argument alone: a guard is gone, a choice made."""
     return x.args[i] if _callee(x) == function and len(x.args) > i else None
 
 
-@operation
 def receiver(x: Any, method: str) -> ast.AST | None:
     """Make ``x.method(...)`` plain ``x``."""
     return x.func.value if _callee(x) == method and isinstance(x.func, ast.Attribute) else None
 
 
-@operation
 def without(x: Any, function: str) -> ast.AST | None:
     """Drop the statement that calls it."""
     return ast.Pass() if isinstance(x, ast.Expr) and _callee(x.value) == function else None
 
 
-@operation
 def branch(x: Any, taken: bool) -> ast.AST | None:
     """Take, or do not, the first branch of an ``if`` or of a choice, whatever is asked there."""
     return _with(x, test=ast.Constant(taken)) if isinstance(x, ast.If | ast.IfExp) else None
 
 
-@operation
 def regrouped(x: Any) -> ast.AST | None:
     """Make ``(a - b) - c`` ``a - (b + c)``."""
     if not all(isinstance(getattr(y, "op", None), ast.Sub) for y in (x, getattr(x, "left", None))):
@@ -151,12 +119,12 @@ def regrouped(x: Any) -> ast.AST | None:
 def seeded(source: str, fault: Fault) -> str:
     """Return the source with the fault in it; raises Stale."""
     tree = ast.parse(source)
-    scope = _scope(tree, fault)
-    places = list(_places(scope, fault.operation.change))
+    operation, *args = fault.operation
+    places = list(_places(_scope(tree, fault), lambda node: operation(node, *args)))
     which, n = fault.place
     if len(places) != n:
-        where = f"{fault.function} of {fault.file}"
-        raise Stale(f"stale: {fault.operation} fits {len(places)} places in {where}, not {n}")
+        words = ", ".join([operation.__name__, *(getattr(arg, "__name__", repr(arg)) for arg in args)])
+        raise Stale(f"stale: ({words}) fits {len(places)} places in {fault.function} of {fault.file}, not {n}")
     siblings, key, new = places[which - 1]
     siblings[key] = new
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n"
@@ -200,7 +168,7 @@ def _places(node: ast.AST, change: Callable[[Any], ast.AST | None]) -> Iterator[
 
 
 class Named:
-    """Runs the named tests alone, those of the fast suite first, and notes in which suite the last one was."""
+    """Runs the named tests alone, those of the fast suite first, and notes of each the suite and the name."""
 
     def __init__(self, tests: set[str], note: pathlib.Path) -> None:
         self.tests, self.note = tests, note
@@ -211,7 +179,7 @@ class Named:
         items[:] = sorted(named, key=_suite)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        self.note.write_text(_suite(item))
+        self.note.write_text(f"{_suite(item)} {item.nodeid}")
 
 
 def _suite(item: pytest.Item) -> str:
@@ -219,7 +187,7 @@ def _suite(item: pytest.Item) -> str:
 
 
 def outcome(fault: Fault | None, tests: set[str], seconds: float = 120) -> str:
-    """Run ``tests`` on a copy of the tree; return "killed" with the suite that does, "survived" or what went wrong."""
+    """Run ``tests`` on a copy of the tree; return "survived", "killed" by which suite, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         tree, note = pathlib.Path(folder), pathlib.Path(folder, "suite")
         for room in ("bonus_ops", "kernels", "tests", "bench"):
@@ -243,7 +211,8 @@ def outcome(fault: Fault | None, tests: set[str], seconds: float = 120) -> str:
             process.kill()
         elif code > 1:
             return f"pytest exited with {code}: {' '.join(sorted(tests))}"
-        return "survived" if code == 0 else f"killed ({note.read_text() if note.exists() else 'before a test'})"
+        suite, _, test = note.read_text().partition(" ") if note.exists() else ("at once", "", "pytest")
+        return "survived" if code == 0 else f"killed ({suite})" if fault else f"{test} fails"
 
 
 def _run(tree: pathlib.Path, tests: set[str], note: pathlib.Path) -> None:

@@ -36,13 +36,13 @@ def test_every_fault_has_its_place_and_its_test():
     ("source", "reason"),
     [
         ("def g(a, b): return a + b", "a.py has 0 of f"),
-        ("def f(a, b): return a - b", "operand(Add, 0) fits 0 places in f of a.py, not 1"),
-        ("def f(a, b): return a + b + 1", "operand(Add, 0) fits 2 places in f of a.py, not 1"),
+        ("def f(a, b): return a - b", "(operand, Add, 0) fits 0 places in f of a.py, not 1"),
+        ("def f(a, b): return a + b + 1", "(operand, Add, 0) fits 2 places in f of a.py, not 1"),
     ],
 )
 def test_a_fault_without_its_place_is_stale(source, reason):
     with pytest.raises(Stale) as raised:
-        seeded(source, Fault("half of a sum", "a.py", "f", operand(ast.Add, 0), "no test"))
+        seeded(source, Fault("half of a sum", "a.py", "f", (operand, ast.Add, 0), "no test"))
     assert str(raised.value) == f"stale: {reason}"
 
 
