@@ -12,10 +12,7 @@ python -m bench lm [name ...]       a language model trained without its logits
 
 from __future__ import annotations
 
-import re
 import sys
-
-import torch
 
 from . import accuracy, digits, host, linear, plots, report, sigmoid, soft, speed, tracker
 from .command import RESULTS, Book, Picture, Section, main
@@ -37,15 +34,9 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def stem(device: str) -> str:
-    if device == "cpu":
-        return f"cpu-{instruction_set()}"
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-
-
 BOOK = Book(
-    "python -m bench", "Measure what bonus_ops costs and how exact it is.", "Benchmark results", SECTIONS, stem,
-    report.opening, report.quote, Effort.SHORT, ("cpu", "cuda"),
+    "python -m bench", "Measure what bonus_ops costs and how exact it is.", "Benchmark results", SECTIONS,
+    lambda: f"cpu-{instruction_set()}", report.opening, report.quote, Effort.SHORT,
 )  # fmt: skip
 
 if __name__ == "__main__":

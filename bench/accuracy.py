@@ -24,7 +24,7 @@ OURS, TORCH, PAPER, EAGER = "ours", "F.cross_entropy", "paper's formula", "sqrt(
 TABLE_GAPS = (-20, -10, 0, 3, 6, 9, 12, 15, 16, 20, 30, 60, 87, 90)
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     every = {Effort.QUICK: range(-20, 91, 20), Effort.SHORT: TABLE_GAPS, Effort.FULL: range(-20, 91)}
     gaps = [float(gap) for gap in every[effort]]
     tell(f"{len(gaps)} gaps, {len(OFFSETS)} offsets")
@@ -33,9 +33,9 @@ def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
         "n_classes": N_CLASSES,
         "n_rows": n_rows,
         "gaps": gaps,
-        "by_gap": _series([errors(*rows_with_gap(n_rows, gap, 0.0), device) for gap in gaps]),
+        "by_gap": _series([errors(*rows_with_gap(n_rows, gap, 0.0)) for gap in gaps]),
         "offsets": list(OFFSETS),
-        "by_offset": _series([errors(*rows_with_gap(n_rows, 2.0, offset), device) for offset in OFFSETS]),
+        "by_offset": _series([errors(*rows_with_gap(n_rows, 2.0, offset)) for offset in OFFSETS]),
     }
 
 
@@ -49,10 +49,9 @@ def rows_with_gap(n_rows: int, gap: float, offset: float) -> tuple[Tensor, Tenso
     return (logits + offset).float(), target
 
 
-def errors(logits: Tensor, target: Tensor, device: str) -> dict[str, dict[str, float]]:
+def errors(z: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
     """Return {quantity: {provider: worst error over the rows}}."""
-    exact = truth(logits, target)
-    z, y = logits.to(device), target.to(device)
+    exact = truth(z, y)
 
     def ours(z: Tensor, bonus: LogBonus | None) -> Tensor:
         return bonus_cross_entropy(z, y, reduction="none", bonus=bonus)
@@ -95,7 +94,7 @@ def _slope(loss: Callable[[Tensor], Tensor], z: Tensor, y: Tensor) -> Tensor:
 
 def _worst(values: dict[str, Tensor], exact: Tensor, relative: bool) -> dict[str, float]:
     scale = exact.abs() if relative else 1.0
-    return {name: float(((x.detach().cpu().double() - exact).abs() / scale).max()) for name, x in values.items()}
+    return {name: float(((x.detach().double() - exact).abs() / scale).max()) for name, x in values.items()}
 
 
 def _series(points: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:

@@ -38,7 +38,7 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"bench.claims_{name}")
 
 
-def _measure(name: str, effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def _measure(name: str, effort: Effort, tell: Tell) -> dict[str, Any]:
     if not importlib.util.find_spec("sklearn"):
         sys.exit("scikit-learn is not installed: no digits (pip install scikit-learn)")
     module = _module(name)
@@ -93,5 +93,5 @@ def _bar(v: dict[str, Any]) -> str:
 
 BOOK = Book(
     "python -m bench claims", "Measure what the papers claim.", "Claims", {name: _section(name) for name in NAMES},
-    lambda device: "claims", lambda results: INTRO,
+    lambda: "claims", lambda results: INTRO,
 )  # fmt: skip

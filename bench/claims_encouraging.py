@@ -63,7 +63,7 @@ def jobs(effort: Effort) -> list[tuple[Any, ...]]:
 
 
 def work(name: str, seed: int, epochs: int) -> dict[str, float]:
-    run = digits._Run(LOSSES[name], seed, "cpu").train(epochs)
+    run = digits._Run(LOSSES[name], seed).train(epochs)
     train = run.scores(run.train_rows)
     target_logit = -train.energy - train.loss
     result = {key: run.result[key] for key in ("accuracy", "train_margin", "confident_share")}

@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 class Section(NamedTuple):
     title: str
-    run: Callable[[Effort, str, Tell], dict[str, Any]]  # of the device
+    run: Callable[[Effort, Tell], dict[str, Any]]
     markdown: Callable[[dict[str, Any]], str]
     pictures: dict[str, Picture] = {}  # by what follows the section's name
 
@@ -44,11 +44,10 @@ class Book(NamedTuple):
     about: str
     title: str
     sections: dict[str, Section]
-    stem: Callable[[str], str]  # name of the record, by device
+    stem: Callable[[], str]  # name of the record
     opening: Callable[[dict[str, Any]], str] = lambda results: ""
     quote: Callable[[Path], None] = lambda folder: None  # from all full records, where the README quotes them
     default: Effort = Effort.FULL
-    devices: tuple[str, ...] = ("cpu",)
 
 
 def main(book: Book, arguments: list[str]) -> None:
@@ -59,21 +58,19 @@ def main(book: Book, arguments: list[str]) -> None:
         sys.exit(f"unknown section {', '.join(sorted(unknown))}; expected {expected}")
     whole = options.full or (options.names and not options.quick)
     effort = Effort.QUICK if options.quick else Effort.FULL if whole else book.default
-    folder, device = options.out, options.device
-    stem = book.stem(device) + effort.suffix
+    folder, stem = options.out, book.stem() + effort.suffix
     if "report" in options.names:
-        stems = sorted(path.stem for path in folder.glob(f"{book.stem(device).partition('-')[0]}*.json"))
+        stems = sorted(path.stem for path in folder.glob(f"{book.stem().partition('-')[0]}*.json"))
         if not stems:
             sys.exit(f"{folder}: nothing measured yet; run `{book.command}`")
     else:
         stems = [stem]
-        kept = device == "cpu" and not options.fresh_memory and measure.keep_memory()
-        if device == "cpu":
-            torch.set_num_threads(1)
+        kept = not options.fresh_memory and measure.keep_memory()
+        torch.set_num_threads(1)
         stamp = {"command": " ".join([book.command, *arguments]), "commit": commit(), "effort": effort.value}
-        stamp |= {"threads": 1 if device == "cpu" else None, "memory_kept": kept}
+        stamp |= {"threads": 1, "memory_kept": kept}
         folder.mkdir(parents=True, exist_ok=True)
-        record(book, options.names or list(book.sections), folder / f"{stem}.json", effort, device, stamp)
+        record(book, options.names or list(book.sections), folder / f"{stem}.json", effort, stamp)
     for each in stems:
         results = json.loads((folder / f"{each}.json").read_text())
         text, written = report(book, folder, each)
@@ -91,13 +88,11 @@ def _parser(book: Book) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds; its figures mean nothing")
     parser.add_argument("--full", action="store_true", help="measure all of it, as for a section that is named")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write; default bench/results")
-    best = "cuda" if "cuda" in book.devices and torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=book.devices, default=best)
-    parser.add_argument("--fresh-memory", action="store_true", help="on a CPU: let malloc return freed memory")
+    parser.add_argument("--fresh-memory", action="store_true", help="let malloc return freed memory")
     return parser
 
 
-def record(book: Book, names: list[str], path: Path, effort: Effort, device: str, stamp: dict[str, Any]) -> None:
+def record(book: Book, names: list[str], path: Path, effort: Effort, stamp: dict[str, Any]) -> None:
     """Measure ``names`` into a record; what else it holds stays, each with its own stamp."""
     results = json.loads(path.read_text()) if path.exists() else {}
     gc.collect()
@@ -110,8 +105,8 @@ def record(book: Book, names: list[str], path: Path, effort: Effort, device: str
 
         tell("begins")
         date, start = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
-        results["environment"] = environment(device) | stamp | {"date": date}
-        found = book.sections[name].run(effort, device, tell)
+        results["environment"] = environment() | stamp | {"date": date}
+        found = book.sections[name].run(effort, tell)
         results[name] = found | stamp | {"date": date, "elapsed_s": time.perf_counter() - start}
         write(path, results)  # kept if the next one fails
     gc.unfreeze()

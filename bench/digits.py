@@ -39,13 +39,13 @@ COLUMNS = {
 }
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     if not importlib.util.find_spec("sklearn"):
         return {"skipped": "scikit-learn is not installed: no digits (pip install scikit-learn)"}
     n_seeds, epochs = (3 if effort is Effort.FULL else 1), (4 if effort is Effort.QUICK else EPOCHS)
     losses, hardest = {}, []
     for (name,) in counted(((name,) for name in LOSSES), tell):
-        runs = [_Run(LOSSES[name], seed, device).train(epochs) for seed in range(n_seeds)]
+        runs = [_Run(LOSSES[name], seed).train(epochs) for seed in range(n_seeds)]
         losses[name] = _statistics([each.result for each in runs])
         if name == SHOWN:
             hardest = runs[0].hardest(10)
@@ -58,18 +58,17 @@ def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
 class _Run:
     """One training run and what it showed."""
 
-    def __init__(self, bonus: GapLoss | None, seed: int, device: str) -> None:
+    def __init__(self, bonus: GapLoss | None, seed: int) -> None:
         self.bonus = bonus
-        images, labels = load()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 + seed))
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.images, self.labels = load()
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(1000 + seed))
         self.index = order[:-N_TEST]  # of the training images in the data set
-        self.train_rows, self.test_rows = order[:-N_TEST].to(device), order[-N_TEST:].to(device)
+        self.train_rows, self.test_rows = order[:-N_TEST], order[-N_TEST:]
         torch.manual_seed(seed)
         layers = nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-        self.model = nn.Sequential(*layers).to(device)
+        self.model = nn.Sequential(*layers)
         self.margins: list[float] = []
-        self.difficulty = torch.zeros(len(self.index), device=device)
+        self.difficulty = torch.zeros(len(self.index))
         self.share = float("nan")
 
     def train(self, epochs: int) -> _Run:

@@ -31,7 +31,7 @@ AT_MOST = 3.0  # times F.cross_entropy, default mean of 64x10, forward and backw
 SHAPE = (64, 10)
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     tell("launches mocked")
     if importlib.util.find_spec("triton") is None:
         return {"skipped": "triton is not installed", "bounds": []}

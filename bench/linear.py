@@ -75,12 +75,10 @@ def names(case: str) -> list[str]:
     return [OURS, TORCH, EAGER, CHUNKED, BARE, ONE, ALONE, *([OURS_BF16] if case == HALVES[0] else [])]
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     """Measure every shape on one thread of a CPU, in a short run the smallest alone."""
-    if device == "cuda":
-        return {"skipped": "measured on a CPU; `python -m bench gpu` has the linear form of a GPU"}
     some = cases()[:1] if effort is Effort.SHORT else cases()
-    found = [_measure(*case, effort, device) for case in counted(some, tell)]
+    found = [_measure(*case, effort) for case in counted(some, tell)]
     bounds = [] if effort is Effort.QUICK else list(verdicts(found, instruction_set()))
     return {"vectors": instruction_set(), "cases": found, "bounds": bounds}
 
@@ -90,7 +88,7 @@ def _sizes(case: str, effort: Effort) -> tuple[int, int, int]:
     return (n_rows // 64, size // 16, n_classes // 16) if effort is Effort.QUICK else (n_rows, size, n_classes)
 
 
-def steps(case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+def steps(case: str, effort: Effort) -> dict[str, measure.Step]:
     """Return the steps of a shape, those of ours checked first."""
     n_rows, size, n_classes = _sizes(case, effort)
     check(Case(4, size, n_classes))
@@ -117,16 +115,16 @@ def steps(case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
     return made
 
 
-def _measure(case: str, effort: Effort, device: str) -> dict[str, Any]:
-    (n_rows, size, n_classes), made = _sizes(case, effort), steps(case, effort, device)
+def _measure(case: str, effort: Effort) -> dict[str, Any]:
+    (n_rows, size, n_classes), made = _sizes(case, effort), steps(case, effort)
     slow = made.pop(CHUNKED)  # many times slower than all others
-    peaks = {name: measure.peak_bytes(made[name], False) for name in (OURS, TORCH, EAGER, ALONE)}
+    peaks = {name: measure.peak_bytes(made[name]) for name in (OURS, TORCH, EAGER, ALONE)}
     if effort is Effort.SHORT:
         del made[EAGER]  # nothing is required beside it
     rounds = 2 if effort is not Effort.FULL else 5 if n_classes < 1 << 16 else 3
-    times = measure.interleave(made, False, 0.0, (rounds, rounds))
+    times = measure.interleave(made, 0.0, (rounds, rounds))
     start = time.perf_counter()
-    peaks[CHUNKED] = measure.peak_bytes(slow, False)
+    peaks[CHUNKED] = measure.peak_bytes(slow)
     times[CHUNKED] = [1e3 * (time.perf_counter() - start)]
     over = {OURS: BARE, TORCH: BARE, EAGER: BARE, ALONE: ONE, OURS_BF16: OURS}
     ratios = {f"{a} / {b}": ratio(times[a], times[b]) for a, b in over.items() if a in times}

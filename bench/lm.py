@@ -39,7 +39,7 @@ COLUMNS = {
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-def train(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def train(effort: Effort, tell: Tell) -> dict[str, Any]:
     """Train plain and with the bonus, a process each; judge both by text they did not see."""
     quick = effort is Effort.QUICK
     sizes = QUICK if quick else SIZES
@@ -105,7 +105,7 @@ def _train(name: str, quick: bool, tell: Callable[[int], None]) -> dict[str, Any
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def cost(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def cost(effort: Effort, tell: Tell) -> dict[str, Any]:
     """Measure whole training steps, and the last layer with its loss alone, of three ways to the same gradient."""
     quick = effort is Effort.QUICK
     sizes, of = QUICK if quick else SIZES, _text(quick)
@@ -121,10 +121,10 @@ def cost(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
         alone[name] = _last_layer(loss, hidden, training.model.weight.detach().clone(), batch[1])
     if abs(first[LOGITS][-1] - first[PLAIN][-1]) > 1e-4:  # three steps on
         raise ValueError(f"expected the same loss with and without logits, got {first[LOGITS]} and {first[PLAIN]}")
-    peaks = {name: measure.peak_bytes(step, False) for name, step in alone.items()}
+    peaks = {name: measure.peak_bytes(step) for name, step in alone.items()}
     rounds = effort.rounds(0.0, (ROUNDS, ROUNDS))
-    times = {"step": measure.interleave(steps, False, *rounds)}
-    times["last layer and loss"] = measure.interleave(alone, False, *rounds)
+    times = {"step": measure.interleave(steps, *rounds)}
+    times["last layer and loss"] = measure.interleave(alone, *rounds)
     return {
         "n_rows": n_rows, "sizes": sizes._asdict(),
         "logits_bytes": 4 * n_rows * sizes.n_pieces, "gradients_bytes": 4 * sizes.width * (n_rows + sizes.n_pieces),
@@ -251,5 +251,5 @@ BOOK = Book(
             {"-loss": Picture(_draw_curves, 9, 5), "-hardest": Picture(_draw_text, 13, 8)},
         ),
     },
-    lambda device: f"lm-{instruction_set()}",
+    lambda: f"lm-{instruction_set()}",
 )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from .intervals import ratio, summary
 
 __all__ = [
-    "Effort", "Step", "cache_bytes", "copy_gb_per_s", "interleave", "keep_memory", "peak_bytes", "ratio", "summary",
+    "Effort", "Step", "copy_gb_per_s", "interleave", "keep_memory", "peak_bytes", "ratio", "summary",
     "time_ms",
 ]  # fmt: skip
 
@@ -66,30 +66,14 @@ def keep_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
-def time_ms(step: Step, on_gpu: bool) -> float:
-    """Return the time of a step: on a GPU that of its kernels, queued while it slept."""
-    if not on_gpu:
-        step.prepare()
-        start = time.perf_counter()
-        step.run()
-        return (time.perf_counter() - start) * 1e3
-    sleep_ms, host_ms = 0.0, 2.0  # what Python takes to queue the launches; asked anew of a step that takes longer
-    while sleep_ms <= host_ms:
-        sleep_ms = 2 * host_ms
-        step.prepare()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(sleep_ms * 2_000_000))  # at 2 GHz or less
-        start = time.perf_counter()
-        begin.record()
-        step.run()
-        end.record()
-        host_ms = (time.perf_counter() - start) * 1e3
-        torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+def time_ms(step: Step) -> float:
+    step.prepare()
+    start = time.perf_counter()
+    step.run()
+    return (time.perf_counter() - start) * 1e3
 
 
-def interleave(steps: dict[str, Step], on_gpu: bool, budget_s: float, reps: tuple[int, int]) -> dict[str, list[float]]:
+def interleave(steps: dict[str, Step], budget_s: float, reps: tuple[int, int]) -> dict[str, list[float]]:
     """Return times in ms of each step, one of each per round, until the budget is spent, within ``reps`` rounds."""
     names, times = list(steps), {name: [] for name in steps}
     fewest, most = reps
@@ -102,22 +86,15 @@ def interleave(steps: dict[str, Step], on_gpu: bool, budget_s: float, reps: tupl
                 break
             for i in range(len(names)):
                 name = names[(i + rep) % len(names)]  # nobody always follows the same one
-                times[name].append(time_ms(steps[name], on_gpu))
+                times[name].append(time_ms(steps[name]))
     finally:
         gc.enable()
     return times
 
 
-def peak_bytes(step: Step, on_gpu: bool) -> int:
+def peak_bytes(step: Step) -> int:
     """Return the most memory that a step holds at once beyond what was there before."""
     step.prepare()
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step.run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
         step.run()
     events: Any = profile.kineto_results
@@ -128,19 +105,8 @@ def peak_bytes(step: Step, on_gpu: bool) -> int:
     return most
 
 
-def cache_bytes(on_gpu: bool) -> int:
-    return torch.cuda.get_device_properties(0).L2_cache_size if on_gpu else 0
-
-
-def copy_gb_per_s(bytes_each: int = 1 << 30, n_buffers: int = 4, reps: int = 20, device: str = "cuda") -> float:
-    """Return the copy bandwidth, bytes read plus written, over buffers far larger than caches, in turn."""
-    buffers = [torch.ones(bytes_each // 4, device=device) for _ in range(n_buffers)]
-    turn = iter(range(1 << 30))
-
-    def copy() -> None:
-        i = next(turn)
-        buffers[i % n_buffers].copy_(buffers[(i + 1) % n_buffers])
-
-    step = Step(lambda: None, copy)
-    times = interleave({"copy": step}, device == "cuda", math.inf, (reps, reps))["copy"][2:]
+def copy_gb_per_s(bytes_each: int, reps: int = 6) -> float:
+    """Return the copy bandwidth, bytes read plus written, between two buffers far larger than caches."""
+    there, back = (torch.ones(bytes_each // 4) for _ in range(2))
+    times = interleave({"copy": Step(lambda: None, lambda: there.copy_(back))}, math.inf, (reps, reps))["copy"][2:]
     return 2 * bytes_each / statistics.median(times) / 1e6

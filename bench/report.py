@@ -15,7 +15,6 @@ from .intervals import mean, spread
 from .record import ROOT, between
 from .tables import number, table
 
-GPU_RATIO = "ours / Liger-Kernel"
 WORDS = """`a / b` is the time of a over that of b, forward and backward unless said otherwise: below 1, a is faster.
 "ours" is the loss with `LogBonus(0.75)`, its gradient and all six scores; "loss only" leaves the scores out; "paper's
 formula" is the same loss and gradient written in torch, "eager loss and scores" the scores too; "gradients" is extra
@@ -61,7 +60,7 @@ def _errors(columns: list[str], series: dict[str, Any], at: Iterable[int]) -> st
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-INTRO = """Forward and backward (`difficulty_scores` and `forward`: forward alone), one {where}, providers interleaved,
+INTRO = """Forward and backward (`difficulty_scores` and `forward`: forward alone), one thread, providers interleaved,
 each checked against float64 truth first. "ours" is `bonus_cross_entropy_with_scores` with `LogBonus(0.75)`: loss,
 gradient and six scores; "upstream 1/2" is the same with another upstream gradient than 1.
 """
@@ -70,14 +69,14 @@ gradient and six scores; "upstream 1/2" is the same with another upstream gradie
 def speed(section: dict[str, Any]) -> str:
     cases = section["cases"]
     names = list(cases[0]["providers"])
-    labels = list(dict.fromkeys(label for case in cases for label in case["ratios"] if label != GPU_RATIO))
+    labels = list(dict.fromkeys(label for case in cases for label in case["ratios"]))
 
     def by_provider(cell: Callable[[dict[str, Any]], str]) -> str:
         return table(["case", *names], ([_case(c), *(cell(c["providers"][n]) for n in names)] for c in cases))
 
     parts = {
-        INTRO.format(where="thread" if section["threads"] == 1 else "GPU"): "",
-        "Required on one CPU thread:": verdicts(section["bounds"]),
+        INTRO: "",
+        "Required:": verdicts(section["bounds"]),
         "Ratio of times, median over the rounds:": table(
             ["case", *labels], ([_case(c), *(_ratio(c, label) for label in labels)] for c in cases)
         ),
@@ -111,25 +110,11 @@ def _get(provider: dict[str, Any], key: str) -> str:
 
 
 def _bandwidth(section: dict[str, Any]) -> str:
-    copy = section["copy_gb_per_s"]
-    moved = "1 read" if section["threads"] == 1 else "2 reads"
-    header = [
-        "case",
-        "share of copy bandwidth: scores (1 read)",
-        f"loss, scores, gradient ({moved}, 1 write)",
-        GPU_RATIO,
-    ]
-    if copy is None:
-        return table(["copy bandwidth", *header[1:]], [[NOT_MEASURED] * len(header)])
-    rows = (
-        [_case(c), _get(c["providers"]["difficulty_scores"], "share_of_copy"),
-         _get(c["providers"]["ours"], "share_of_copy"),
-         _ratio(c, GPU_RATIO) if GPU_RATIO in c["ratios"] else NOT_MEASURED]
-        for c in section["cases"]
-    )  # fmt: skip
-    return f"Copy bandwidth {copy:.3g} GB/s, read plus written; - where all of it fits caches.\n\n" + table(
-        header, rows
-    )
+    shares = ([_case(c), *(_get(c["providers"][name], "share_of_copy") for name in ("difficulty_scores", "ours"))]
+              for c in section["cases"])  # fmt: skip
+    header = ["case", "scores (1 read)", "loss, scores, gradient (1 read, 1 write)"]
+    copy = f"Copy bandwidth {section['copy_gb_per_s']:.3g} GB/s, read plus written; - where all of it fits caches."
+    return f"{copy}\n\n{table(header, shares)}"
 
 
 def _of_process(section: dict[str, Any]) -> str:

@@ -73,12 +73,12 @@ PAIRS = {
 
 
 @functools.lru_cache(1)
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return logits as of a partly trained detector and targets of which one in twenty is positive."""
     generator = torch.Generator().manual_seed(0)
     t = (torch.rand(shape, generator=generator) < 0.05).float()
     x = 2.0 * torch.randn(shape, generator=generator) - 3.0 + 5.0 * t
-    return x.to(device, dtype).requires_grad_(), t.to(device, dtype)
+    return x.to(dtype).requires_grad_(), t.to(dtype)
 
 
 def ours(x: Tensor, t: Tensor, pair: Pair) -> Tensor:
@@ -93,9 +93,9 @@ def names(*_: str) -> list[str]:
     return ["ours", "eager"]
 
 
-def steps(dtype: str, shape: str, loss: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+def steps(dtype: str, shape: str, loss: str, effort: Effort) -> dict[str, measure.Step]:
     """Return the step of ours and of the eager formula, checked first."""
-    pair, (x, t) = PAIRS[loss], inputs(_shape(shape, effort), DTYPES[dtype], device)
+    pair, (x, t) = PAIRS[loss], inputs(_shape(shape, effort), DTYPES[dtype])
     _check(x, t, pair)
 
     def prepare() -> None:
@@ -112,19 +112,18 @@ def _shape(shape: str, effort: Effort) -> tuple[int, ...]:
     return (max(n // 64, 1) if effort is Effort.QUICK else n, *more)
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     """Measure every pair at every shape and dtype; ratios are medians over interleaved rounds."""
-    on_gpu = device == "cuda"
     some = (case for case in cases() if not effort.leaves_out(math.prod(SHAPES[case[1]])))
-    found = [_measure(*case, effort, device) for case in counted(some, tell)]
-    return {"cases": found, "bounds": [] if on_gpu or effort is Effort.QUICK else list(verdicts(found))}
+    found = [_measure(*case, effort) for case in counted(some, tell)]
+    return {"cases": found, "bounds": [] if effort is Effort.QUICK else list(verdicts(found))}
 
 
-def _measure(dtype: str, shape: str, loss: str, effort: Effort, device: str) -> dict[str, Any]:
-    on_gpu, made, sizes = device == "cuda", steps(dtype, shape, loss, effort, device), _shape(shape, effort)
+def _measure(dtype: str, shape: str, loss: str, effort: Effort) -> dict[str, Any]:
+    made, sizes = steps(dtype, shape, loss, effort), _shape(shape, effort)
     gradient = math.prod(sizes) * DTYPES[dtype].itemsize
-    peaks = {f"{name}_peak_gradients": measure.peak_bytes(step, on_gpu) / gradient for name, step in made.items()}
-    times = measure.interleave(made, on_gpu, *effort.rounds(1.5, (3, 11)))
+    peaks = {f"{name}_peak_gradients": measure.peak_bytes(step) / gradient for name, step in made.items()}
+    times = measure.interleave(made, *effort.rounds(1.5, (3, 11)))
     return {
         "case": shape, "shape": list(sizes), "dtype": dtype, "loss": loss,
         "eager / ours": ratio(times["eager"], times["ours"]),

@@ -94,11 +94,10 @@ def names(dtype: str, shape: str, target: str) -> list[str]:
     return [OURS, PAPER] if KINDS[target].torch is None else [OURS, PAPER, ALONE, TORCH]
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     """Measure every kind at every shape and dtype."""
-    on_gpu = device == "cuda"
-    found = [_measure(*case, effort, device) for case in counted(cases(), tell)]
-    return {"cases": found, "bounds": [] if on_gpu or effort is Effort.QUICK else list(verdicts(found))}
+    found = [_measure(*case, effort) for case in counted(cases(), tell)]
+    return {"cases": found, "bounds": [] if effort is Effort.QUICK else list(verdicts(found))}
 
 
 class Batch(NamedTuple):
@@ -111,10 +110,10 @@ class Batch(NamedTuple):
 
 
 @functools.lru_cache(2)  # of a shape and dtype, few rows and all
-def batch(n_rows: int, n_classes: int, dtype: torch.dtype, device: str) -> Batch:
+def batch(n_rows: int, n_classes: int, dtype: torch.dtype) -> Batch:
     """Return logits, labels, and a teacher's probabilities: 0.9 for the label, the rest for all classes."""
-    z, label = inputs((n_rows, n_classes), dtype, device)
-    noise = torch.randn(n_rows, n_classes, generator=torch.Generator().manual_seed(1)).to(device)
+    z, label = inputs((n_rows, n_classes), dtype)
+    noise = torch.randn(n_rows, n_classes, generator=torch.Generator().manual_seed(1))
     teacher = noise.mul_(2).softmax(1).mul_(0.1)
     return Batch(z, label, teacher.scatter_add_(1, label[:, None], torch.full_like(teacher[:, :1], 0.9)).to(dtype))
 
@@ -123,12 +122,12 @@ def ours(z: Tensor, target: Tensor, kind: Kind) -> tuple[Tensor, Scores]:
     return bonus_cross_entropy_with_scores(z, target, **kind.options)
 
 
-def steps(dtype: str, shape: str, target: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+def steps(dtype: str, shape: str, target: str, effort: Effort) -> dict[str, measure.Step]:
     """Return a step of every provider, checked first."""
     kind, n_classes = KINDS[target], CASES[shape].n_classes
-    n_rows, _ = CASES[shape].shape(device == "cuda", effort is Effort.QUICK)
-    check(kind, *batch(16 if n_classes < 10000 else 4, n_classes, DTYPES[dtype], device).of(kind))
-    z, y = batch(n_rows, n_classes, DTYPES[dtype], device).of(kind)
+    n_rows, _ = CASES[shape].shape(effort is Effort.QUICK)
+    check(kind, *batch(16 if n_classes < 10000 else 4, n_classes, DTYPES[dtype]).of(kind))
+    z, y = batch(n_rows, n_classes, DTYPES[dtype]).of(kind)
     losses: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: ours(z, y, kind)[0],
         PAPER: lambda: kind.paper(z, y),
@@ -146,16 +145,16 @@ def steps(dtype: str, shape: str, target: str, effort: Effort, device: str) -> d
     return made
 
 
-def _measure(dtype: str, shape: str, target: str, effort: Effort, device: str) -> dict[str, Any]:
-    on_gpu, made = device == "cuda", steps(dtype, shape, target, effort, device)
-    n_rows, n_classes = CASES[shape].shape(on_gpu, effort is Effort.QUICK)
+def _measure(dtype: str, shape: str, target: str, effort: Effort) -> dict[str, Any]:
+    made = steps(dtype, shape, target, effort)
+    n_rows, n_classes = CASES[shape].shape(effort is Effort.QUICK)
     gradient = n_rows * n_classes * DTYPES[dtype].itemsize
-    results = {name: {"peak_gradients": measure.peak_bytes(step, on_gpu) / gradient} for name, step in made.items()}
+    results = {name: {"peak_gradients": measure.peak_bytes(step) / gradient} for name, step in made.items()}
     # the slow formula apart, beside "ours", so that the others get more rounds
     fast = {name: step for name, step in made.items() if name != PAPER}
-    times = measure.interleave(fast, on_gpu, *effort.rounds(1.5, (5, 31)))
+    times = measure.interleave(fast, *effort.rounds(1.5, (5, 31)))
     slow = {name: made[name] for name in (OURS, PAPER)} if PAPER in made else {}
-    slow_times = measure.interleave(slow, on_gpu, *effort.rounds(1.5, (3, 15)))
+    slow_times = measure.interleave(slow, *effort.rounds(1.5, (3, 15)))
     for name in made:
         results[name]["time_ms"] = summary((slow_times if name == PAPER else times)[name])
     ratios = {}
@@ -177,8 +176,8 @@ def check(kind: Kind, z: Tensor, target: Tensor) -> None:
     for run in (lambda: ours(z, target, kind), lambda: (kind.paper(z, target), None)):
         found, scores = run()
         (found_grad,) = torch.autograd.grad(found, z)
-        close("loss", found, loss.detach().cpu(), TOLERANCE[z.dtype])
-        close("gradient", found_grad.cpu().double() * largest, grad.cpu() * largest, TOLERANCE[z.dtype])
+        close("loss", found, loss.detach(), TOLERANCE[z.dtype])
+        close("gradient", found_grad.double() * largest, grad * largest, TOLERANCE[z.dtype])
         if scores is None:
             continue
         true = truth(z, label).scores

@@ -1,6 +1,6 @@
 """Time, bytes and peak memory of forward and backward, beside torch, its compiled form and eager formulas.
 
-On a CPU also what a second thread brings and what the first call of a process costs.
+Also what a second thread brings and what the first call of a process costs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ RATIOS = {
     "ours, upstream 1/2 / F.cross_entropy": ("ours, upstream 1/2", "F.cross_entropy"),
     "ours, loss only / F.cross_entropy": ("ours, loss only", "F.cross_entropy"),
     "ours / F.cross_entropy, compiled": ("ours", COMPILED),
-    "ours / Liger-Kernel": ("ours", "Liger-Kernel"),
     "difficulty_scores / F.cross_entropy, forward": ("difficulty_scores", "F.cross_entropy, forward"),
     "paper's formula / ours": ("paper's formula", "ours"),
     "eager loss and scores / ours": ("eager loss and scores", "ours"),
@@ -75,7 +74,7 @@ THREADS, TWO_THREADS = "one thread / two threads", 1.6  # times as fast, at 1024
 FIRST_CALLS = {"machine code on disk": 0.6, "nothing on disk": 3.0}  # s at most
 
 
-OUT_OF_CACHE = 1 << 26  # bytes: a step that moves fewer is not compared with a copy on a CPU
+OUT_OF_CACHE = 1 << 26  # bytes: a step that moves fewer is not compared with a copy
 
 
 def bytes_moved(n_rows: int, n_classes: int, itemsize: int, reads: int, writes: int) -> int:
@@ -95,43 +94,37 @@ def names(*_: str) -> list[str]:
     return list(PROVIDERS)
 
 
-def steps(dtype: str, case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+def steps(dtype: str, case: str, effort: Effort) -> dict[str, measure.Step]:
     """Return a step of every provider, each checked first."""
-    made = _Case(CASES[case].shape(device == "cuda", effort is Effort.QUICK), DTYPES[dtype], device)
+    made = _Case(CASES[case].shape(effort is Effort.QUICK), DTYPES[dtype])
     return {name: made.step(made.checked(name)) for name in PROVIDERS}
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
-    on_gpu, quick = device == "cuda", effort is Effort.QUICK
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
+    quick = effort is Effort.QUICK
     compiler = _Compiler(COMPILE_BUDGET_S if effort is Effort.FULL else 0.0)
-    copy = _copy_bandwidth(on_gpu, effort)
-    first_calls = _first_calls(tell) if effort is Effort.FULL and not on_gpu else dict.fromkeys(FIRST_CALLS)
+    copy = measure.copy_gb_per_s(1 << (22 if quick else 28))
+    first_calls = _first_calls(tell) if effort is Effort.FULL else dict.fromkeys(FIRST_CALLS)
     found = []
     for dtype, name in counted(cases(), tell):
-        shape = CASES[name].shape(on_gpu, quick)
+        shape = CASES[name].shape(quick)
         providers = [*PROVIDERS, COMPILED] if name in COMPILED_CASES else [*PROVIDERS]
-        measured = _Case(shape, DTYPES[dtype], device).measure(providers, effort, compiler, copy)
+        measured = _Case(shape, DTYPES[dtype]).measure(providers, effort, compiler, copy)
         n_rows = math.prod(shape) // shape[1]
         about = {"case": name, "dtype": dtype, "shape": shape, "n_rows": n_rows, "n_classes": shape[1]}
         found.append(about | measured)
     tell("two threads")
-    threads = {} if on_gpu else _two_threads(effort)
+    threads = _two_threads(effort)
     bounds = [*_verdicts(found), *_verdicts_of_process(threads, first_calls)]
     return {
         "copy_gb_per_s": copy, "cases": found, "two_threads": threads, "first_call_s": first_calls,
-        "bounds": [] if on_gpu or quick else bounds,  # required of full-size CPU cases
+        "bounds": [] if quick else bounds,  # required at full size
     }  # fmt: skip
-
-
-def _copy_bandwidth(on_gpu: bool, effort: Effort) -> float:
-    if on_gpu:
-        return measure.copy_gb_per_s()
-    return measure.copy_gb_per_s(1 << (22 if effort is Effort.QUICK else 28), 2, 6, "cpu")
 
 
 def _two_threads(effort: Effort) -> dict[str, Any]:
     """Return times of "ours" on one thread and on two, in turn, at a large vocabulary."""
-    logits, target = inputs(CASES["llama2-vocab"].shape(False, effort is Effort.QUICK), torch.float32, "cpu")
+    logits, target = inputs(CASES["llama2-vocab"].shape(effort is Effort.QUICK), torch.float32)
 
     def on(n_threads: int) -> measure.Step:
         def prepare() -> None:
@@ -142,7 +135,7 @@ def _two_threads(effort: Effort) -> dict[str, Any]:
 
     steps = {"one thread": on(1), "two threads": on(2)}
     try:
-        times = measure.interleave(steps, False, *effort.rounds(3.0, (7, 31)))
+        times = measure.interleave(steps, *effort.rounds(3.0, (7, 31)))
     finally:
         torch.set_num_threads(1)
     summaries = {name: summary(values) for name, values in times.items()}
@@ -207,18 +200,12 @@ class _Compiler:
 class _Case:
     """One shape and dtype: its batches and steps."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
         few = (2, shape[1], 3, 4) if len(shape) > 2 else (16 if shape[1] < 10000 else 4, shape[1])
-        self.few = inputs(few, dtype, device, seed=1)
+        self.few = inputs(few, dtype, seed=1)
         self.exact = truth(*self.few)
-        first = inputs(shape, dtype, device)
-        # on a GPU enough copies in turn that none is found in L2
-        size = first[0].numel() * first[0].element_size()
-        n_copies = min(1 + 4 * measure.cache_bytes(self.on_gpu) // size, 64)
-        self.batches = [first] + [_copy(first) for _ in range(n_copies - 1)]
-        self.turn = itertools.cycle(self.batches)
+        self.batch = inputs(shape, dtype)
 
     def measure(self, providers: list[str], effort: Effort, compiler: _Compiler, copy: float) -> dict[str, Any]:
         results: dict[str, dict[str, Any]] = {}
@@ -228,7 +215,7 @@ class _Case:
                 results[name] = {"skipped": "not timed in a short run", "timed": False}
                 continue
             try:
-                provider = compiler.provider(*self.batches[0]) if name == COMPILED else self.checked(name)
+                provider = compiler.provider(*self.batch) if name == COMPILED else self.checked(name)
                 steps[name] = self.step(provider)
                 results[name] = {"peak_gradients": self._warm_up(steps[name])}
             except Exception as error:  # out of memory, no C++ compiler, a wrong result: that provider is out
@@ -236,8 +223,8 @@ class _Case:
                 results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
         fast = {name: step for name, step in steps.items() if name not in SLOW}
         slow = {name: step for name, step in steps.items() if name in (*SLOW, "ours")}
-        times = measure.interleave(fast, self.on_gpu, *effort.rounds(2.0, (5, 31)))
-        slow_times = measure.interleave(slow, self.on_gpu, *effort.rounds(2.0, (3, 31))) if len(slow) > 1 else {}
+        times = measure.interleave(fast, *effort.rounds(2.0, (5, 31)))
+        slow_times = measure.interleave(slow, *effort.rounds(2.0, (3, 31))) if len(slow) > 1 else {}
         for name in steps:
             results[name] |= self._report(name, summary((slow_times if name in SLOW else times)[name]), copy)
         ratios = {}
@@ -252,47 +239,28 @@ class _Case:
         return PROVIDERS[name]
 
     def step(self, provider: Provider) -> measure.Step:
-        turn, pristine = self.turn, None
-        if provider.overwrites:  # batches of its own, restored one use later
-            pristine = self.batches[0][0].detach().clone()
-            turn = itertools.cycle([_copy(self.batches[0]) for _ in self.batches])
-        now = [next(turn)]
-
         def prepare() -> None:
-            logits = now[0][0]
-            logits.grad = None
-            if pristine is not None:
-                logits.detach().copy_(pristine)
-            now[0] = next(turn)
-            now[0][0].grad = None
+            self.batch[0].grad = None
 
-        def step() -> None:
-            call(provider, *now[0])
-
-        return measure.Step(prepare, step)
+        return measure.Step(prepare, lambda: call(provider, *self.batch))
 
     def _warm_up(self, step: measure.Step) -> float:
         """Run twice, once if that is slow; return peak memory as a multiple of one gradient."""
         start = time.perf_counter()
-        peak = measure.peak_bytes(step, self.on_gpu)
+        peak = measure.peak_bytes(step)
         if time.perf_counter() - start < 0.5:
-            measure.time_ms(step, self.on_gpu)
+            measure.time_ms(step)
         return peak / (math.prod(self.shape) * self.dtype.itemsize)
 
     def _report(self, name: str, times: dict[str, float], copy: float) -> dict[str, Any]:
-        """Add rates; share_of_copy counts what ours moves: 1 read, with backward 1 write and on a GPU a second read."""
+        """Add rates; share_of_copy counts what ours moves: 1 read, with backward 1 write."""
         trains = PROVIDERS[name].trains if name in PROVIDERS else True
         n_rows, n_classes, itemsize = math.prod(self.shape) // self.shape[1], self.shape[1], self.dtype.itemsize
         least = bytes_moved(n_rows, n_classes, itemsize, 1, int(trains))
         report: dict[str, Any] = {"time_ms": times, "gb_per_s": least / times["median"] / 1e6}
-        if name in ("ours", "difficulty_scores") and (self.on_gpu or least >= OUT_OF_CACHE):
-            moved = bytes_moved(n_rows, n_classes, itemsize, 2 if trains and self.on_gpu else 1, int(trains))
-            report["share_of_copy"] = moved / times["median"] / 1e6 / copy
+        if name in ("ours", "difficulty_scores") and least >= OUT_OF_CACHE:
+            report["share_of_copy"] = report["gb_per_s"] / copy
         return report
-
-
-def _copy(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch[0].detach().clone().requires_grad_(), batch[1]
 
 
 def _verdicts(cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

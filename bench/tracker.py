@@ -34,58 +34,58 @@ def names(case: str) -> list[str]:
     return [BASES[case][0], *(KEPT if case == "beside a training step" else ["all fields"])]
 
 
-def steps(case: str, effort: Effort, device: str) -> dict[str, measure.Step]:
+def steps(case: str, effort: Effort) -> dict[str, measure.Step]:
     shrink = 16 if effort is Effort.QUICK else 1
     if case == "beside a training step":
-        return _beside_training(CNN_BATCH // shrink, device)
-    return _beside_scatters(LARGE_BATCH // shrink, LARGE_EXAMPLES // shrink, device)
+        return _beside_training(CNN_BATCH // shrink)
+    return _beside_scatters(LARGE_BATCH // shrink, LARGE_EXAMPLES // shrink)
 
 
-def run(effort: Effort, device: str, tell: Tell) -> dict[str, Any]:
-    on_gpu, found = device == "cuda", {}
+def run(effort: Effort, tell: Tell) -> dict[str, Any]:
+    found = {}
     for (name,) in counted(cases(), tell):
-        made, base = steps(name, effort, device), BASES[name][0]
+        made, base = steps(name, effort), BASES[name][0]
         for step in made.values():
-            measure.time_ms(step, on_gpu)
-        times = measure.interleave(made, on_gpu, *effort.rounds(4.0, (15, 101)))
+            measure.time_ms(step)
+        times = measure.interleave(made, *effort.rounds(4.0, (15, 101)))
         found[name] = {
             "base": base,
             "time_ms": {each: summary(values) for each, values in times.items()},
             "ratios": {each: ratio(times[each], times[base]) for each in times if each in KEPT},
         }
-    return {"cases": found, "bounds": [] if on_gpu or effort is Effort.QUICK else verdicts(found)}
+    return {"cases": found, "bounds": [] if effort is Effort.QUICK else verdicts(found)}
 
 
-def _updates(n_rows: int, n_examples: int, device: str) -> dict[str, measure.Step]:
+def _updates(n_rows: int, n_examples: int) -> dict[str, measure.Step]:
     """Return a step that updates a tracker, for either choice of fields; another shuffle each time, not timed."""
-    logits = 3 * torch.randn(n_rows, N_CLASSES, device=device)
-    target = torch.randint(N_CLASSES, (n_rows,), device=device)
+    logits = 3 * torch.randn(n_rows, N_CLASSES)
+    target = torch.randint(N_CLASSES, (n_rows,))
     scores = difficulty_scores(logits, target)
     randomly = random_label_loss(logits, target, scores)
     steps = {}
     for name, fields in KEPT.items():
-        tracker, index = ExampleTracker(n_examples, fields, device), torch.empty(n_rows, dtype=torch.int64)
+        tracker, index = ExampleTracker(n_examples, fields), torch.empty(n_rows, dtype=torch.int64)
 
         def prepare(index: torch.Tensor = index) -> None:
             index.copy_(torch.randperm(n_examples)[:n_rows])
 
         def update(tracker: ExampleTracker = tracker, index: torch.Tensor = index) -> None:
-            tracker.update(scores, index.to(device), target, random_label_loss=randomly)
+            tracker.update(scores, index, target, random_label_loss=randomly)
 
         tracker.epoch = 6  # the early window costs too
         steps[name] = measure.Step(prepare, update)
     return steps
 
 
-def _beside_training(n_rows: int, device: str) -> dict[str, measure.Step]:
+def _beside_training(n_rows: int) -> dict[str, measure.Step]:
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(64 * 8 * 8, N_CLASSES),
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    images = torch.randn(n_rows, 3, 32, 32, device=device)
-    target = torch.randint(N_CLASSES, (n_rows,), device=device)
+    images = torch.randn(n_rows, 3, 32, 32)
+    target = torch.randint(N_CLASSES, (n_rows,))
 
     def train() -> None:
         optimizer.zero_grad()
@@ -95,14 +95,14 @@ def _beside_training(n_rows: int, device: str) -> dict[str, measure.Step]:
 
     return {
         BASES["beside a training step"][0]: measure.Step(lambda: None, train),
-        **_updates(n_rows, CNN_EXAMPLES, device),
+        **_updates(n_rows, CNN_EXAMPLES),
     }
 
 
-def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, measure.Step]:
+def _beside_scatters(n_rows: int, n_examples: int) -> dict[str, measure.Step]:
     """One `index_add_` for each of the 16 fields, though they keep 27 columns: the stricter reading."""
-    columns = [torch.zeros(n_examples, device=device) for _ in FIELDS]
-    values, index = torch.randn(n_rows, device=device), torch.empty(n_rows, dtype=torch.int64, device=device)
+    columns = [torch.zeros(n_examples) for _ in FIELDS]
+    values, index = torch.randn(n_rows), torch.empty(n_rows, dtype=torch.int64)
 
     def add() -> None:
         for column in columns:
@@ -110,7 +110,7 @@ def _beside_scatters(n_rows: int, n_examples: int, device: str) -> dict[str, mea
 
     return {
         BASES["beside index_add_"][0]: measure.Step(lambda: index.copy_(torch.randperm(n_examples)[:n_rows]), add),
-        "all fields": _updates(n_rows, n_examples, device)["all fields"],
+        "all fields": _updates(n_rows, n_examples)["all fields"],
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import stat
 import subprocess
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-SOURCES = [path for folder in ("bonus_ops", "kernels", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def run(code: str, folder: Path, *arguments: str, **environment: str) -> str:
@@ -130,20 +128,15 @@ print("numba" in sys.modules)
     assert run(code, tmp_path) == "False\n"
 
 
-def test_importing_the_package_imports_neither_triton_nor_numba(tmp_path):
-    code = """
-import sys, bonus_ops
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"triton", "numba", "llvmlite"}))
-"""
-    assert run(code, tmp_path) == "[]\n"
-
-
-def test_kernels_are_imported_when_one_runs_and_say_why_none_can(tmp_path):
+def test_importing_the_package_is_enough_and_imports_little(tmp_path):
     pytest.importorskip("triton")
     out = run(
         """
 import sys, torch, bonus_ops
-assert "torch._dynamo" not in sys.modules  # 1.7 s
+bonus_ops.causal_lm.trainer_loss, bonus_ops.policies.infobatch, bonus_ops.dynamics.Mean  # parts are there
+found = {name.partition(".")[0] for name in sys.modules} & {"triton", "numba", "llvmlite"}
+assert not found, found
+assert not {"torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()  # 1.7 and 0.5 s
 logits, target = torch.randn(2, 3), torch.tensor([0, 1])
 bonus_ops.bonus_cross_entropy(logits, target)
 print(sorted(name for name in sys.modules if "kernels.gpu" in name), torch.cuda.is_initialized())
@@ -169,11 +162,6 @@ print(bonus_ops.bonus_cross_entropy(logits, target, bonus=None, implementation="
 """
     assert float(run(code, tmp_path, TRITON_INTERPRET="1")) == pytest.approx(1.3862944)
     assert not (ROOT / "kernels" / "__init__.py").exists()  # else it would shadow another package named kernels
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_kernels_are_only_imported_from_inside_the_package(path):
-    assert not re.search(r"^\s*(import kernels\b|from kernels\b)", path.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -237,8 +225,3 @@ def test_the_wheel_asks_for_no_exact_version(wheel):
 def test_the_wheel_has_the_version_that_the_package_says(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
     assert f"\nVersion: {bonus_ops.__version__}\n" in wheel.read(name).decode()
-
-
-def test_importing_the_package_is_enough_for_its_parts(tmp_path):
-    code = "import sys, bonus_ops as b; b.causal_lm.trainer_loss, b.policies.infobatch, b.dynamics.Mean"
-    assert run(code + "; print('torch.distributed.tensor' in sys.modules)", tmp_path) == "False\n"  # half a second

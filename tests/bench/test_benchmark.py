@@ -36,23 +36,16 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(1)
-def steps(module, case, effort, device):
-    return module.steps(*case, effort, device)
+def steps(module, case, effort):
+    return module.steps(*case, effort)
 
 
-def test_step(benchmark, device, timed):
+def test_step(benchmark, timed):
     module, case, name = timed
-    if module is linear and device == "cuda":
-        pytest.skip("python -m bench gpu has the linear form of a GPU")
-    step = steps(module, case, Effort.QUICK if benchmark.disabled else Effort.FULL, device)[name]
-
-    def run():
-        step.run()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    step = steps(module, case, Effort.QUICK if benchmark.disabled else Effort.FULL)[name]
 
     benchmark.group = " ".join([module.__name__, *case])
-    benchmark.pedantic(run, setup=step.prepare, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(step.run, setup=step.prepare, rounds=5, warmup_rounds=1)
 
 
 # --- what is timed is right -------------------------------------------------------------------------------------------
@@ -83,7 +76,7 @@ def wrong_runner_up(z, y):
 @pytest.mark.parametrize("run", [wrong_loss, wrong_as_nan_loss, wrong_gradient, wrong_el2n, wrong_runner_up])
 def test_check_refuses_a_wrong_provider(run):
     what = run.__name__.removeprefix("wrong_").removeprefix("as_nan_")
-    batch = inputs((FEW, 100), torch.float32, "cpu")
+    batch = inputs((FEW, 100), torch.float32)
     with pytest.raises(WrongResult, match=what):
         check(Provider(run, bonus=True), *batch, truth(*batch))
 
@@ -108,7 +101,7 @@ def test_check_refuses_a_wrong_linear_form(monkeypatch, name):
 @pytest.mark.parametrize("name", soft.KINDS)
 def test_check_refuses_wrong_soft_targets(monkeypatch, name):
     kind = soft.KINDS[name]
-    batch = soft.batch(FEW, 100, torch.float32, "cpu").of(kind)
+    batch = soft.batch(FEW, 100, torch.float32).of(kind)
     soft.check(kind, *batch)
     right = soft.ours
 
@@ -143,13 +136,13 @@ def test_peak_bytes_counts_what_is_held_at_once():
             b = torch.empty(500)
             del a, b
 
-    assert measure.peak_bytes(measure.Step(lambda: None, hold), on_gpu=False) == 6000
+    assert measure.peak_bytes(measure.Step(lambda: None, hold)) == 6000
 
 
 def test_interleave_runs_every_step_in_every_round():
     order = []
     steps = {name: measure.Step(lambda: None, lambda name=name: order.append(name)) for name in "abc"}
-    times = measure.interleave(steps, on_gpu=False, budget_s=0.0, reps=(3, 9))
+    times = measure.interleave(steps, budget_s=0.0, reps=(3, 9))
     assert [len(values) for values in times.values()] == [3, 3, 3]
     assert "".join(order) == "abcbcacab"  # nobody always follows the same one
 
@@ -241,10 +234,10 @@ def test_soft_and_sigmoid_are_judged_by_their_own_bounds():
 def test_a_quick_run_writes_every_section_and_judges_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "keep_memory", lambda: False)  # it is for the whole process
     monkeypatch.setattr(command, "_drawn", lambda *_: [])
-    command.main(BOOK, ["--quick", "--device", "cpu", "--out", str(tmp_path)])
+    command.main(BOOK, ["--quick", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("cpu-*-quick.json")
     results, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
-    assert results["speed"]["command"] == f"python -m bench --quick --device cpu --out {tmp_path}"
+    assert results["speed"]["command"] == f"python -m bench --quick --out {tmp_path}"
     for name, section in BOOK.sections.items():
         assert f"## {section.title}\n" in text and results[name].get("bounds", []) == []
         cases = results[name].get("cases", [])
@@ -261,16 +254,16 @@ def test_a_quick_run_writes_every_section_and_judges_none(tmp_path, monkeypatch,
     assert set(results["linear"]["cases"][0]["time_ms"]) == set(linear.names("llama2-vocab"))
     path.with_suffix(".md").unlink()
     capsys.readouterr()
-    command.main(BOOK, ["report", "--device", "cpu", "--out", str(tmp_path)])
+    command.main(BOOK, ["report", "--out", str(tmp_path)])
     assert path.with_suffix(".md").read_text() == text and text in capsys.readouterr().out
 
 
 def test_what_is_asked_for_is_measured_and_the_rest_stays(tmp_path, monkeypatch, capsys):
     def book(value):
-        run = {name: command.Section(name.title(), lambda effort, device, tell, x=value: {"x": x, "by": effort.value},
+        run = {name: command.Section(name.title(), lambda effort, tell, x=value: {"x": x, "by": effort.value},
                                      lambda section: f"found {section['x']} by {section['by']}")
                for name in ("one", "two")}  # fmt: skip
-        return command.Book("python -m x", "X.", "Title", run, lambda device: f"x-{device}", default=Effort.SHORT)
+        return command.Book("python -m x", "X.", "Title", run, lambda: "x-cpu", default=Effort.SHORT)
 
     monkeypatch.setattr(measure, "keep_memory", lambda: False)
     out = ["--out", str(tmp_path)]
