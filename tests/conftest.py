@@ -70,6 +70,7 @@ def pytest_report_header() -> str:
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests that share what takes long to set up, and mark slow what `-m "not slow"` leaves out.
 
