@@ -131,7 +131,7 @@ def cases() -> list[Case]:
 
 def quick_cases() -> list[Case]:
     """Return what the test suite compiles: each path once."""
-    shapes = ((65536, 10), (65536, 1000), (8192, 32000), (8192, 50257), (64, 262144))
+    shapes = (65536, 10), (65536, 1000), (8192, 32000), (8192, 50257)
     spot = shapes[3]
     found = [Case(call, "bf16", *shape, "sm_90") for call in MAIN for shape in shapes]
     found += [Case("softmax", "bf16", *spot, "sm_90"), Case("backward", "bf16", 8192, 32000, "sm_90", 1)]

@@ -62,9 +62,13 @@ def test_twenty_runs_are_one(n_classes, reduction):
         assert_same_bits(results(logits.clone(), target.clone(), LogBonus(), reduction), first)
 
 
-@over_dtypes
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float64), ("contiguous", torch.bfloat16)]
+    + [(layout, torch.float32) for layout in ("contiguous", "transposed", "column_slice", "padded_rows", "offset_1")],
+    ids=lambda x: IDS.get(x, x),
+)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "column_slice", "padded_rows", "offset_1"])
 @pytest.mark.parametrize("n_classes", [1, 2, 10, 64, 65, 130, 1003])
 def test_a_row_does_not_tell_its_batch(n_classes, layout, reduction, dtype):
     regime = cases.masked if n_classes == 130 else cases.typical
@@ -172,9 +176,8 @@ def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device)
     """Rows of 1003 float32 return to the same address modulo 16 bytes every fourth time."""
     logits, target = cases.typical(cases.generator(), 6, 1003, torch.float32, kernel_device)
     together = results(logits, target, LogBonus(), implementation="triton")
-    for part in (slice(0, 1), slice(4, 6)):
-        alone = results(logits[part].clone(), target[part], LogBonus(), implementation="triton")
-        assert_same_bits(alone, together, part, f"rows {part}")
+    alone = results(logits[4:].clone(), target[4:], LogBonus(), implementation="triton")
+    assert_same_bits(alone, together, slice(4, 6))
 
 
 @pytest.mark.slow
