@@ -1,33 +1,34 @@
 """Every launch of kernels/gpu/labels.py through the JIT's own binder and compiler, for a GPU that is not here.
 
-Run as a script, without TRITON_INTERPRET: a stand-in driver says which GPU it is, and nothing is executed. Prints the
-kernels that compiled, the experiments of the benchmark among them.
+Run as a script, without TRITON_INTERPRET; nothing is executed. Prints the kernels that compiled, the experiments of the
+benchmark among them.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.codegen.launches import caught
 from bench.gpu.experiments import InForward, with_depth
 from bonus_ops import CosineBonus, CrossEntropy, Focal, GapLoss, LogBonus, SubDataBonus
 from bonus_ops.kernels.gpu import labels
 from bonus_ops.logit_options import PLAIN
 
 
-class Driver:
-    """What the JIT asks a driver before it compiles."""
+@contextlib.contextmanager
+def built_for(target: str) -> Iterator[list[tuple[str, Any]]]:
+    """Compile the launches inside for a GPU; yield the name of each kernel and what it compiled to."""
+    run, built = JITFunction.run, []
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+    def build(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
+        built.append((kernel.__name__, run(kernel, *args, grid=grid, warmup=True, **kwargs)))
 
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    with caught(target, build):
+        yield built
 
 
 def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, transposed: bool = False) -> None:
@@ -45,29 +46,20 @@ def launch(n_rows: int, n_classes: int, dtype: torch.dtype, loss: GapLoss, trans
 
 
 def main() -> None:
-    compiled = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(self.__name__)
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    JITFunction.run = compile_only
-    triton.runtime.driver.set_active(Driver())
-    launch(1, 1, torch.float32, CrossEntropy())
-    for dtype in (torch.float16, torch.float64):  # the other two: test_codegen.py
-        launch(600, 50257, dtype, LogBonus())
-    launch(4, 200000, torch.bfloat16, LogBonus(1.0))  # rows split over programs
-    launch(64, 10, torch.bfloat16, Focal())
-    launch(64, 1000, torch.float32, CosineBonus())
-    launch(600, 3000, torch.float32, SubDataBonus(0.5), transposed=True)
-    logits = torch.zeros(8, 50257, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.zeros(8, dtype=torch.int64)
-    for way in ("held", "from L2"):
-        InForward.apply(logits[:, :32000], target, way)
-    with with_depth(4):
-        launch(4, 200000, torch.bfloat16, LogBonus())
-    print(json.dumps(sorted(set(compiled))))
+    with built_for("sm_90") as built:
+        launch(1, 1, torch.float32, CrossEntropy())
+        for dtype in (torch.float16, torch.float64):  # the other two: test_codegen.py
+            launch(600, 50257, dtype, LogBonus())
+        launch(64, 10, torch.bfloat16, Focal())
+        launch(64, 1000, torch.float32, CosineBonus())
+        launch(600, 3000, torch.float32, SubDataBonus(0.5), transposed=True)
+        logits = torch.zeros(8, 50257, dtype=torch.bfloat16, requires_grad=True)
+        target = torch.zeros(8, dtype=torch.int64)
+        for way in ("held", "from L2"):
+            InForward.apply(logits[:, :32000], target, way)
+        with with_depth(4):
+            launch(4, 200000, torch.bfloat16, LogBonus(1.0))  # rows split over programs
+    print(json.dumps(sorted({name for name, _ in built})))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ stack and spills, and of tensors in order their loads and stores.
 import json
 
 import torch
-import triton
-from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, GapLoss, LogBonus
 from bonus_ops.kernels.elements import Elements
 from bonus_ops.kernels.gpu import sigmoid
-from tests.compile_launches import Driver
+from tests.compile_launches import built_for
 
 BUILT: list[dict] = []
 
@@ -22,30 +20,19 @@ BUILT: list[dict] = []
 def launch(case: str, input, target, loss: GapLoss, only: str = "", weight=None, pos_weight=None, upstream=None):
     """Make the launches of a sum, of single losses and of a gradient, or only one of them."""
     of = Elements(input, target, weight, pos_weight, loss, (0.25, 0.75))
-    before = len(BUILT)
-    if only in ("", "sum"):
-        sigmoid.forward(of, True, input.new_empty((), dtype=of.dtype))
-    if only in ("", "losses"):
-        sigmoid.forward(of, False, torch.empty_like(target))
-    if only in ("", "gradient"):
-        sigmoid.backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
-    for found in BUILT[before:]:
-        found["case"] = case
-        built = found.pop("built")
-        found |= inspect(built, "sm_90", 1) if case == "in order" else resources(built, "sm_90")
+    with built_for("sm_90") as launched:
+        if only in ("", "sum"):
+            sigmoid.forward(of, True, input.new_empty((), dtype=of.dtype))
+        if only in ("", "losses"):
+            sigmoid.forward(of, False, torch.empty_like(target))
+        if only in ("", "gradient"):
+            sigmoid.backward(of, torch.ones((), dtype=of.dtype) if upstream is None else upstream)
+    for name, built in launched:
+        found = inspect(built, "sm_90", 1) if case == "in order" else resources(built, "sm_90")
+        BUILT.append({"kernel": name, "case": case} | found)
 
 
 def main() -> None:
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        BUILT.append({"kernel": self.__name__, "built": built})
-        return built
-
-    JITFunction.run = compile_only
-    triton.runtime.driver.set_active(Driver())
-
     def rows(dtype, *shape):
         return torch.zeros(shape, dtype=dtype)
 

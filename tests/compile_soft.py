@@ -7,29 +7,18 @@ and spills, and of long rows the widths of the loads and stores in their loops.
 import json
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from bench.codegen.machine_code import inspect, resources
 from bonus_ops import CrossEntropy, Focal, LogBonus, PowerBonus, SoftmaxSquaredError, SubDataBonus
 from bonus_ops.kernels.gpu import soft
 from bonus_ops.losses import Loss
 from bonus_ops.soft_targets import SoftTargets
-from tests.compile_launches import Driver
+from tests.compile_launches import built_for
 
 BUILT: list[dict] = []
 
 
-class AmdDriver(Driver):
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("hip", "gfx942", 64)
-
-    def get_current_device(self) -> int:
-        return 1  # the JIT keeps what it knows of a target by device
-
-
-def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transposed=False, smoothing=0.1, lse=False):
+def launch(gpu, n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transposed=False, lse=False):
     """Make the launches of one forward with scores and one backward.
 
     ``given`` and ``weight`` are dtypes; with ``lse`` as a z-loss makes them.
@@ -40,41 +29,29 @@ def launch(n_rows, n_classes, dtype, loss: Loss, given=None, weight=None, transp
     label = torch.zeros(n_rows, 1, dtype=torch.int64)
     probabilities = None if given is None else torch.zeros(n_rows, 1, n_classes, dtype=given)
     weights = (None, None) if weight is None else (torch.ones(n_classes, dtype=weight),) * 2
-    targets = SoftTargets(probabilities, *weights, smoothing, smoothing)
-    before = len(BUILT)
-    out = soft.forward(logits, label, targets, -100, loss, True, lse=lse)
-    upstream = torch.ones(n_rows, dtype=out.loss.dtype)
-    of_lse = upstream if lse else None
-    soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss, grad_lse=of_lse)
+    targets = SoftTargets(probabilities, *weights, 0.1, 0.1)
+    with built_for(gpu) as launched:
+        out = soft.forward(logits, label, targets, -100, loss, True, lse=lse)
+        upstream = torch.ones(n_rows, dtype=out.loss.dtype)
+        of_lse = upstream if lse else None
+        soft.backward(logits, label, targets, out.saved, out.runner_up, upstream, -100, loss, grad_lse=of_lse)
     what = [type(loss).__name__, n_classes, dtype, given and f"probabilities {given}", weight and "weight"]
-    for found in BUILT[before:]:
-        found["case"] = " ".join(str(x) for x in what if x is not None)
-        built, target = found.pop("built"), found["target"]
-        found |= inspect(built, target, 1) if n_classes > 50000 else resources(built, target)
+    case = " ".join(str(x) for x in what if x is not None)
+    for name, built in launched:
+        found = inspect(built, gpu, 1) if n_classes > 50000 else resources(built, gpu)
+        BUILT.append({"kernel": name, "target": gpu, "case": case} | found)
 
 
 def main() -> None:
-    run = JITFunction.run
-    target = ""
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        built = run(self, *args, grid=grid, warmup=True, **kwargs)
-        BUILT.append({"kernel": self.__name__, "target": target, "built": built})
-        return built
-
-    JITFunction.run = compile_only
     half, single, double = torch.bfloat16, torch.float32, torch.float64
-    for target, driver, soft.WARP_SIZE in (("sm_90", Driver(), 32), ("gfx942", AmdDriver(), 64)):
-        triton.runtime.driver.set_active(driver)
-        launch(600, 50257, half, LogBonus())
-        launch(600, 10, single, LogBonus(), weight=single)
-        if target == "gfx942":
-            continue
-        launch(600, 50257, half, CrossEntropy(), half, half)
-        launch(1, 1, half, PowerBonus(2.5, start=0.1))
-        launch(600, 1003, single, SoftmaxSquaredError(1.0), single, lse=True)
-        launch(64, 1000, double, Focal(), double)
-        launch(600, 3000, torch.float16, SubDataBonus(0.5), transposed=True)
+    for gpu in ("sm_90", "gfx942"):
+        launch(gpu, 600, 50257, half, LogBonus())
+        launch(gpu, 600, 10, single, LogBonus(), weight=single)
+    launch("sm_90", 600, 50257, half, CrossEntropy(), half, half)
+    launch("sm_90", 1, 1, half, PowerBonus(2.5, start=0.1))
+    launch("sm_90", 600, 1003, single, SoftmaxSquaredError(1.0), single, lse=True)
+    launch("sm_90", 64, 1000, double, Focal(), double)
+    launch("sm_90", 600, 3000, torch.float16, SubDataBonus(0.5), transposed=True)
     print(json.dumps(BUILT))
 
 

@@ -64,7 +64,8 @@ def test_a_step_that_hangs_or_fails_keeps_its_rows(monkeypatch):
         return [sys.executable, "-c", body, "ROWS"]
 
     monkeypatch.setattr(gpu, "command", child)
-    hung, failed = gpu.run("time.sleep(60)", "cpu", 6), gpu.run("sys.exit(3)", "cpu", 60)
+    monkeypatch.setattr(gpu, "LEAST_S", 2.0)
+    hung, failed = gpu.run("time.sleep(60)", "cpu", 2), gpu.run("sys.exit(3)", "cpu", 60)
     assert (hung["status"], failed["status"]) == ("timed out", "failed")
     assert hung["rows"] == failed["rows"] == [{"a": 1}] and hung["said"] == failed["said"] == ["why"]
     assert gpu.run("", "cpu", 1)["status"] == "skipped"

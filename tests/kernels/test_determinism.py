@@ -62,9 +62,13 @@ def test_twenty_runs_are_one(n_classes, reduction):
         assert_same_bits(results(logits.clone(), target.clone(), LogBonus(), reduction), first)
 
 
-@over_dtypes
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float64), ("contiguous", torch.bfloat16)]
+    + [(layout, torch.float32) for layout in ("contiguous", "transposed", "column_slice", "padded_rows", "offset_1")],
+    ids=lambda x: IDS.get(x, x),
+)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "column_slice", "padded_rows", "offset_1"])
 @pytest.mark.parametrize("n_classes", [1, 2, 10, 64, 65, 130, 1003])
 def test_a_row_does_not_tell_its_batch(n_classes, layout, reduction, dtype):
     regime = cases.masked if n_classes == 130 else cases.typical
@@ -147,7 +151,7 @@ def test_twenty_kernel_runs_are_one(n_classes, kernel_device):
     n_rows = 20 if n_classes == 10 else 1
     logits, target = cases.typical(cases.generator(), n_rows, n_classes, torch.float32, kernel_device)
     first = results(logits, target, LogBonus(), implementation="triton")
-    for _ in range(20 if ACCELERATOR else 3):  # the interpreter has no order to vary
+    for _ in range(20 if ACCELERATOR else 1):  # the interpreter has no order to vary
         assert_same_bits(results(logits, target, LogBonus(), implementation="triton"), first)
 
 
@@ -155,14 +159,14 @@ def test_twenty_kernel_runs_are_one(n_classes, kernel_device):
 @in_kernels
 @pytest.mark.parametrize(
     ("n_classes", "dtype"),
-    [*((n, torch.float32) for n in (8, 16, 72, 1000, 2056)), *((n, torch.bfloat16) for n in (8, 72, 1000))],
+    [(8, torch.bfloat16), (16, torch.float32), (72, torch.float32), (1000, torch.bfloat16)],
     ids=lambda x: IDS.get(x, str(x)),
 )
 def test_a_row_does_not_tell_its_batch_in_kernels(n_classes, dtype, kernel_device):
     """Every row starts on 16 bytes."""
     n_rows = 19 if n_classes < 100 else 5
     logits, target = cases.typical(cases.generator(), n_rows, n_classes, dtype, kernel_device)
-    parts = [slice(0, 1), slice(2, 4), torch.arange(n_rows - 1, -1, -1)]
+    parts = [slice(2, 4), torch.arange(n_rows - 1, -1, -1)]
     assert_rows_stand_alone(logits, target, parts, bonus=LogBonus(), implementation="triton")
 
 
@@ -172,9 +176,8 @@ def test_rows_that_start_alike_do_not_tell_their_batch_in_kernels(kernel_device)
     """Rows of 1003 float32 return to the same address modulo 16 bytes every fourth time."""
     logits, target = cases.typical(cases.generator(), 6, 1003, torch.float32, kernel_device)
     together = results(logits, target, LogBonus(), implementation="triton")
-    for part in (slice(0, 1), slice(4, 5), slice(4, 6)):
-        alone = results(logits[part].clone(), target[part], LogBonus(), implementation="triton")
-        assert_same_bits(alone, together, part, f"rows {part}")
+    alone = results(logits[4:].clone(), target[4:], LogBonus(), implementation="triton")
+    assert_same_bits(alone, together, slice(4, 6))
 
 
 @pytest.mark.slow

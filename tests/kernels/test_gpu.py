@@ -97,7 +97,7 @@ def assert_far_rows_are_right(n_rows, n_classes):
 def test_rows_and_targets_at_any_address(n_classes, dtype):
     logits, target = draw(5, n_classes, dtype)
     expected = step(logits, target)
-    for offset in range(1, 9):
+    for offset in (1, 4, 7) if EMULATED else range(1, 9):
         storage = torch.full((5 * n_classes + offset,), float("nan"), device=DEVICE, dtype=dtype)
         moved = storage[offset:].view(5, n_classes)
         moved.copy_(logits.detach())

@@ -19,12 +19,13 @@ def draw(n_rows, n_classes, dtype, device):
 
 
 @pytest.mark.parametrize("way", ["held", "from L2"])
-@pytest.mark.parametrize("n_classes", [10, 1003, 2053, 9001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n_classes", "dtype"), [(10, torch.float32), (1003, torch.bfloat16), (2053, torch.float32)], ids=str
+)
 def test_a_gradient_made_in_forward_is_that_of_the_library(way, n_classes, dtype, kernel_device):
     from bench.gpu.experiments import InForward
 
-    n_rows = 5 if n_classes < 2053 else 2
+    n_rows = 2 if n_classes > 10 else 5
     logits, target = draw(n_rows, n_classes, dtype, kernel_device)
     exact = logits.detach().double().requires_grad_()
     options = {"bonus": LogBonus(0.75), "reduction": "sum", "implementation": "reference"}
@@ -38,13 +39,13 @@ def test_a_gradient_made_in_forward_is_that_of_the_library(way, n_classes, dtype
     assert (grad[0] == 0).all() or n_classes != 10
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_more_tiles_in_flight_give_the_same_bits(depth, kernel_device):
+def test_more_tiles_in_flight_give_the_same_bits(kernel_device):
     from bench.gpu.experiments import with_depth
 
-    logits, target = draw(2, 16391, torch.bfloat16, kernel_device)
+    logits, target = draw(1, 16391, torch.bfloat16, kernel_device)
     expected = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
-    with with_depth(depth):
-        found = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
-    for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
-        assert torch.equal(a, b)
+    for depth in (1, 2, 4):
+        with with_depth(depth):
+            found = bonus_cross_entropy_with_scores(logits, target, implementation="triton")
+        for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+            assert torch.equal(a, b), depth

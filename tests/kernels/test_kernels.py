@@ -102,15 +102,16 @@ def counts_of(dtype, regime):
     """Return the paths a regime takes: one code for all dtypes and numbers, so only float32 takes them all."""
     if dtype != torch.float32:
         return {
-            "typical": (10, 1000, cases.SPLIT_FORWARD),
-            "masked": (65, 1003),
+            "typical": (10, 1000) if dtype == torch.bfloat16 else (10,),
+            "masked": (65,),
             "confident": (10,),
             "shifted": (10,),
         }.get(regime, ())
-    # where classes are dropped, each path is a case of its own; ties also meet across programs; else one of each kind
-    if regime in ("typical", "masked"):
+    # where classes are dropped, a row of each kind is a case of its own; ties also meet across programs
+    if regime == "typical":
         return CLASS_COUNTS
-    return (10, 65, 1003, *([cases.SPLIT_FORWARD] if regime == "ties" else []))
+    more = {"ties": [1003, cases.SPLIT_FORWARD], "masked": [65, 1003, 2056, cases.SPLIT_FORWARD], "wrong": [1003]}
+    return (10, *more.get(regime, []))
 
 
 PATHS = [
@@ -128,13 +129,13 @@ def test_every_regime_and_path(kernel_device, dtype, regime, n_classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_classes", [cases.SPLIT_BOTH, cases.EMPTY_PART])
-def test_rows_are_split(kernel_device, n_classes):
+def test_rows_are_split(kernel_device):
+    n_classes = cases.EMPTY_PART
     assert launch.forward(1, n_classes).parts > 1
     assert launch.backward(1, n_classes).parts > 1
     assert launch.forward(600, n_classes) == launch.forward(1, n_classes)
     logits, target = draw("masked", n_classes, torch.float32, kernel_device)
-    check(logits, target, LogBonus())
+    check(logits[:1], target[:1], LogBonus())
 
 
 LOSSES = [
@@ -147,10 +148,10 @@ LOSSES = [
 @pytest.mark.parametrize(("name", "dtype"), LOSSES)
 def test_every_loss(kernel_device, name, dtype):
     """Gaps from -40 to 60 in one program; the probability windows end between two of them."""
-    gap = torch.linspace(-40, 60, 64, dtype=torch.float64)
+    gap = torch.cat([torch.linspace(-20, 30, 30, dtype=torch.float64), torch.tensor([-40.0, 60.0])])
     rest = torch.tensor([0.0, -1.0, -3.0], dtype=torch.float64)
-    logits = torch.cat([(gap + rest.logsumexp(0))[:, None], rest.expand(64, 3)], 1).to(dtype).to(kernel_device)
-    check(logits, torch.zeros(64, dtype=torch.int64, device=kernel_device), cases.LOSSES[name])
+    logits = torch.cat([(gap + rest.logsumexp(0))[:, None], rest.expand(32, 3)], 1).to(dtype).to(kernel_device)
+    check(logits, torch.zeros(32, dtype=torch.int64, device=kernel_device), cases.LOSSES[name])
 
 
 @pytest.mark.slow
@@ -159,19 +160,25 @@ def test_every_loss(kernel_device, name, dtype):
     [
         pytest.param(dtype, n_classes, id=f"{IDS[dtype]}-{n_classes}")
         for dtype in cases.FLOATS
-        for n_classes in ((3, 65, 1003, cases.MULTI_TILE) if dtype == torch.float32 else (65,))
+        for n_classes in ((3, 65, 2056) if dtype == torch.float32 else (65,))
     ],
 )
 def test_softmax_from_the_same_kernel(kernel_device, dtype, n_classes):
-    for regime in ("typical", "masked"):
-        logits, target = draw(regime, n_classes, dtype, kernel_device)
-        target[-1] = -100
-        check(logits, target, LogBonus(), softmax=True)
+    logits, target = draw("masked", n_classes, dtype, kernel_device)
+    target[-1] = -100
+    check(logits, target, LogBonus(), softmax=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "n_classes"), [(torch.float32, 1003), (torch.bfloat16, 10)], ids=str)
-@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype", "n_classes"),
+    [
+        pytest.param(layout, dtype, n_classes, id=f"{layout}-{dtype}-{n_classes}")
+        for layout in cases.LAYOUTS
+        for dtype, n_classes in ((torch.float32, 1003), (torch.bfloat16, 10))
+        if (n_classes == 1003) == (layout in ("transposed", "column_slice", "padded_rows", "offset_3"))
+    ],
+)
 def test_every_layout(kernel_device, dtype, layout, n_classes):
     logits, target = draw("typical", n_classes, dtype, kernel_device)
     check(cases.LAYOUTS[layout](logits), target, LogBonus(), softmax=True)
@@ -211,7 +218,7 @@ def test_zero_rows(kernel_device, n_classes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "n_classes"),
-    [*((torch.float32, n) for n in (1, 10, 1003, cases.SPLIT_FORWARD)), (torch.bfloat16, 10)], ids=str,
+    [*((torch.float32, n) for n in (1, 10, cases.SPLIT_FORWARD)), (torch.bfloat16, 10)], ids=str,
 )  # fmt: skip
 def test_ignored_rows_teach_nothing_whatever_they_hold(kernel_device, dtype, n_classes):
     logits, target = draw("typical", n_classes, dtype, kernel_device)
@@ -222,9 +229,9 @@ def test_ignored_rows_teach_nothing_whatever_they_hold(kernel_device, dtype, n_c
     assert (grad[1] == 0).all()
     assert all(getattr(scores, name)[1].isnan() for name in COLUMNS)
     assert scores.runner_up[1] == -1 and scores.prediction(target)[1] == -1
-    target[:] = -100
-    loss, _, grad = check(logits, target, LogBonus())
-    assert (loss == 0).all() and (grad == 0).all()
+    if n_classes == 10:
+        loss, _, grad = check(logits, torch.full_like(target, -100), LogBonus())
+        assert (loss == 0).all() and (grad == 0).all()
 
 
 def test_a_class_can_be_the_ignore_index(kernel_device):
@@ -251,7 +258,7 @@ def test_reductions_are_those_of_torch(kernel_device, reduction, weighted):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "n_classes"),
-    [(label, 10) for label in (-1, -101, 2**31, 2**32 + 1, 2**40)] + [(2**32 + 1, 1003), (-1, cases.SPLIT_FORWARD)],
+    [(label, 10) for label in (-1, -101, 2**31, 2**32 + 1)] + [(2**32 + 1, 1003)],
 )
 def test_a_label_out_of_range_makes_its_row_nan(kernel_device, n_classes, label):
     """What a GPU does; below the check that a CPU gets."""
@@ -272,10 +279,11 @@ def test_a_label_out_of_range_makes_its_row_nan(kernel_device, n_classes, label)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_classes", [10, 1003, cases.SPLIT_FORWARD])
 @pytest.mark.parametrize(
-    ("at", "value"), [("label", math.inf), ("label", -math.inf), ("label", math.nan), ("rest", math.nan)]
-)
+    ("at", "value", "n_classes"),
+    [("label", math.inf, 10), ("label", -math.inf, 10), ("label", math.nan, 10), ("rest", math.nan, 10),
+     ("rest", math.nan, 1003), ("label", math.inf, cases.SPLIT_FORWARD)],
+)  # fmt: skip
 def test_a_bad_logit_spoils_its_row_alone(kernel_device, n_classes, at, value):
     logits, target = draw("typical", n_classes, torch.float32, kernel_device)
     label = int(target[1])

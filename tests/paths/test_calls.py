@@ -11,7 +11,7 @@ from bonus_ops.kernels.cpu import labels
 from tests import calls
 from tests.conftest import ACCELERATOR
 
-FEW = settings(max_examples=max(settings.default.max_examples // 10, 5))  # interpreted, or slow to fail
+FEW = settings(max_examples=max(settings.default.max_examples // 20, 5))  # interpreted, or slow to fail
 
 
 @pytest.mark.slow
