@@ -70,18 +70,13 @@ def pytest_report_header() -> str:
     return f"kernels: compiled for {ACCELERATOR}" if ACCELERATOR else "kernels: interpreted, no GPU was found"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests that share what takes long to set up, and mark slow what `-m "not slow"` leaves out.
+    """Mark slow what `-m "not slow"` leaves out.
 
     Of a test with many cases that is all but a few spread over them, unless it is marked ``every_case``.
     """
     cases: dict[tuple[object, str], list[pytest.Item]] = {}
     for item in items:
-        shared = getattr(item, "_fixtureinfo", None)
-        definitions = [d for of_name in shared.name2fixturedefs.values() for d in of_name] if shared else []
-        if any(d.scope == "module" for d in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))  # one process sets it up
         if "compiled" in getattr(item, "fixturenames", ()):  # waits for machine code
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("every_case"):

@@ -89,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         "float64 is summed in float32", "kernels/gpu/rows.py", "accumulable", (branch, False),
-        f"{SOFT}::test_probabilities_of_another_dtype_in_kernels[fp64-fp32]",
+        f"{SOFT}::test_probabilities_of_another_dtype[triton-dtype4-given_dtype4]",
         seen_in="linkedin/Liger-Kernel 0.8.5 and flash-attention: float64 to 1e-7 only",
     ),
     # kernels: formulas of a row
@@ -153,7 +153,7 @@ FAULTS = (
     Fault("threads leave out rows", "kernels/cpu/threads.py", "run:others", (constant, 1, 2), ROWS),
     Fault(
         "the runner-up is pulled as the label is", "kernels/cpu/soft_rows.py", "write", (name, "OF_OTHER", "OF_LABEL"),
-        f"{SOFT}::test_every_target_and_dtype[smoothing-fp32]",
+        f"{SOFT}::test_every_loss_and_target[loops-fp32-log_bonus-smoothing]",
     ),
     # the linear form
     Fault(

@@ -357,6 +357,7 @@ def test_every_layout(layout):
     [
         (None, torch.float32, torch.bfloat16), (None, torch.float16, torch.float32),
         (None, torch.float64, torch.float32), ("triton", torch.bfloat16, torch.float32),
+        ("triton", torch.float64, torch.float32),
     ],
 )  # fmt: skip
 def test_probabilities_of_another_dtype(implementation, dtype, given_dtype, place):
