@@ -18,7 +18,6 @@ from bonus_ops import BonusCrossEntropyLoss, LogBonus, bonus_cross_entropy
 from tests.budget import assert_within_budget
 from tests.cases import FLOATS
 
-pytestmark = pytest.mark.xdist_group("official samples")  # one process imports them, which takes seconds
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOATS)
 BONUS = LogBonus(0.75)
 
