@@ -22,8 +22,10 @@ __all__ = ["ROOT", "between", "commit", "environment", "instruction_set", "plain
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions, machine, and which implementation runs by default and why."""
+    on_gpu = device == "cuda"
+    why_not = call.why_not_triton(device) if on_gpu else call.why_not_numba(device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,8 +37,10 @@ def environment() -> dict[str, Any]:
         "instruction_set": instruction_set(),
         "cpu_cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "implementation": call.decide(None, torch.empty(1, 2), "labels", losses.LogBonus(), None),
-        "why": call.why_not_numba("cpu") or "numba is installed",
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none used",
+        "gpu_driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
+        "implementation": call.decide(None, torch.empty(1, 2, device=device), "labels", losses.LogBonus(), None),
+        "why": why_not or f"{'triton' if on_gpu else 'numba'} is installed",
     }  # fmt: skip
 
 

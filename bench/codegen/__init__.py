@@ -39,7 +39,7 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
         return
     if not options.gate:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "codegen.md").write_text(report.markdown(results))
+        (options.out / "codegen.md").write_text(report.markdown(results, results_folder))
         print(f"written: {options.out / 'codegen.md'}", file=sys.stderr)
     print(f"{len(results['builds'])} kernels compiled for {len(launches.TARGETS)} targets; {len(wrong)} bounds missed")
     print(*wrong, sep="\n")

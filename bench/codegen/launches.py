@@ -134,6 +134,7 @@ def quick_cases() -> list[Case]:
     shapes = (65536, 10), (65536, 1000), (8192, 32000), (8192, 50257)
     spot = shapes[3]
     found = [Case(call, "bf16", *shape, "sm_90") for call in MAIN for shape in shapes]
+    found.append(Case("forward", "bf16", 64, 262144, "sm_90"))
     found += [Case("softmax", "bf16", *spot, "sm_90"), Case("backward", "bf16", 8192, 32000, "sm_90", 1)]
     for target, dtype in (("sm_90", "fp32"), ("sm_80", "bf16"), ("sm_100", "bf16"), ("gfx942", "bf16")):
         found += [Case(call, dtype, *spot, target) for call in (*MAIN, "softmax")]

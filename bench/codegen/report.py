@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from ..gpu import goals
+from ..gpu.cases import Case
+from ..gpu.losses import LOSS_ONLY, OURS
+from ..gpu.report import Times
 from ..tables import table
 from . import gates, predict
-from .predict import MACHINES
+from .predict import MACHINES, Predicted
 
 INTRO = """# What the compiler makes of the kernels
 
@@ -19,6 +25,10 @@ TIMES = f"""## Predicted times, bf16
 {predict.REACHABLE:.0%} of the data sheet's bandwidth, {predict.LAUNCH_US:g} us a launch, {predict.LATENCY_NS:g} ns a
 load; pessimistic, see `bench/codegen/predict.py`. "forward" is with all scores. R is the time to read the logits once,
 the roof that to move what the call must.
+"""
+GOALS = """### Goals
+
+W is the time to write as much as R reads. Measured by `python -m bench gpu`.
 """
 ABOVE = f"""## Not met
 
@@ -34,11 +44,12 @@ tile never reach the full-tile loop, and for them only "whole" counts. Loads are
 """
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], folder: Path) -> str:
+    """Return the page; ``folder`` is where a GPU's measurements lie, if there are any."""
     spilled = ([gates.label(x), f"{x['stack']} bytes of stack, {x['spills']} spills"]
                for x in results["builds"] if x["stack"] or x["spills"])  # fmt: skip
     parts = [
-        INTRO.format(**results), TIMES, _times(results), ABOVE,
+        INTRO.format(**results), TIMES, _times(results), GOALS, _goals(results, folder), ABOVE,
         table(["kernel", "instructions a logit"], ([what, f"{n:.1f}"] for what, n in gates.above(results["builds"]))),
         "No stack and no spill are wanted; not so:\n", table(["kernel", "what"], spilled), KERNELS, _kernels(results),
     ]  # fmt: skip
@@ -59,6 +70,39 @@ def _times(results: dict[str, Any]) -> str:
                      f"{found[0].kib_in_flight:.1f}", *times])  # fmt: skip
     header = ["call", "instructions a logit", "KiB in flight a multiprocessor"]
     return table([*header, *(f"{name}: R, time (ms), over the roof" for name in MACHINES)], rows)
+
+
+def _goals(results: dict[str, Any], folder: Path) -> str:
+    calls: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in _here(results):
+        calls[str(Case((case["n_rows"], case["n_classes"]))), case["call"]] = case
+    of_mode = {(OURS, "forward"): ("forward",), (OURS, "train"): ("forward", "backward"),
+               (LOSS_ONLY, "forward"): ("loss only",), (LOSS_ONLY, "train"): ("loss only", "backward")}  # fmt: skip
+
+    def predicted(machine: predict.Machine) -> list[goals.Goal]:
+        def of(case: object, call: str) -> Predicted | None:
+            found = calls.get((str(case), call))
+            return found and predict.predict(found, results["builds"], machine)
+
+        def ms(case: object, loss: str, mode: str) -> float | None:
+            parts = [of(case, call) for call in of_mode.get((loss, mode), ())]
+            return sum(x.ms for x in parts if x) if parts and all(parts) else None
+
+        def once(case: Case) -> float | None:
+            return (found := of(case, "forward")) and found.once_ms
+
+        return list(goals.goals(ms, once))
+
+    measured = {}
+    for path in sorted(folder.glob("gpu-*.json")):
+        run = json.loads(path.read_text())
+        measured |= {run["environment"]["gpu"]: Times(run).goals()} if not run["dry"] else {}
+    columns = {f"predicted, {name}": predicted(machine) for name, machine in MACHINES.items()}
+    columns |= {f"measured, {name}": found for name, found in measured.items()} or {"measured": list(goals.goals(
+        lambda *_: None, lambda _: None))}  # fmt: skip
+    rows = ([g[0].what, g[0].at, g[0].wanted, *(x.outcome for x in g)] for g in zip(*columns.values(), strict=True)
+            if g[0].value is not None)  # fmt: skip
+    return table(["goal", "at", "limit", *columns], rows)
 
 
 def _kernels(results: dict[str, Any]) -> str:

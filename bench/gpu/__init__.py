@@ -56,7 +56,7 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
     if not (options.dry_run or torch.cuda.is_available()):
         sys.exit("no CUDA device here; --dry-run shows that every path runs")
     device = "cpu" if options.dry_run else "cuda"
-    known = environment() | {"gpu": "none" if options.dry_run else torch.cuda.get_device_name()}
+    known = environment(device)
     name = "dry-run" if options.dry_run else re.sub(r"\W+", "-", known["gpu"]).strip("-").lower()
     path = folder / f"gpu-{name}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -117,9 +117,10 @@ def test_instructions_of_a_launch_by_hand():
     assert predict.instructions(build, launch, n_rows=3, n_classes=56) == 3 * 32 * (100 + 1 * 10 + 3 * 20)
 
 
-def test_the_page_has_every_build(found):
-    text = report.markdown(found)
-    assert all(f"| {x['kernel']}" in text for x in found["builds"])
+def test_the_page_has_every_build_and_goal(found, tmp_path):
+    text = report.markdown(found, tmp_path)
+    assert all(f"| {x['kernel']}" in text for x in found["builds"]) and "not measured" in text
+    assert "| share of copy bandwidth, forward | 64 x 262144 bf16 | >= 0.6 | 0.5" in text
 
 
 SKETCH = """
