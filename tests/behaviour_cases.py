@@ -500,6 +500,7 @@ more("no classes, 4-D", lambda: call(x(2, 0, 3, 2), labels(2, 3, 2)))
 more("no classes, 4-D, all ignored", lambda: call(x(2, 0, 3, 2), labels(2, 3, 2) * 0 - 100, reduction="none"))
 more("neither classes nor places", lambda: call(x(2, 0, 0), labels(2, 0)))
 more("no places, smoothing", lambda: call(x(2, 5, 0), labels(2, 0), label_smoothing=0.1, reduction="sum"))
+more("no classes, probabilities", lambda: call(x(2, 0), fifths(2, 0)))
 more("no places, probabilities", lambda: call(x(2, 5, 0), x(2, 5, 0)))
 
 # more probabilities

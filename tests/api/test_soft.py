@@ -377,7 +377,7 @@ IN_KERNELS = [
     *(("squared_error_mirror", "one-hot", torch.float32, n) for n in (1, 137)),
     # tiles without a mask, where the classes have one share and where each has its own
     *(("log_bonus", target, torch.float32, 1000) for target in ("smoothing", "probabilities")),
-    ("power_bonus", "probabilities", torch.float32, 1000),
+    *((loss, "probabilities", torch.float32, 1000) for loss in ("power_bonus", "cosine_bonus", "squared_error_mirror")),
     ("power_bonus", "both weights and smoothings", torch.float32, 4101),
 ]  # fmt: skip
 
