@@ -32,7 +32,7 @@ KERNELS, REST, TRAFFIC = "tests/kernels/test_kernels.py", "tests/kernels/test_re
 LOOPS, SUMS, SOFT = "tests/kernels/test_loops.py", "tests/kernels/test_sums.py", "tests/api/test_soft.py"
 LINEAR, AUTOGRAD = "tests/api/test_linear.py", "tests/paths/test_autograd.py"
 POLICIES = "tests/policies/test_policies.py"
-ROWS = f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[several threads-dtype3-5000-bonus]"
+ROWS = f"{LOOPS}::test_rows_and_gradients_are_float64_truth_rounded_once[several threads-dtype0-1000-bonus]"
 
 FAULTS = (
     # kernels: which classes and labels are read
