@@ -123,15 +123,15 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
 
 
 def by_shards(
-    name: str, input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Call a function of `bonus_ops.vocab_parallel` with this rank's classes of a layer; see there.
+    input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Any:
+    """Return what `bonus_ops.vocab_parallel` makes of this rank's classes of a layer; see there.
 
     A plain tensor is the same on every rank, as is what is returned.
     """
-    from . import vocab_parallel as functions
+    from .vocab_parallel import of_layer
 
+    name = "linear_bonus_cross_entropy"
     mesh, placements = linear_weight.device_mesh, linear_weight.placements
     cut = [placement.is_shard(0) for placement in placements]
     if sum(cut) != 1 or not all(c or x.is_replicate() for c, x in zip(cut, placements, strict=True)):
@@ -148,7 +148,7 @@ def by_shards(
     def whole(x: Any) -> Any:  # a differentiable part of the graph
         return x.redistribute(mesh, [Replicate()] * mesh.ndim).to_local() if isinstance(x, DTensor) else x
 
-    return getattr(functions, name)(
+    return of_layer(
         whole(input), linear_weight.to_local(), whole(target), group=mesh.get_group(cut.index(True)),
         class_range=(first, first + n_local), linear_bias=linear_bias, **{k: whole(x) for k, x in options.items()},
     )  # fmt: skip

@@ -95,11 +95,7 @@ class Exponential(_Ramp):
 class Cosine(_Ramp):
     """The factor ``(1 - cos(pi t / T)) / 2``, from 0 to 1, constant from ``T = epochs`` on.
 
-    Args:
-        epochs: T, at least 1.
-
-    Raises:
-        TypeError, ValueError: ``epochs`` is no int, or below 1.
+    Args and errors: as in `Linear`.
     """
 
     def factor(self, progress: float) -> float:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_bonus
-from .losses import ClassLoss, CrossEntropy, GapLoss
+from .checks import check_gap_loss
+from .losses import CrossEntropy, GapLoss
 from .number_checks import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -427,12 +427,7 @@ class Scores(_Columns):
             TypeError: ``bonus`` is no `GapLoss` instance, or ``weight`` no Tensor.
             RuntimeError: ``weight`` is not shaped like the scores.
         """
-        check_bonus(bonus)
-        if isinstance(bonus, ClassLoss):
-            raise TypeError(
-                f"bonus must be a GapLoss or None, not the ClassLoss {type(bonus).__name__}\nThe gradient of a loss of "
-                "all classes does not follow from the scores."
-            )
+        check_gap_loss(bonus, " The gradient of a loss of all classes does not follow from the scores.")
         if weight is not None:
             self._check_rows("weight", weight)
         loss = CrossEntropy() if bonus is None else bonus

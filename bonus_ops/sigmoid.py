@@ -12,13 +12,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from . import reference
 from .binary_scores import BinaryScores
 from .call import decide
-from .checks import FLOATS, by_keyword, check_bonus, check_implementation, check_reduction
+from .checks import FLOATS, by_keyword, check_gap_loss, check_implementation, check_reduction, raise_as_torch
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
-from .losses import ClassLoss, CrossEntropy, GapLoss
+from .losses import CrossEntropy, GapLoss
 from .number_checks import check_number
 from .ops import sigmoid
 from .schedules import KeepsEpoch
+from .signatures import options_of, takes_what
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = [
@@ -95,7 +96,7 @@ def bonus_binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    _check_bonus(bonus)
+    check_gap_loss(bonus)
     _check_call(input, target, weight, reduction, pos_weight)
     reduction = "mean" if reduction == "elementwise_mean" else reduction
     divisor = _divisor(normalizer, reduction, input)
@@ -110,29 +111,16 @@ def bonus_binary_cross_entropy_with_logits(
     return sigmoid.total(of, divisor, implementation).to(dtype)
 
 
+@takes_what(bonus_binary_cross_entropy_with_logits)
 def bonus_binary_cross_entropy_with_logits_and_scores(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-    *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
-    alpha: float | None = None,
-    normalizer: float | Tensor | None = None,
-    implementation: str | None = None,
+    input: Tensor, target: Tensor, *further: Any, **options: Any
 ) -> tuple[Tensor, BinaryScores]:
     """Compute `bonus_binary_cross_entropy_with_logits` and the difficulty scores of every element.
 
-    Args: as in `bonus_binary_cross_entropy_with_logits`.
+    Args and errors: as in `bonus_binary_cross_entropy_with_logits`.
 
     Returns:
         The loss, and the `BinaryScores` shaped like ``target``, by one more read of logits and target.
-
-    Raises:
-        As `bonus_binary_cross_entropy_with_logits`.
 
     Example:
         >>> import torch
@@ -142,23 +130,17 @@ def bonus_binary_cross_entropy_with_logits_and_scores(
         >>> scores.target_prob
         tensor([0.8808, 0.2689])
     """
-    loss = bonus_binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight, bonus=bonus, alpha=alpha,
-        normalizer=normalizer, implementation=implementation,
-    )  # fmt: skip
+    loss = bonus_binary_cross_entropy_with_logits(input, target, *further, **options)
     return loss, _scores(input, target)
 
 
 def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
     """Compute the difficulty scores of every element of a sigmoid, without a gradient.
 
-    Args: as in `bonus_binary_cross_entropy_with_logits`.
+    Args and errors: as in `bonus_binary_cross_entropy_with_logits`.
 
     Returns:
         `BinaryScores` shaped like ``target``, detached.
-
-    Raises:
-        As `bonus_binary_cross_entropy_with_logits`.
 
     Example:
         >>> import torch
@@ -173,6 +155,9 @@ def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
 def _scores(input: Tensor, target: Tensor) -> BinaryScores:
     x, t = input.detach().to(torch.float32), target.detach()
     return BinaryScores(torch.where(t.isnan(), t, torch.where(t > 0.5, x, -x)).to(torch.float32))
+
+
+_KEPT = options_of(bonus_binary_cross_entropy_with_logits, without=("size_average", "reduce"))
 
 
 class BonusBCEWithLogitsLoss(KeepsEpoch):
@@ -221,28 +206,18 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
                 came = f"{type(x).__name__}.{by_keyword(x)}"
                 raise TypeError(f"BonusBCEWithLogitsLoss: {name} must be a Tensor or None, got {came}")
             self.register_buffer(name, x)
-        _check_bonus(bonus)
+        check_gap_loss(bonus)
         _scales(alpha)
         _check_normalizer(normalizer, reduction)
         check_implementation(implementation)
-        self.bonus = bonus
-        self.alpha = alpha
-        self.normalizer = normalizer
-        self.implementation = implementation
+        self.bonus, self.alpha, self.normalizer, self.implementation = bonus, alpha, normalizer, implementation
 
     def forward(self, input: Tensor, target: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """Return the loss of ``input`` against ``target``."""
-        return bonus_binary_cross_entropy_with_logits(
-            input,
-            target,
-            self.weight,
-            reduction=self.reduction,
-            pos_weight=self.pos_weight,
-            bonus=self.bonus,
-            alpha=self.alpha,
-            normalizer=self.normalizer if normalizer is None else normalizer,
-            implementation=self.implementation,
-        )
+        options = {name: getattr(self, name) for name in _KEPT}
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        return bonus_binary_cross_entropy_with_logits(input, target, **options)
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
@@ -304,13 +279,6 @@ class PositiveCount(nn.Module):
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_bonus(bonus: Any) -> None:
-    check_bonus(bonus)
-    if isinstance(bonus, ClassLoss):
-        name = type(bonus).__name__
-        raise TypeError(f"bonus must be a GapLoss such as SquaredError() or AbsoluteError(), or None, not {name}")
-
-
 def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight: Any) -> None:
     """Raise what torch raises for a wrong type, device, dtype or shape, nothing having been computed."""
     check_reduction(reduction)
@@ -323,12 +291,9 @@ def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight
                 f"binary_cross_entropy_with_logits(): argument '{name}' (position {position}) must be Tensor, not "
                 f"{type(x).__name__}\n{fault}"
             )
-    try:
-        binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
-    except Exception as error:
-        first_line = str(error).split("\n")[0]
-        raise type(error)(f"{first_line}\n{fault}") from None
-    raise RuntimeError(fault)
+    raise_as_torch(
+        fault, binary_cross_entropy_with_logits, input, target, weight, reduction=reduction, pos_weight=pos_weight
+    )
 
 
 def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:

@@ -20,13 +20,8 @@ NEVER_LEARNED, FORGOTTEN, KNOWN = 0, 1, 2
 class Correctness(Field):
     """Share of an example's observations whose prediction was its label. Memory: 4 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "correctness"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("correct_count", torch.int32, 0, "sum"),)
+    name = "correctness"
+    columns = (Column("correct_count", torch.int32, 0, "sum"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -50,16 +45,11 @@ class Forgetting(Field):
     ``first_learned``. The plain number does not find mislabelled examples, of which many are never learned at all.
     """
 
-    @property
-    def name(self) -> str:
-        return "forgetting"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("forgetting_count", torch.int32, 0, "sum"),
-            Column("memory", torch.uint8, NEVER_LEARNED, "last"),
-        )
+    name = "forgetting"
+    columns = (
+        Column("forgetting_count", torch.int32, 0, "sum"),
+        Column("memory", torch.uint8, NEVER_LEARNED, "last"),
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -90,13 +80,8 @@ class Forgetting(Field):
 class FirstLearned(Field):
     """First epoch with a right prediction, infinity if there was none. Memory: 2 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "first_learned"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("first_correct", torch.int16, NEVER, "min"),)
+    name = "first_learned"
+    columns = (Column("first_correct", torch.int16, NEVER, "min"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -115,13 +100,8 @@ class FirstLearned(Field):
 class LearnedForever(Field):
     """First epoch from which on no prediction was wrong: last wrong epoch + 1. Memory: 2 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "learned_forever"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("last_wrong", torch.int16, 0, "max"),)
+    name = "learned_forever"
+    columns = (Column("last_wrong", torch.int16, 0, "max"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -190,13 +170,8 @@ class SecondSplit(Field):
     a mislabelled example; T + 1 means not forgotten in T epochs. Memory: 2 bytes an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "second_split_forgetting"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("last_correct", torch.int16, 0, "max"),)
+    name = "second_split_forgetting"
+    columns = (Column("last_correct", torch.int16, 0, "max"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

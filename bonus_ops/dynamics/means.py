@@ -94,16 +94,11 @@ class Confidence(Field):
     Memory: 8 bytes an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "confidence"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("confidence_mean", torch.float32, 0, "own"),
-            Column("confidence_deviation", torch.float32, 0, "own"),
-        )
+    name = "confidence"
+    columns = (
+        Column("confidence_mean", torch.float32, 0, "own"),
+        Column("confidence_deviation", torch.float32, 0, "own"),
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

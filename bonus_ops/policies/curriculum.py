@@ -49,10 +49,7 @@ def small_loss(difficulty: Tensor, keep: float) -> Tensor:
         keep: share in [0, 1], e.g. `co_teaching_keep`.
 
     Returns:
-        bool [N], True where kept, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where kept, on the device; no host sync. Raises as all policies.
 
     References:
         arXiv 1804.06872, Algorithm 1.
@@ -78,10 +75,7 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
         gamma: > 0, width of the slope; MentorNet uses 1.
 
     Returns:
-        Weights [N] in [0, 1] of the dtype of ``loss``, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, 1] of the dtype of ``loss``, on the device; no host sync. Raises as all policies.
 
     References:
         Kumar et al., Self-Paced Learning, NeurIPS 2010; Jiang et al., MentorNet, ICML 2018, arXiv 1712.05055.
@@ -109,10 +103,7 @@ def self_paced_threshold(
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 
     Returns:
-        A scalar tensor on the device of ``loss``; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        A scalar tensor on the device of ``loss``; no host sync. Raises as all policies.
 
     References:
         arXiv 1712.05055, section 3.2; google/mentornet.

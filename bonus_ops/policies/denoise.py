@@ -44,10 +44,7 @@ def noise_mask(
 
     Returns:
         bool [N], True where suspect; no host sync. It finds wrong labels, not damaged inputs, and flags some hard
-        clean examples too.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        clean examples too. Raises as all policies.
 
     References:
         arXiv 2003.10647.
@@ -75,10 +72,7 @@ def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
         noisy: bool [N], True where suspect: `noise_mask`, `late_stopping_mask`.
 
     Returns:
-        [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync.
-
-    Raises:
-        TypeError, RuntimeError: an argument of a wrong type or shape.
+        [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync. Raises as all policies.
     """
     check_vector("guarded", "difficulty", difficulty)
     check_mask("guarded", "noisy", noisy)
@@ -110,10 +104,7 @@ def mastered_mask(
         readmit_every: >= 1, default 5.
 
     Returns:
-        bool [N], True where mastered; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where mastered; no host sync. Raises as all policies.
 
     References:
         Instance-dependent Early Stopping, ICLR 2025, arXiv 2502.07547, Eq. 3.
@@ -144,10 +135,7 @@ def late_stopping_mask(learned_epoch: Tensor, learned_share: float) -> Tensor:
             noise rate has to be known, roughly.
 
     Returns:
-        bool [N], True where suspect; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where suspect; no host sync. Raises as all policies.
 
     References:
         Yuan et al., Late Stopping, ICCV 2023, arXiv 2308.13862.

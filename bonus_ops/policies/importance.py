@@ -89,10 +89,7 @@ def poisson_selection(
         generator: of the device of ``difficulty``.
 
     Returns:
-        `Selection`, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        `Selection`, on the device; no host sync. Raises as all policies.
 
     References:
         Poisson (Bernoulli) sampling of the scores of arXiv 1803.00942.

@@ -41,10 +41,8 @@ def focal_weight(loss: Tensor, *, gamma: float = 2.0) -> Tensor:
         gamma: 0 (no change) or >= 1, default 2.
 
     Returns:
-        Weights [N], in [0, 1.23] for gamma = 2: 0 where p = 1, the most at p = 0.10, 1 where p = 0; detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N], in [0, 1.23] for gamma = 2: 0 where p = 1, the most at p = 0.10, 1 where p = 0; detached. Raises
+        as all policies.
 
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002.
@@ -74,10 +72,8 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
         regularization: lam > 0; 1 for CIFAR-10, 0.25 for CIFAR-100 in the paper. Larger is closer to no weighting.
 
     Returns:
-        Weights [N] in [0, e]: 1 at the threshold, more below (easy), less above (hard); detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, e]: 1 at the threshold, more below (easy), less above (hard); detached. Raises as all
+        policies.
 
     References:
         Castells et al., SuperLoss, NeurIPS 2020, Eq. 5.
@@ -121,10 +117,7 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
         normalize: divide by the mean of the weights; default False, as the paper.
 
     Returns:
-        Weights [N] in [0, 1], larger is easier; detached, no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, 1], larger is easier; detached, no host sync. Raises as all policies.
 
     References:
         Sanyal et al., Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting, 2025, arXiv 2502.02797.
@@ -174,11 +167,7 @@ def exponentiated_gradient(
         max_loss: losses are capped here, > 0; default no cap. (Not of the paper.)
 
     Returns:
-        The next state, [M], on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-        IndexError: an index out of range, on the CPU.
+        The next state, [M], on the device; no host sync. Raises as all policies, IndexError on the CPU too.
 
     References:
         Majidi et al., Exponentiated Gradient Reweighting for Robust Training Under Label Noise and Beyond, 2021,
@@ -235,11 +224,8 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
         group: integers [N] in [0, G).
 
     Returns:
-        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-        IndexError: a group out of range, on the CPU.
+        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch. Raises as
+        all policies, IndexError on the CPU too.
 
     References:
         arXiv 1911.08731, Algorithm 1; arXiv 2306.12070.

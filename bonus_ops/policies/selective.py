@@ -71,10 +71,7 @@ def selective_backprop(
         generator: of the device of ``difficulty``.
 
     Returns:
-        `Selection`, detached, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        `Selection`, detached, on the device; no host sync. Raises as all policies.
 
     Example:
         >>> import torch
@@ -114,10 +111,7 @@ def rank_selection(difficulty: Tensor, *, keep: float = 0.5, generator: torch.Ge
         generator: of the device of ``difficulty``.
 
     Returns:
-        int64 [max(1, int(keep * N))], distinct indices (empty for an empty batch).
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        int64 [max(1, int(keep * N))], distinct indices (empty for an empty batch). Raises as all policies.
 
     References:
         MosaicML Composer, Selective Backprop (after arXiv 1910.00762). When: `rank_selection_is_due`.
