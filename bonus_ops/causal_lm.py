@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .checks import checked_ignore_index
-from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
+from .functional import _DEFAULT_BONUS, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import ClassLoss, GapLoss, LogBonus
 from .number_checks import check_number
 from .scores import Scores
@@ -31,7 +31,6 @@ from .watchers import constant_when_compiled
 
 __all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]
 
-_DEFAULT_BONUS = LogBonus()
 _CROSS_ENTROPYS = frozenset(inspect.signature(bonus_cross_entropy).parameters)
 _FIELDS = frozenset(field.name for field in dataclasses.fields(LogBonus))
 

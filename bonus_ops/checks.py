@@ -197,7 +197,7 @@ def check_call(
 ) -> None:
     """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
     check_reduction(reduction)
-    fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
+    fault = _tensors(input, target, weight) or _shapes(input, target, ignore_index)
     fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
     if fault is None:
         return
@@ -217,7 +217,7 @@ def raise_as_torch(fault: str, function: Callable[..., Tensor], *inputs: Any, **
     raise RuntimeError(fault)
 
 
-def _types(input: Any, target: Any, weight: Any) -> str | None:
+def _tensors(input: Any, target: Any, weight: Any) -> str | None:
     for name, x in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(x, Tensor) and not (name == "weight" and x is None):
             return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
@@ -226,10 +226,6 @@ def _types(input: Any, target: Any, weight: Any) -> str | None:
     if input.dtype not in FLOATS:
         swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
         return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
-    return None
-
-
-def _devices(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     for name, x in (("target", target), ("weight", weight)):
         if x is not None and x.device != input.device:
             return f"Expected {name} on the device of input, {input.device}, got {x.device}."

@@ -44,13 +44,8 @@ class LinearScores(Scores):
         scores.last_layer_grad_norm = last_layer_grad_norm
         return scores
 
-    def _replace(self, **columns: Any) -> LinearScores:
-        own = {"last_layer_grad_norm": self.last_layer_grad_norm, "target": self.target}
-        return LinearScores(**{**self._asdict(), **own, **columns})
-
-    def _each(self, function: Any) -> LinearScores:
-        scores, norm = super()._each(function), function(self.last_layer_grad_norm)
-        return LinearScores(*scores, target=scores.target, last_layer_grad_norm=norm)
+    def _beside(self) -> dict[str, Tensor]:
+        return {**super()._beside(), "last_layer_grad_norm": self.last_layer_grad_norm}
 
     @classmethod
     def cat(cls, batches: Iterable[Scores]) -> Scores:
@@ -116,8 +111,8 @@ def linear_bonus_cross_entropy(
         ``"none"``. Sums over rows, the weight's gradient among them, are kept in float32 (float64) and rounded once.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError, NotImplementedError: as `bonus_cross_entropy`; RuntimeError
-            also for sizes of the layer that do not fit, ValueError for a ``budget`` that does not hold one row.
+        As `bonus_cross_entropy`; RuntimeError also for sizes of the layer that do not fit, ValueError for a ``budget``
+            that does not hold one row.
 
     Example:
         >>> import torch
@@ -127,10 +122,8 @@ def linear_bonus_cross_entropy(
         tensor(0.2201)
 
     References:
-        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
-        AAAI 2022, https://arxiv.org/abs/2110.06537. Chunks: Hsu et al., Liger Kernel, 2024,
-        https://arxiv.org/abs/2410.10989; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
-        ICLR 2025, https://arxiv.org/abs/2411.09009.
+        As `bonus_cross_entropy`. Chunks: Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989; Wijmans et
+        al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, https://arxiv.org/abs/2411.09009.
     """
     return _computed(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,

@@ -58,7 +58,14 @@ class LinearCall(Call):
         )  # fmt: skip
         self.norm = norm
         self.row_shape = shape
-        self.budget = _checked_budget(budget, device, n_local * reference.accumulation_dtype(input.dtype).itemsize)
+        self.budget: int | None = None  # as many bytes a chunk as were measured to be enough
+        if budget is not None:
+            owner = "linear_bonus_cross_entropy"
+            check_integer(owner, "budget", budget, 1)
+            row_bytes = n_local * reference.accumulation_dtype(input.dtype).itemsize
+            if budget < row_bytes:
+                raise ValueError(f"{owner}: budget must hold the logits of one row, {row_bytes} bytes, got {budget}")
+            self.budget = int(budget)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self._tensors
@@ -120,15 +127,3 @@ def _flat(target: Any, shape: torch.Size, n_classes: int) -> Any:
             f"target of shape {list(shape)} for input of shape {[*shape, 'H']}, got {list(target.shape)}."
         )
     return target.reshape(-1)
-
-
-def _checked_budget(budget: Any, device: str, row_bytes: int) -> int | None:
-    """Return the bytes of a chunk; None is as much as was measured to be enough."""
-    if budget is None:
-        return None
-    check_integer("linear_bonus_cross_entropy", "budget", budget, 1)
-    if budget < row_bytes:
-        raise ValueError(
-            f"linear_bonus_cross_entropy: budget must hold the logits of one row, {row_bytes} bytes, got {budget}"
-        )
-    return int(budget)

@@ -92,8 +92,8 @@ def mixup_cross_entropy_with_scores(*inputs: Any, **options: Any) -> MixupWithSc
     Args and errors: as in `mixup_cross_entropy`.
 
     Returns:
-        A named tuple of the loss and two `Scores`, see `MixupWithScores`. They are of mixed rows: an example is harder
-        in them the less of it is in the mix, so compare at like ``lam``, or score the unmixed rows.
+        `MixupWithScores`. Scores are of mixed rows: an example is harder in them the less of it is in the mix, so
+        compare at like ``lam``, or score the unmixed rows.
 
     Example:
         >>> import torch

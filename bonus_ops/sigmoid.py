@@ -58,14 +58,10 @@ def bonus_binary_cross_entropy_with_logits(
     Detectors' losses are ``bonus=Focal(gamma)``, `FocalStar`, `HaltedFocal`, `PowerBonus` and `LogBonus` with ``alpha``
     and ``normalizer``; `SquaredError` and `AbsoluteError` are those of ``sigmoid(x) - t``.
 
-    Args:
+    Args: as in torch's function, but for
         input: logits of any shape, float16, bfloat16, float32 or float64, any strides. Not written.
         target: shaped like ``input``, of a floating type, in [0, 1]: 1 positive, 0 negative, between them soft.
-        weight: factor of each element, broadcastable to ``input``.
-        size_average: deprecated, as in torch.
-        reduce: deprecated, as in torch.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        pos_weight: factor of the positive share of each element, broadcastable to ``input``.
+        weight, pos_weight: factor of each element, and of its positive share; broadcastable to ``input``.
         bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
         alpha: balance in [0, 1]: factor alpha of the positive share, 1 - alpha of the negative one. None: both 1.
         normalizer: what ``"mean"`` divides the sum by, instead of the number of elements: a number > 0 or a 0-d tensor.
@@ -121,14 +117,6 @@ def bonus_binary_cross_entropy_with_logits_and_scores(
 
     Returns:
         The loss, and the `BinaryScores` shaped like ``target``, by one more read of logits and target.
-
-    Example:
-        >>> import torch
-        >>> from bonus_ops import bonus_binary_cross_entropy_with_logits_and_scores
-        >>> logits, target = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])
-        >>> loss, scores = bonus_binary_cross_entropy_with_logits_and_scores(logits, target)
-        >>> scores.target_prob
-        tensor([0.8808, 0.2689])
     """
     loss = bonus_binary_cross_entropy_with_logits(input, target, *further, **options)
     return loss, _scores(input, target)
@@ -141,12 +129,6 @@ def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
 
     Returns:
         `BinaryScores` shaped like ``target``, detached.
-
-    Example:
-        >>> import torch
-        >>> from bonus_ops import binary_difficulty_scores
-        >>> binary_difficulty_scores(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])).gap
-        tensor([ 2., -1.])
     """
     _check_call(input, target, None, "none", None)
     return _scores(input, target)
@@ -311,17 +293,12 @@ def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
             return f"Expected {name} on the device of input, {input.device}, got {x.device}."
         if given and x.shape != input.shape:
             return f"Expected target of the shape of input, {list(input.shape)}, got {list(x.shape)}."
-        if not given and not _broadcasts(x.shape, input.shape):
+        spread = (n in (1, m) for n, m in zip(reversed(x.shape), reversed(input.shape), strict=False))
+        if not given and not (x.dim() <= input.dim() and all(spread)):
             return f"Expected {name} to broadcast to the shape of input, {list(input.shape)}, got {list(x.shape)}."
         if not given and x.requires_grad and torch.is_grad_enabled():
             return f"Expected {name} not to require a gradient."
     return None
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    if len(shape) > len(to):
-        return False
-    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:

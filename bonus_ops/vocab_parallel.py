@@ -85,7 +85,7 @@ def bonus_cross_entropy(
         the same on every rank.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as `bonus_ops.bonus_cross_entropy`.
+        As `bonus_ops.bonus_cross_entropy`.
         ValueError: the class ranges overlap, leave out a class or do not fit the shards; on every rank.
         IndexError: a label of no class; on every rank.
         NotImplementedError: probabilities as target; `torch.func` and forward mode. RuntimeError for a second
@@ -116,12 +116,6 @@ def bonus_cross_entropy_with_scores(input: Tensor, target: Tensor, **options: An
     Returns:
         The loss, and `Scores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN where
         ignored. ``runner_up`` counts classes as ``target`` does.
-
-    Example:
-        >>> from bonus_ops import vocab_parallel
-        >>> loss, scores = vocab_parallel.bonus_cross_entropy_with_scores(
-        ...     logits, target, group=None, class_range=(first, stop)
-        ... )  # doctest: +SKIP
     """
     loss, scores = _of_logits(input, target, True, **options)
     return loss, cast(Scores, scores)
@@ -172,17 +166,13 @@ def linear_bonus_cross_entropy(
         shaped like ``target`` for ``"none"``. Gradients are of ``input`` and of this rank's weight and bias.
 
     Raises:
-        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`; where one rank finds a fault in its own
-        arguments, the others raise RuntimeError.
+        As these; where one rank finds a fault in its own arguments, the others raise RuntimeError.
 
     Example:
         >>> from bonus_ops import vocab_parallel
         >>> loss = vocab_parallel.linear_bonus_cross_entropy(
         ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
         ... )  # doctest: +SKIP
-
-    References:
-        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`.
     """
     return of_layer(
         input, linear_weight, target, group=group, class_range=class_range, linear_bias=linear_bias, weight=weight,
@@ -203,12 +193,6 @@ def linear_bonus_cross_entropy_with_scores(
     Returns:
         The loss, and `LinearScores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN
         where ignored. Smoothing and softcap cost an all-reduce of a float a row, for ``last_layer_grad_norm``.
-
-    Example:
-        >>> from bonus_ops import vocab_parallel
-        >>> loss, scores = vocab_parallel.linear_bonus_cross_entropy_with_scores(
-        ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
-        ... )  # doctest: +SKIP
     """
     loss, scores, norm = of_layer(input, linear_weight, target, scores=True, norm=True, **options)
     return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))

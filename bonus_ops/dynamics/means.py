@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..number_checks import check_integer
-from ..scores import SCORES, Scores
+from ..scores import SCORES
 from .field import Batch, Column, Field, State, Statistic, seen_only
 
 __all__ = ["Confidence", "Mean"]
@@ -78,7 +78,7 @@ class Mean(Field):
         if self.epochs is not None and not self.epochs[0] <= batch.epoch <= self.epochs[1]:
             return
         rows = batch.labelled if SCORES[self.score].needs_label else batch.rows
-        state[f"{self.name}_sum"].index_add_(0, rows, _column(batch.scores, self.score))
+        state[f"{self.name}_sum"].index_add_(0, rows, getattr(batch.scores, self.score))
         if self.epochs is not None:
             state[self._count].index_add_(0, rows, torch.ones_like(rows, dtype=torch.int16))
 
@@ -134,8 +134,3 @@ class Confidence(Field):
 
     def _variability(self, state: State) -> Tensor:
         return (state["confidence_deviation"].clamp(min=0) / state["label_count"]).sqrt()
-
-
-def _column(scores: Scores, name: str) -> Tensor:
-    column: Tensor = getattr(scores, name)
-    return column

@@ -15,7 +15,6 @@ __all__ = [
     "check_generator",
     "check_index",
     "check_integer",
-    "check_mask",
     "check_number",
     "check_shape",
     "check_threshold",
@@ -41,13 +40,6 @@ def checked_difficulty(function: str, name: str, x: Any) -> Tensor:
     check_vector(function, name, x)
     difficulty: Tensor = x.detach()
     return difficulty.masked_fill(difficulty == TAKEN_OUT, math.nan)
-
-
-def check_mask(function: str, name: str, x: Any) -> None:
-    """Raise unless ``x`` is a bool tensor."""
-    _check_tensor(function, name, x)
-    if x.dtype != torch.bool:
-        raise TypeError(f"{function}: {name} must be a bool tensor, got {x.dtype}")
 
 
 def check_shape(function: str, name: str, x: Any, like: Tensor, integer: bool = False) -> None:

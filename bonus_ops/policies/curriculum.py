@@ -15,16 +15,14 @@ __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "sma
 def co_teaching_keep(epoch: int, *, noise_rate: float = 0.2, warmup_epochs: int = 10, exponent: float = 1.0) -> float:
     """Return ``R(t) = 1 - noise_rate * min(t ** exponent / warmup_epochs, 1)``, the share `small_loss` keeps.
 
-    The authors' code differs: its exponent acts on the noise rate during the warm-up, which jumps where it ends.
+    The authors' code differs: its exponent acts on the noise rate during the warm-up, which jumps where it ends. Raises
+    as all policies.
 
     Args:
         epoch: t >= 0, counted from 0.
         noise_rate: tau in [0, 1], which the user must know; default 0.2.
         warmup_epochs: T_k >= 1, default 10.
         exponent: c > 0, default 1.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or range.
 
     References:
         Han et al., Co-teaching, NeurIPS 2018, arXiv 1804.06872, section 3.
@@ -69,8 +67,7 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
     1)``: 1 up to the threshold, 0 from ``threshold + gamma`` on.
 
     Args:
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN weighs 0.
         threshold: lambda, a number or a scalar tensor, e.g. `self_paced_threshold`; grows over training.
         gamma: > 0, width of the slope; MentorNet uses 1.
 
@@ -96,9 +93,8 @@ def self_paced_threshold(
 
     Args:
         previous: the last threshold, a scalar tensor, or None at the start.
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            NaN takes no part (a batch of NaN alone, or of nothing, leaves the threshold; at the start it gives NaN,
-            which the next batch that has a loss replaces).
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN takes no part (a batch of NaN alone, or of nothing,
+            leaves the threshold; at the start it gives NaN, which the next batch that has a loss replaces).
         percentile: in [0, 1], default 0.7.
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .checks import (
     TAKEN_OUT,
     check_integer,
-    check_mask,
     check_number,
     check_shape,
     check_threshold,
@@ -75,8 +75,9 @@ def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
         [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync. Raises as all policies.
     """
     check_vector("guarded", "difficulty", difficulty)
-    check_mask("guarded", "noisy", noisy)
     check_shape("guarded", "noisy", noisy, difficulty)
+    if noisy.dtype != torch.bool:
+        raise TypeError(f"guarded: noisy must be a bool tensor, got {noisy.dtype}")
     return difficulty.detach().masked_fill(noisy, TAKEN_OUT)
 
 
