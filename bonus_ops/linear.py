@@ -192,10 +192,12 @@ def _is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _computed(input: Any, linear_weight: Any, target: Any, **options: Any) -> linear.Result:
+def _computed(
+    input: Any, linear_weight: Any, target: Any, bonus: Any = _DEFAULT_BONUS, **options: Any
+) -> linear.Result:
     """Return what a call asks for, by this process alone or, of a DTensor, by all that hold classes of the layer."""
     if not _is_dtensor(linear_weight):
-        return linear.run(LinearCall(input, linear_weight, target, n_classes=None, **options))
+        return linear.run(LinearCall(input, linear_weight, target, bonus=bonus, n_classes=None, **options))
     from .distributed import by_shards
 
     implementation = options.pop("implementation", None)
@@ -203,7 +205,7 @@ def _computed(input: Any, linear_weight: Any, target: Any, **options: Any) -> li
     check_validate(options.pop("validate", False))
     if implementation not in (None, "reference"):
         raise NotImplementedError(f"implementation={implementation!r} does not run for a DTensor; None does")
-    return cast(linear.Result, by_shards(input, linear_weight, target, **options))
+    return cast(linear.Result, by_shards(input, linear_weight, target, bonus=bonus, **options))
 
 
 _KEPT = options_of(linear_bonus_cross_entropy)

@@ -10,7 +10,6 @@ from torch import Tensor
 from . import reference
 from .call import Call
 from .checks import FLOATS, check_call, check_factor, checked_ignore_index
-from .functional import _DEFAULT_BONUS
 from .logit_options import checked_options
 from .number_checks import check_integer
 from .watchers import is_transformed
@@ -22,8 +21,8 @@ class LinearCall(Call):
     """The checked arguments of `linear_bonus_cross_entropy` or a twin, and what runs."""
 
     def __init__(
-        self, input: Any, linear_weight: Any, target: Any, *, linear_bias: Any = None, weight: Any = None,
-        reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0, bonus: Any = _DEFAULT_BONUS,
+        self, input: Any, linear_weight: Any, target: Any, *, bonus: Any, linear_bias: Any = None, weight: Any = None,
+        reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
         bonus_smoothing: float | None = None, bonus_weight: Any = None, row_weight: Any = None,
         logit_scale: float = 1.0, softcap: float | None = None, z_loss: float = 0.0, budget: int | None = None,
         implementation: str | None = None, validate: bool = False, scores: bool = False, norm: bool = False,

@@ -272,16 +272,11 @@ class KeepsEpoch(nn.Module):
         if isinstance(self.bonus, Scheduled):
             destination[prefix + _EPOCH] = torch.tensor(self.bonus.epoch, device="cpu")
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *reported: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *reported)
+        _metadata, _strict, _missing_keys, unexpected_keys, _messages = reported
         key = prefix + _EPOCH
         unexpected_keys[:] = [x for x in unexpected_keys if x != key]
         if key in state_dict and isinstance(self.bonus, Scheduled):
-            saved = state_dict[key]
-            epoch: Any = saved.item() if isinstance(saved, Tensor) else saved
-            self.bonus.set_epoch(epoch)
+            saved: Any = state_dict[key]
+            self.bonus.set_epoch(saved.item() if isinstance(saved, Tensor) else saved)

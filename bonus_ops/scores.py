@@ -397,14 +397,7 @@ class Scores(_Columns):
     def z_loss(self, z_loss: float) -> Tensor:
         """Return what the option ``z_loss`` of the losses adds to each row, ``z_loss * energy^2``.
 
-        Args:
-            z_loss: its factor, in [0, inf).
-
-        Returns:
-            float32, [0, inf), NaN where ignored.
-
-        Raises:
-            TypeError, ValueError: ``z_loss`` is no such number.
+        float32 in nats, [0, inf), NaN where ignored. TypeError or ValueError for a factor outside [0, inf), as there.
         """
         check_number("Scores.z_loss", "z_loss", z_loss, "[0, inf)")
         return z_loss * self.energy.square()

@@ -237,7 +237,7 @@ def _of_logits(
 
 def of_layer(
     input: Any, linear_weight: Any, target: Any, *, group: Any, class_range: Any = None, weight: Any = None,
-    bonus_weight: Any = None, reduce_input_grad: bool = True, **options: Any,
+    bonus: Any = _DEFAULT_BONUS, bonus_weight: Any = None, reduce_input_grad: bool = True, **options: Any,
 ) -> ops.LinearResult:  # fmt: skip
     """Return what `linear_bonus_cross_entropy` and its twin ask for; ``options`` are those of `LinearCall`."""
     _check_alone()
@@ -245,7 +245,7 @@ def of_layer(
 
     def checked() -> _Checked:
         n_weights = _checked_weights(target, weight, bonus_weight)
-        call = LinearCall(input, linear_weight, target, weight=weight, bonus_weight=bonus_weight,
+        call = LinearCall(input, linear_weight, target, weight=weight, bonus=bonus, bonus_weight=bonus_weight,
                           implementation="reference", n_classes=n_weights, **options)  # fmt: skip
         shard = shards.shard_of(group, class_range, len(linear_weight))
         return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))

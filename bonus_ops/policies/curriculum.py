@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_threshold, check_threshold_is_known, checked_difficulty
+from .checks import check_integer, check_number, check_threshold, checked_difficulty
 
 __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "small_loss"]
 
@@ -78,8 +78,7 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
         Kumar et al., Self-Paced Learning, NeurIPS 2010; Jiang et al., MentorNet, ICML 2018, arXiv 1712.05055.
     """
     loss = checked_difficulty("self_paced_weight", "loss", loss)
-    check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]")
-    check_threshold_is_known("self_paced_weight", "threshold", threshold, loss)
+    check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]", loss)
     if gamma is None:
         return (loss < threshold).to(loss.dtype)
     check_number("self_paced_weight", "gamma", gamma, "(0, inf)")
@@ -111,6 +110,6 @@ def self_paced_threshold(
     now = loss.nanquantile(percentile) if len(loss) else loss.new_full((), math.nan)
     if previous is None:
         return now
-    check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]")
+    check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]", None)
     mean = momentum * previous + (1 - momentum) * now
     return torch.where(now.isnan(), previous, torch.where(torch.as_tensor(previous).isnan(), now, mean))

@@ -13,7 +13,6 @@ from .checks import (
     check_number,
     check_shape,
     check_threshold,
-    check_threshold_is_known,
     check_vector,
     checked_difficulty,
 )
@@ -51,8 +50,7 @@ def noise_mask(
     """
     check_vector("noise_mask", "recent_loss", recent_loss)
     check_integer("noise_mask", "min_observations", min_observations, 0)
-    check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]")
-    check_threshold_is_known("noise_mask", "threshold", threshold, recent_loss)
+    check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]", recent_loss)
     suspect = recent_loss.detach() > threshold
     if observations is None:
         return suspect

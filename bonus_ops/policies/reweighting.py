@@ -13,7 +13,6 @@ from .checks import (
     check_number,
     check_shape,
     check_threshold,
-    check_threshold_is_known,
     check_vector,
     checked_difficulty,
 )
@@ -78,8 +77,7 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
     """
     loss = checked_difficulty("superloss_weight", "loss", loss)
     check_number("superloss_weight", "regularization", regularization, "(0, inf)")
-    check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)")
-    check_threshold_is_known("superloss_weight", "threshold", threshold, loss)
+    check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)", loss)
     beta = (loss - threshold) / regularization
     weight = torch.exp(-_lambert_w(beta.clamp(min=-2 / math.e) / 2))
     return torch.where(beta.isnan(), 0.0, weight)
