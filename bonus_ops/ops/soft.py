@@ -21,12 +21,7 @@ from . import labels, room
 from .labels import Result
 from .made import MadeInForward, Tensors, Visited
 
-__all__ = ["run"]
-
-
-def run(call: Call) -> Result:
-    """Return loss, scores and probabilities of a call."""
-    return _WAYS[call.implementation](call)
+__all__ = ["WAYS"]
 
 
 class _Rows(NamedTuple):
@@ -97,7 +92,7 @@ def _by_rows(call: Call) -> Result:
     return _result(call, of, loss, (*columns, runner_up) if call.scores else None)
 
 
-_WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
+WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
 
 
 def _classes_of_mean(call: Call) -> int:
@@ -190,17 +185,11 @@ class _Visit(NamedTuple):
         label, targets, loops = operands[0], self._targets(operands), room("numba", "soft")
         assert label is not None
         if targets.probabilities is None:
-            _check_labels(label, logits.shape[2], self.ignore_index)
+            labels.counted(label, logits.shape[2], self.ignore_index)
         out: tuple[SoftResult, Tensor] = loops.visit(
             logits, label, targets, self.ignore_index, self.loss, scores, upstream, self.options, z_factor
         )
         return out
-
-
-def _check_labels(label: Tensor, n_classes: int, ignore_index: int) -> None:
-    _, n_bad, bad = room("numba", "labels").count(label, n_classes, ignore_index)
-    if n_bad:
-        raise reference.out_of_bounds(bad, n_bad, n_classes, ignore_index)
 
 
 def _gradient(
