@@ -86,7 +86,9 @@ def mixup_cross_entropy(
 
 
 @takes_what(mixup_cross_entropy)
-def mixup_cross_entropy_with_scores(*inputs: Any, **options: Any) -> MixupWithScores:
+def mixup_cross_entropy_with_scores(
+    input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, weight: Tensor | None = None, **options: Any
+) -> MixupWithScores:
     """Compute `mixup_cross_entropy` and the difficulty scores of either label from the same two reads.
 
     Args and errors: as in `mixup_cross_entropy`.
@@ -103,7 +105,7 @@ def mixup_cross_entropy_with_scores(*inputs: Any, **options: Any) -> MixupWithSc
         >>> out.scores_a.margin, out.scores_b.margin
         (tensor([2.]), tensor([-2.]))
     """
-    loss, scores = _mixed(bonus_cross_entropy_with_scores, *inputs, **options)
+    loss, scores = _mixed(bonus_cross_entropy_with_scores, input, target_a, target_b, lam, weight, **options)
     return MixupWithScores(loss, *scores)
 
 
@@ -118,12 +120,7 @@ def _mixed(
     check_reduction(reduction)
     check_gap_loss(bonus)
     for target in (target_a, target_b):
-        if (
-            isinstance(target, Tensor)
-            and isinstance(input, Tensor)
-            and target.shape == input.shape
-            and target.is_floating_point()
-        ):
+        if isinstance(target, Tensor) and target.is_floating_point() and target.shape == getattr(input, "shape", None):
             raise RuntimeError(f"expected class indices as targets of mixup, got probabilities of {target.dtype}")
     lam = _checked_lam(lam, target_a)
     by_row = isinstance(lam, Tensor) and lam.dim() > 0 and reduction != "none"
