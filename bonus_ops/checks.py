@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ __all__ = [
     "by_keyword",
     "check_bonus",
     "check_call",
+    "check_factor",
+    "check_gap_loss",
     "check_implementation",
     "check_reduction",
     "check_soft",
@@ -28,6 +31,7 @@ __all__ = [
     "checked_bonus_smoothing",
     "checked_ignore_index",
     "checked_label_smoothing",
+    "raise_as_torch",
 ]
 
 IMPLEMENTATIONS = ("triton", "numba", "reference")
@@ -53,6 +57,16 @@ def check_bonus(bonus: Any) -> None:
     # a frozen one that passed passes again; the fields of another may change, and the compiler warns of caches
     changes = type(loss).__hash__ in (None, object.__hash__)
     (_check_fields if changes or torch.compiler.is_compiling() else _checked_once)(loss)
+
+
+def check_gap_loss(bonus: Any, why: str = "") -> None:
+    """Raise TypeError unless ``bonus`` is None or a `GapLoss`, as `check_bonus` wants it."""
+    check_bonus(bonus)
+    if isinstance(bonus, ClassLoss):
+        raise TypeError(
+            f"bonus must be a GapLoss or None, not the ClassLoss {type(bonus).__name__}\nExpected one such as "
+            f"LogBonus(log_end=0.75), SquaredError() or AbsoluteError().{why}"
+        )
 
 
 def _check_fields(bonus: Any) -> None:
@@ -115,21 +129,24 @@ def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bon
         raise ValueError(f"weight has no meaning for {type(loss).__name__}.\nExpected None: all classes count alike.")
     if bonus_weight is None:
         return
-    if not isinstance(bonus_weight, Tensor):
-        raise TypeError(f"bonus_weight must be a Tensor or None, got {type(bonus_weight).__name__}")
-    if bonus_weight.layout != torch.strided:
-        raise RuntimeError(f"bonus_weight must be dense (torch.strided), got {bonus_weight.layout}")
     n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    if list(bonus_weight.shape) != [n_classes]:
-        raise RuntimeError(
-            f"bonus_weight must have shape [{n_classes}], one number a class, got {list(bonus_weight.shape)}"
-        )
-    if bonus_weight.dtype not in FLOATS:
-        raise RuntimeError(f"bonus_weight must have a floating point type, got {bonus_weight.dtype}")
-    if bonus_weight.device != input.device:
-        raise RuntimeError(f"bonus_weight must be on the device of input, {input.device}, got {bonus_weight.device}")
+    check_factor("bonus_weight", bonus_weight, f"have shape [{n_classes}], one number a class", [n_classes], input)
     if bonus_weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("bonus_weight must not require a gradient")
+
+
+def check_factor(name: str, x: Any, must: str, shape: Sequence[int], input: Tensor) -> None:
+    """Raise unless factors of the losses are a floating point tensor of the shape, on the device of the input."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name} must be dense (torch.strided), got {x.layout}")
+    if list(x.shape) != list(shape):
+        raise RuntimeError(f"{name} must {must}, got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise RuntimeError(f"{name} must have a floating point type, got {x.dtype}")
+    if x.device != input.device:
+        raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {x.device}")
 
 
 def check_reduction(reduction: Any) -> None:
@@ -186,24 +203,28 @@ def check_call(
 ) -> None:
     """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
     check_reduction(reduction)
-    fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
+    fault = _tensors(input, target, weight) or _shapes(input, target, ignore_index)
     fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
     if fault is None:
         return
+    raise_as_torch(
+        fault, cross_entropy, input, target, weight, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+def raise_as_torch(fault: str, function: Callable[..., Tensor], *inputs: Any, **options: Any) -> NoReturn:
+    """Raise what torch raises for the call, with the fault behind its first line."""
     try:
-        cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        function(*inputs, **options)
     except Exception as error:
         first_line = str(error).split("\n")[0]
         raise type(error)(f"{first_line}\n{fault}") from None
     raise RuntimeError(fault)
 
 
-def _types(input: Any, target: Any, weight: Any) -> str | None:
-    given = (
-        {"input": input, "target": target} if weight is None else {"input": input, "target": target, "weight": weight}
-    )
+def _tensors(input: Any, target: Any, weight: Any) -> str | None:
+    given = {"input": input, "target": target} | ({} if weight is None else {"weight": weight})
     for name, x in given.items():
         if not isinstance(x, Tensor):
             return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
@@ -212,15 +233,10 @@ def _types(input: Any, target: Any, weight: Any) -> str | None:
     if input.dtype not in FLOATS:
         swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
         return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
-    return None
-
-
-def _devices(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     device = input.device
-    if target.device != device:
-        return f"Expected target on the device of input, {device}, got {target.device}."
-    if weight is not None and weight.device != device:
-        return f"Expected weight on the device of input, {device}, got {weight.device}."
+    for name, x in given.items():
+        if x.device != device:
+            return f"Expected {name} on the device of input, {device}, got {x.device}."
     return None
 
 
