@@ -5,15 +5,35 @@ R is the time to read the logits once, W to write as much, at the copy bandwidth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, SMALL, Case
 from .losses import BARE, EAGER, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS, SCORING
 
 NOT_MEASURED = "not measured"
 DEPTHS = (1, 2, 3, 4)  # tiles in flight
-Time = Callable[[object, str, str], "float | None"]  # of a case, a loss and a mode, in ms
+
+
+class Times(NamedTuple):
+    """Times of a run, in ms."""
+
+    copy: float | None  # bandwidth, GB/s
+    by_name: dict[tuple[str, str, str], float]  # of a case, a loss and a mode
+
+    def ms(self, case: object, loss: str, mode: str) -> float | None:
+        return self.by_name.get((str(case), loss, mode))
+
+    def once(self, case: Case) -> float | None:
+        """Return R, which is also W: a copy counts bytes read and written."""
+        return case.n_bytes / self.copy / 1e6 if self.copy else None
+
+
+def measured(results: dict[str, Any]) -> Times:
+    """Return the medians that `python -m bench gpu` recorded."""
+    rows = [row for step in results["steps"].values() for row in step["rows"]]
+    copy = next((row["copy_gb_per_s"] for row in rows if row.get("copy_gb_per_s")), None)
+    return Times(copy, {(row["case"], row["loss"], row["mode"]): row["ms"][0] for row in rows if row.get("ms")})
 
 
 class Goal(NamedTuple):
@@ -38,8 +58,8 @@ class Goal(NamedTuple):
         return "met" if (self.value <= self.limit) == self.at_most or self.value == self.limit else "missed"
 
 
-def goals(ms: Time, once: Callable[[Case], float | None]) -> Iterator[Goal]:
-    """Yield the goals; ``once`` is R of a case, in ms."""
+def goals(times: Times) -> Iterator[Goal]:
+    ms, once = times.ms, times.once
 
     def over(what: str, case: object, a: str, b: str | float | None, mode: str, limit: float) -> Goal:
         under = ms(case, b, mode) if isinstance(b, str) else b
