@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Set
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -93,22 +94,6 @@ def quick_cases() -> list[Case]:
     return found + [Case(call, "bf16", *SHORT, "sm_90") for call in CALLS if ", " in call]
 
 
-class _Driver:
-    """What the JIT asks a driver before it compiles; a device number stands for each target."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
-
-    def get_current_device(self) -> int:
-        return list(TARGETS).index(self.target)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextlib.contextmanager
 def caught(target: str, catch: Callable[[JITFunction, tuple[Any, ...], Any, dict[str, Any]], None]) -> Iterator[None]:
     """Hand every launch to ``catch`` in place of a GPU."""
@@ -128,7 +113,12 @@ def caught(target: str, catch: Callable[[JITFunction, tuple[Any, ...], Any, dict
     held = [(module, name) for module in list(sys.modules.values()) if module.__name__.startswith("bonus_ops")
             for name in stand_ins if hasattr(module, name)]  # fmt: skip
     assert {name for _, name in held} == set(stand_ins)
-    triton.runtime.driver.set_active(_Driver(target))  # for good: this process compiles and runs nothing
+    driver = SimpleNamespace(  # what the JIT asks for before it compiles; a device number stands for each target
+        get_current_target=lambda: TARGETS[target],
+        get_current_device=lambda: list(TARGETS).index(target),
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)  # for good: this process compiles and runs nothing
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module, name in held:
