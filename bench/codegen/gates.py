@@ -60,11 +60,21 @@ def arrays(build: Build) -> int:
     return 1 + build["call"].startswith(READS_TWO)
 
 
+def loops(build: Build) -> list[dict[str, Any]]:
+    """Return the loops over whole vectors."""
+    return build["loops"] if by_vectors(build) else []
+
+
 def streaming(build: Build) -> list[dict[str, Any]]:
     """Return the loop of each sweep that most logits of a long row pass."""
     names = passes(build)
     most = next((name for name in ("full", "masked", "all") if name in names), None)
     return [loop for name, loop in zip(names, build["loops"], strict=True) if name == most]
+
+
+def timed(build: Build) -> bool:
+    """Return whether instructions are bounded: where times are predicted."""
+    return by_vectors(build) and (build["target"], build["dtype"]) == ("sm_90", "bf16")
 
 
 def no_spill(build: Build) -> str | None:
@@ -83,57 +93,43 @@ def registers(build: Build) -> str | None:
 
 
 def loads_of_128_bits(build: Build) -> str | None:
-    if by_elements(build) or on_amd(build) and by_vectors(build):
+    if by_elements(build) or on_amd(build) and by_vectors(build):  # loops apart, or not known
         wide = sum(code["loads"].get("128", 0) for code in build["loops"] or [build])
-        # of elements a whole tile and one that a mask cuts, each once; of rows a tile ahead of a loop and one in it
-        right = wide == arrays(build) if by_elements(build) else wide >= 2 * arrays(build)
-        return None if right else f"{wide} loads of 128 bits for {arrays(build)} arrays"
-    if not by_vectors(build):
-        return None
-    narrow = [loop["loads"] for loop in build["loops"] if set(loop["loads"]) != {"128"}]
+        return f"{wide} loads of 128 bits for {arrays(build)} arrays" if wide < arrays(build) else None
+    narrow = [loop["loads"] for loop in loops(build) if set(loop["loads"]) != {"128"}]
     return f"loads {narrow}" if narrow else None
 
 
 def stores_of_128_bits(build: Build) -> str | None:
-    if not by_vectors(build):
-        return None
-    bad = [
-        loop["stores"]
-        for loop in build["loops"]
-        if loop["stores"] and loop["stores"] != {"128": loop["loads"].get("128", 0) // arrays(build)}
-    ]
+    bad = [loop["stores"] for loop in loops(build)
+           if loop["stores"] and loop["stores"] != {"128": loop["loads"].get("128", 0) // arrays(build)}]  # fmt: skip
     return f"stores {bad}" if bad else None
 
 
 def each_logit_once(build: Build) -> str | None:
-    if not by_vectors(build):
-        return None
     most = CHUNK * arrays(build) * chunks(build)
-    bad = [loop["logits"] for loop in build["loops"] if loop["logits"] != most]
+    bad = [loop["logits"] for loop in loops(build) if loop["logits"] != most]
     return f"a turn reads {bad} logits, not {most}" if bad else None
 
 
 def one_exponential_a_logit(build: Build) -> str | None:
     """One a logit and, where nothing is written, one a lane to rescale; the power bonus of shares takes twice that."""
-    if not by_vectors(build):
-        return None
-    for loop in build["loops"]:
+    for loop in loops(build):
         most = (CHUNK * chunks(build) + (not loop["stores"])) * (1 + build["constants"].get("POWER", False))
         if loop["exp"] > most:
             return f"{loop['exp']} exponentials a turn, at most {most}"
     outside = build["exp"] - sum(loop["exp"] for loop in build["loops"])
-    return f"{outside} exponentials outside the loops" if outside > MOST_EXPONENTIALS else None
+    return f"{outside} outside the loops" if by_vectors(build) and outside > MOST_EXPONENTIALS else None
 
 
 def no_barrier_in_a_loop(build: Build) -> str | None:
-    if not by_vectors(build) and build["kernel"] != "sigmoid_sum_kernel":
-        return None
-    waits = [(loop["barriers"], loop["shuffles"]) for loop in build["loops"]]
+    of = build["loops"] if build["kernel"] == "sigmoid_sum_kernel" else loops(build)
+    waits = [(loop["barriers"], loop["shuffles"]) for loop in of]
     return f"barriers, shuffles {waits}" if any(map(any, waits)) else None
 
 
 def instructions_keep_up(build: Build) -> str | None:
-    if not by_vectors(build) or build["target"] != "sm_90" or build["dtype"] != "bf16":
+    if not timed(build):
         return None
     each = max(loop["instructions"] for loop in streaming(build)) / CHUNK / chunks(build)
     most = MOST_INSTRUCTIONS_OF.get(build["kernel"], MOST_INSTRUCTIONS)
@@ -143,8 +139,7 @@ def instructions_keep_up(build: Build) -> str | None:
 
 def loads_run_ahead(build: Build) -> str | None:
     """What a turn loads is used in the next: 80 instructions are some 300 ns of a multiprocessor that is kept busy."""
-    from_memory = build["kernel"] in ("forward_kernel", "partial_kernel", "backward_kernel")
-    if not by_vectors(build) or not from_memory or build["target"] != "sm_90" or build["dtype"] != "bf16":
+    if not timed(build) or build["kernel"] not in ("forward_kernel", "partial_kernel", "backward_kernel"):
         return None
     fewest = min(loop["ahead"] for loop in streaming(build))
     least = LEAST_AHEAD_LOSS_ALONE if build["call"] == "loss only" and shares_a_warp(build) else LEAST_AHEAD
@@ -152,16 +147,9 @@ def loads_run_ahead(build: Build) -> str | None:
 
 
 GATES: tuple[Callable[[Build], str | None], ...] = (
-    no_spill,
-    registers,
-    loads_of_128_bits,
-    stores_of_128_bits,
-    each_logit_once,
-    one_exponential_a_logit,
-    no_barrier_in_a_loop,
-    instructions_keep_up,
-    loads_run_ahead,
-)
+    no_spill, registers, loads_of_128_bits, stores_of_128_bits, each_logit_once, one_exponential_a_logit,
+    no_barrier_in_a_loop, instructions_keep_up, loads_run_ahead,
+)  # fmt: skip
 
 
 def failures(builds: Iterable[Build]) -> Iterator[str]:

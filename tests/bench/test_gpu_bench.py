@@ -24,7 +24,7 @@ def test_a_dry_run_passes_every_step_and_is_never_a_measurement():
     path = gpu.main(["--dry-run"], RESULTS, lambda: "a commit")
     results = json.loads(path.read_text())
     assert path.parent != RESULTS and results["dry"] and "nothing was measured" in path.with_suffix(".md").read_text()
-    assert {goal.verdict for goal in goals.goals(goals.measured(results))} == {goals.NOT_MEASURED}
+    assert {goal.outcome for goal in goals.goals(goals.measured(results))} == {goals.NOT_MEASURED}
     steps = results["steps"]
     assert list(steps) == list(gpu.LIMITS) and gpu.BUDGET_S < 480
     assert {step["status"] for step in steps.values()} <= {"done", "skipped"}, steps
@@ -97,21 +97,19 @@ def measured(slack, but=()):
 
 
 def test_goals_are_the_ratios_they_say():
-    for slack, expected in ((1.09, "met"), (1.26, "missed")):
-        of = {}
-        for goal in goals.goals(goals.measured(measured(slack))):
-            of.setdefault(goal.what, set()).add(goal.verdict)
-        assert of["forward with all scores / R"] == of["forward and backward / (2R + W)"] == {expected}
-        assert of["share of copy bandwidth, forward"] == of["all scores / loss alone, train"] == {"met"}
-        assert of["last layer with all scores / three bare products"] == {goals.NOT_MEASURED}
     others = (("depth 1", 1.0), ("depth 2", 0.9), ("depth 3", 0.97), (losses.HELD, 0.3))
     rows = [{"case": str(cases.LLAMA2), "loss": name, "mode": "train" if ms < 0.5 else "forward", "ms": 3 * [ms]}
             for name, ms in others]  # fmt: skip
-    results = measured(1.0, rows)
-    found = {(goal.what, goal.at): goal for goal in goals.goals(goals.measured(results))}
-    assert found["deeper prefetch / one tile", str(cases.LLAMA2)].outcome == "0.90"
-    held = found[f"{losses.HELD} / forward and backward", str(cases.LLAMA2)]
-    assert held.value == pytest.approx(0.3 / (3 * 8192 * 32000 * 2 / 4e9)) and held.verdict == "met"
+    results = measured(1.2, rows)
+    found = {(goal.what, goal.at): goal.outcome for goal in goals.goals(goals.measured(results))}
+    at = str(cases.LLAMA2)
+    assert found["forward with all scores / R", at] == found["forward and backward / (2R + W)", at] == "1.20"
+    assert found["share of copy bandwidth, forward", str(cases.FEW_ROWS)] == "0.83"
+    assert found["all scores / loss alone, train", at] == "1.00"
+    assert found["last layer with all scores / three bare products", str(cases.LAYERS[0])] == goals.NOT_MEASURED
+    assert found["deeper prefetch / one tile", at] == "0.90"
+    least = 3 * 1.2 * 8192 * 32000 * 2 / 4e9
+    assert found[f"{losses.HELD} / forward and backward", at] == f"{0.3 / least:.2f}"
     assert "| 8192 x 32000 bf16 | depth 3 | forward | 0.97 (0.97 to 0.97) |" in report.markdown(results)
 
 

@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from bench.codegen import gates, machine_code, predict, report
+from bench.codegen import gates, launches, machine_code, predict, report
 from bench.codegen.predict import MACHINES
 from tests.conftest import of_tested_compiler
 
@@ -26,26 +26,21 @@ def test_every_bound_is_kept(found):
 
 
 def test_nothing_is_missing(found):
-    """A gate over an empty list would pass."""
+    """A gate over an empty list would pass, and one that takes the loops of a sweep for others."""
     builds = found["builds"].values()
     assert {(x["kernel"], x["target"]) for x in builds} >= {
         (kernel, target)
         for kernel in ("forward_kernel", "partial_kernel", "merge_kernel", "backward_kernel", "forward_softmax_kernel")
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     }
-    soft = [f"{target}, {what}" for target in ("smoothing", "probabilities")
-            for what in ("forward", "one sweep", "backward")]  # fmt: skip
-    assert {x["call"] for x in builds} >= {*soft, "sigmoid, sum", "sigmoid, losses", "sigmoid, backward"}
+    assert {x["call"] for x in builds} == set(launches.CALLS) - {"loss only"}
     for x in builds:
-        if not gates.by_vectors(x) or gates.on_amd(x):
-            continue
-        sweeps = 1 + (x["kernel"] == "forward_softmax_kernel" or x["call"] in ("smoothing, forward",
-                                                                              "probabilities, forward"))  # fmt: skip
-        assert predict.passes(x) == ["full", "masked"] * sweeps or gates.shares_a_warp(x), gates.label(x)
-        backward = x["kernel"].endswith("backward_kernel")
-        assert [bool(x["loops"][at]["stores"]) for at in (0, -1)] == [
-            backward, backward or x["kernel"] == "forward_softmax_kernel"
-        ], gates.label(x)  # fmt: skip
+        if gates.by_vectors(x) and not gates.on_amd(x):
+            backward, softmax = x["kernel"].endswith("backward_kernel"), x["kernel"] == "forward_softmax_kernel"
+            sweeps = 1 + (softmax or x["call"] in ("smoothing, forward", "probabilities, forward"))
+            assert predict.passes(x) == ["full", "masked"] * sweeps or gates.shares_a_warp(x), gates.label(x)
+            stores = [bool(x["loops"][at]["stores"]) for at in (0, -1)]
+            assert stores == [backward, backward or softmax], gates.label(x)
 
 
 def a_build(found, call, kernel, target):
@@ -98,17 +93,6 @@ def test_a_streaming_row_is_bound_by_memory(found):
     halved = {key: x | {"registers": 128} for key, x in found["builds"].items()}
     normal, slower = (predict.predict(of["forward", 1000], x, MACHINES["H200"]) for x in (found["builds"], halved))
     assert (normal.kib_in_flight, slower.kib_in_flight) == (16, 8) and 1 < normal.over_roof < slower.over_roof
-
-
-def test_instructions_of_a_launch_by_hand():
-    """100 outside, 10 a full tile, 20 a masked one: 7 chunks over 2 lanes are 3 full tiles, one the label's, and 1.
-
-    The last full one is loaded ahead of the masked ones and goes with them.
-    """
-    loops = [{"instructions": n, "stores": {}} for n in (10, 20)]
-    build = {"kernel": "forward_kernel", "constants": {"ROWS": 1, "LANES": 2}, "loops": loops, "instructions": 130}
-    launch = {"programs": 3, "threads": 32, "constants": build["constants"]}
-    assert predict.instructions(build, launch, n_rows=3, n_classes=56) == 3 * 32 * (100 + 1 * 10 + 3 * 20)
 
 
 def test_the_page_has_every_build_and_goal(found, tmp_path):
