@@ -18,9 +18,11 @@ class Case(NamedTuple):
     shape: tuple[int, ...]  # of the logits, [N, C, ...]
     dtype: str = "bf16"
     cut: bool = False  # all but the last class of a tensor that has one more
+    shares: bool = False  # targets are probabilities
 
     def __str__(self) -> str:
-        return f"{' x '.join(map(str, self.shape))} {self.dtype}{', [:, :-1]' if self.cut else ''}"
+        more = ", [:, :-1]" * self.cut + ", probabilities" * self.shares
+        return f"{' x '.join(map(str, self.shape))} {self.dtype}{more}"
 
     @property
     def n_bytes(self) -> int:
@@ -32,7 +34,7 @@ class Case(NamedTuple):
         z = torch.randn(n, c + self.cut, *inner, device=device, dtype=DTYPES[self.dtype])[:, :c]
         y = torch.randint(c, (n, *inner), device=device)
         z.scatter_add_(1, y[:, None], 12 * torch.rand(n, 1, *inner, device=device).to(z.dtype))
-        return z.requires_grad_(), y
+        return z.requires_grad_(), (0.5 * z.detach()).softmax(1) if self.shares else y
 
 
 class Layer(NamedTuple):
@@ -65,8 +67,8 @@ ROWS = (CLASSES_1000, LLAMA2, GPT2, GPT2_PADDED, LLAMA3, Case((8192, 151936)), G
 PIXELS = Case((16, 21, 512, 512)), Case((8, 150, 256, 256)), Case((16, 21, 513, 513))
 CUT = Case((8192, 50257), cut=True)
 OTHER_DTYPES = tuple(Case(case.shape, dtype) for dtype in ("fp16", "fp32") for case in (LLAMA2, LLAMA3))
-LABELS = (*ROWS, *PIXELS, CUT, *OTHER_DTYPES)
+SMALL = Case((128, 10), "fp32"), Case((128, 1000), "fp32"), Case((1024, 1000), "fp32")
+LABELS = (*ROWS, *PIXELS, CUT, *OTHER_DTYPES, *SMALL)
 SLOW_STARTS = CLASSES_1000, LLAMA2, LLAMA3  # of what compiles for each shape
 TARGETS = CLASSES_1000, LLAMA2, PIXELS[0]  # that are no labels
-SMALL = Case((128, 10), "fp32"), Case((128, 1000), "fp32"), Case((1024, 1000), "fp32")
 LAYERS = Layer(8192, 4096, 128256), Layer(8192, 2304, 256000)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bonus_ops import (
+    bonus_binary_cross_entropy_with_logits,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
     difficulty_scores,
@@ -36,23 +37,32 @@ class Named(NamedTuple):
     """A loss of (logits, target), or of (hidden, weight, target)."""
 
     load: Callable[[], Loss]  # imports; raises where it cannot
-    bonus: bool = False  # the bonus loss, else plain cross-entropy
+    truth: Loss = F.cross_entropy  # of logits: what it must agree with, in float64
     modes: tuple[str, ...] = ("forward", "train")
     slow_start: bool = False  # compiles for each shape
     waits: bool = False  # for the GPU, so that no graph can hold it
     upstream: float = 0.5  # what backward starts from; not 1: a peer may do nothing then
 
 
+REFERENCE = functools.partial(bonus_cross_entropy, bonus=BONUS, implementation="reference")
+SIGMOID = functools.partial(bonus_binary_cross_entropy_with_logits, bonus=BONUS)
+SMOOTH = {"label_smoothing": 0.1}
+
+
+def _ours(z: Tensor, y: Tensor, **options: float) -> Tensor:
+    return bonus_cross_entropy_with_scores(z, y, bonus=BONUS, **options)[0]
+
+
 def _in_forward(way: str, num_warps: int | None = None) -> Named:
     of = "bench.gpu.experiments:InForward.apply"
-    return Named(lambda: lambda z, y: resolve_name(of)(z, y, way, num_warps), True, ("train",), upstream=1.0)
+    return Named(lambda: lambda z, y: resolve_name(of)(z, y, way, num_warps), REFERENCE, ("train",), upstream=1.0)
 
 
 IN_FORWARD = {HELD: _in_forward("held"), FROM_L2: _in_forward("from L2")}
 IN_FORWARD |= {f"{HELD}, {warps} warps": _in_forward("held", warps) for warps in (8, 32)}
 OF_LOGITS = {
-    OURS: Named(lambda: lambda z, y: bonus_cross_entropy_with_scores(z, y, bonus=BONUS)[0], True),
-    LOSS_ONLY: Named(lambda: lambda z, y: bonus_cross_entropy(z, y, bonus=BONUS), True),
+    OURS: Named(lambda: _ours, REFERENCE),
+    LOSS_ONLY: Named(lambda: functools.partial(bonus_cross_entropy, bonus=BONUS), REFERENCE),
     SCORING: Named(lambda: lambda z, y: difficulty_scores(z, y).loss.mean(), modes=("forward",)),
     EAGER: Named(lambda: F.cross_entropy),
     "Liger-Kernel": Named(lambda: resolve_name("liger_kernel.transformers:LigerCrossEntropyLoss")(), modes=("train",),
@@ -60,6 +70,19 @@ OF_LOGITS = {
     "QuACK": Named(lambda: functools.partial(resolve_name("quack.cross_entropy:cross_entropy"), reduction="mean"),
                    slow_start=True),
     COMPILED: Named(lambda: torch.compile(F.cross_entropy, dynamic=False), modes=("train",), slow_start=True),
+}  # fmt: skip
+OF_SMOOTHED = {
+    f"{OURS}, label smoothing": Named(lambda: functools.partial(_ours, **SMOOTH),
+                                      functools.partial(REFERENCE, **SMOOTH), ("train",)),
+    f"{EAGER}, label smoothing": Named(lambda: functools.partial(F.cross_entropy, **SMOOTH),
+                                       functools.partial(F.cross_entropy, **SMOOTH), ("train",)),
+}  # fmt: skip
+OF_SHARES = {  # of targets like the logits
+    OURS: Named(lambda: _ours, REFERENCE, ("train",)),
+    EAGER: Named(lambda: F.cross_entropy, modes=("train",)),
+    f"{OURS}, sigmoid": Named(lambda: SIGMOID, functools.partial(SIGMOID, implementation="reference"), ("train",)),
+    "F.binary_cross_entropy_with_logits": Named(lambda: F.binary_cross_entropy_with_logits,
+                                                F.binary_cross_entropy_with_logits, ("train",)),
 }  # fmt: skip
 
 
@@ -74,7 +97,7 @@ def _liger_layer() -> Loss:
 
 OF_LAYERS = {
     OURS: Named(lambda: lambda x, w, y: linear_bonus_cross_entropy_with_scores(x, w, y, bonus=BONUS, budget=BUDGET)[0],
-                True),
+                REFERENCE),
     EAGER: Named(lambda: _eager_layer),
     "F.linear_cross_entropy": Named(lambda: F.linear_cross_entropy),
     "Liger-Kernel": Named(_liger_layer),
@@ -89,8 +112,8 @@ def difference(it: Named, loss: Loss, inputs: tuple[Tensor, ...]) -> str | None:
     """Return what is wrong with a loss or its gradients against float64, or None; a NaN is wrong too."""
     *leaves, target = inputs
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    truth = bonus_cross_entropy(exact[0] if len(exact) == 1 else exact[0] @ exact[1].t(), target,
-                                bonus=BONUS if it.bonus else None, implementation="reference")  # fmt: skip
+    logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].t()
+    truth = it.truth(logits, target.double() if target.is_floating_point() else target)
     leaves = [x.detach().clone().requires_grad_() for x in leaves]  # a peer may write into its own
     value = loss(*leaves, target)
     errors = [float((value.detach().double() - truth.detach()).abs() / (1 + truth.detach().abs()))]

@@ -16,13 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from bonus_ops import bonus_binary_cross_entropy_with_logits, bonus_cross_entropy_with_scores
 
 from ..record import plain
 from . import cases, losses
-from .cases import BONUS, LLAMA2, LLAMA3, Case, Layer
+from .cases import LLAMA2, LLAMA3, Case, Layer
 from .goals import DEPTHS
 from .losses import OURS, Loss, Named
 
@@ -131,15 +128,6 @@ def call(loss: Loss, mode: str, upstream: float, *inputs: Tensor) -> Call:
 
 
 CHECKED = Case((16, 1000), "fp32")
-OTHERS = {  # of (logits, labels, probabilities)
-    "label smoothing 0.1": (
-        lambda z, y, t: bonus_cross_entropy_with_scores(z, y, bonus=BONUS, label_smoothing=0.1)[0],
-        lambda z, y, t: F.cross_entropy(z, y, label_smoothing=0.1)),
-    "probabilities": (lambda z, y, t: bonus_cross_entropy_with_scores(z, t, bonus=BONUS)[0],
-                      lambda z, y, t: F.cross_entropy(z, t)),
-    "sigmoid": (lambda z, y, t: bonus_binary_cross_entropy_with_logits(z, t, bonus=BONUS),
-                lambda z, y, t: F.binary_cross_entropy_with_logits(z, t)),
-}  # fmt: skip
 
 
 def speed(timer: Timer) -> None:
@@ -148,24 +136,15 @@ def speed(timer: Timer) -> None:
     copied = timer.ms(functools.partial(torch.empty_like(one).copy_, one))
     timer.add({"copy_gb_per_s": copied and 2 * one.nbytes / copied[0] / 1e6})
     timer.losses({name: x for name, x in losses.OF_LOGITS.items() if not x.slow_start}, cases.LABELS, CHECKED)
-    for what, pair in OTHERS.items():
-        for name, loss in zip((OURS, losses.EAGER), pair, strict=True):
-            for case in cases.TARGETS:
-                of = functools.partial(call_of_shares, loss)
-                timer.row(f"{case}, {what}", name, "train", functools.partial(timer.in_turn, case, of))
-    named = {name: losses.OF_LOGITS[name] for name in (OURS, losses.LOSS_ONLY, losses.EAGER)}
-    timer.losses(named, cases.SMALL, CHECKED)
+    timer.losses(losses.OF_SMOOTHED, cases.TARGETS, CHECKED)
+    shares = [case._replace(shares=True) for case in (CHECKED, *cases.TARGETS)]
+    timer.losses(losses.OF_SHARES, shares[1:], shares[0])
     for case in cases.SMALL:
-        for name, it in named.items():
-            run = call(it.load(), "train", 0.5, *case.inputs(timer.device))
+        for name in (OURS, losses.LOSS_ONLY, losses.EAGER):
+            run = call(losses.OF_LOGITS[name].load(), "train", 0.5, *case.inputs(timer.device))
             timer.row(case, name, "host", lambda run=run: {"ms": timer.host_ms(run)})
     # last, since they compile for seconds, and one that crashes takes nothing with it
     timer.losses({name: x for name, x in losses.OF_LOGITS.items() if x.slow_start}, cases.SLOW_STARTS, CHECKED)
-
-
-def call_of_shares(loss: Callable[..., Tensor], z: Tensor, y: Tensor) -> Call:
-    shares = z.detach().softmax(1)
-    return call(lambda z, y: loss(z, y, shares), "train", 0.5, z, y)
 
 
 def linear(timer: Timer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ def test_a_dry_run_passes_every_step_and_is_never_a_measurement():
     assert {step["status"] for step in steps.values()} <= {"done", "skipped"}, steps
     rows = [row for step in steps.values() for row in step["rows"]]
     timed = {(row["case"], row["loss"], row["mode"]) for row in rows if "ms" in row}
-    for case in (*cases.LABELS, *cases.SMALL):
+    for case in cases.LABELS:
         assert {(str(case), losses.OURS, mode) for mode in ("forward", "train")} <= timed
     for layer in cases.LAYERS:
         assert {(str(layer), name, "train") for name in (losses.OURS, losses.BARE, losses.EAGER)} <= timed
@@ -70,20 +69,6 @@ def test_a_wrong_loss_is_not_timed(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="not timed") if name != "a peer" else contextlib.nullcontext():
             steps.main("speed", str(tmp_path / "rows"), "cpu")
     assert (tmp_path / "rows").read_text().count("wrong result") == 2
-
-
-def test_a_call_leaves_nothing_to_the_garbage_collector():
-    """A cycle would hold the gradients of every call until it runs."""
-    calls = [steps.call(losses.OF_LOGITS[name].load(), "train", 0.5, *cases.Case((3, 10), "fp32").inputs("cpu"))
-             for name in (losses.OURS, losses.LOSS_ONLY)]  # fmt: skip
-    for call in calls:
-        call()
-    gc.collect()
-    gc.disable()
-    try:
-        assert [call() for call in calls] and gc.collect() == 0
-    finally:
-        gc.enable()
 
 
 def measured(slack, but=()):
