@@ -137,7 +137,9 @@ class Launch(NamedTuple):
 def of(case: Case, keys: Set[str] = frozenset()) -> list[tuple[Launch, Any]]:
     """Return what a call would launch, in order, and of each key asked for what it compiles to."""
     found: list[tuple[Launch, Any]] = []
-    step, scale, run = _step(case), case.n_rows // planned_rows(case), JITFunction.run
+    # elements in a row count no rows: how many a program takes depends on all of them
+    n_rows = case.n_rows if case.call.startswith("sigmoid") else min(case.n_rows, PLANNED_ROWS)
+    step, scale, run = _step(case, n_rows), case.n_rows // n_rows, JITFunction.run
 
     def catch(kernel: JITFunction, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
         threads = kwargs["num_warps"] * TARGETS[case.target].warp_size
@@ -153,15 +155,10 @@ def of(case: Case, keys: Set[str] = frozenset()) -> list[tuple[Launch, Any]]:
     return found
 
 
-def planned_rows(case: Case) -> int:
-    # elements in a row count no rows: how many a program takes depends on all of them
-    return case.n_rows if case.call.startswith("sigmoid") else min(case.n_rows, PLANNED_ROWS)
-
-
-def _step(case: Case) -> Callable[[], object]:
+def _step(case: Case, n_rows: int) -> Callable[[], object]:
     """Return what is caught: a forward, or a backward alone."""
     loss, options = CALLS[case.call]
-    n_rows, backward = planned_rows(case), case.call.endswith("backward")
+    backward = case.call.endswith("backward")
     flat = torch.empty(n_rows * case.n_classes + case.offset, dtype=DTYPES[case.dtype])
     z = flat[case.offset :].view(n_rows, case.n_classes).requires_grad_(backward)
     y = torch.empty_like(z) if case.call.startswith(READS_TWO) else torch.zeros(n_rows, dtype=torch.int64)

@@ -29,14 +29,10 @@ class Machine(NamedTuple):
 
     multiprocessors: int
     clock_ghz: float
-    tb_per_s: float
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.tb_per_s * 1e12 * REACHABLE
+    bytes_per_s: float
 
 
-MACHINES = {"H100": Machine(132, 1.98, 3.35), "H200": Machine(132, 1.98, 4.8)}  # SXM
+MACHINES = {"H100": Machine(132, 1.98, 3.35e12 * REACHABLE), "H200": Machine(132, 1.98, 4.8e12 * REACHABLE)}  # SXM
 
 
 def passes(build: dict[str, Any]) -> list[str]:
