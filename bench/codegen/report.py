@@ -21,7 +21,8 @@ offline compiles: no GPU, no timing. Times are predictions. {{n}} kernels, bound
 
 ## Predicted times, bf16
 
-{predict.REACHABLE:.0%} of the data sheet's bandwidth, {predict.LAUNCH_US:g} us a launch, {predict.LATENCY_NS:g} ns a load; pessimistic, see
+{predict.REACHABLE:.0%} of the data sheet's bandwidth, {predict.LAUNCH_US:g} us a launch, {predict.LATENCY_NS:g} ns \
+a load; pessimistic, see
 `bench/codegen/predict.py`. "forward" is with all scores. R is the time to read the logits once, the roof that to move
 what the call must.
 """

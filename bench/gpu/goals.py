@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, SMALL, Case
-from .losses import BARE, EAGER, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS, SCORING
+from .losses import BARE, EAGER, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS
 
 NOT_MEASURED = "not measured"
 DEPTHS = (1, 2, 3, 4)  # tiles in flight
@@ -81,7 +81,7 @@ def goals(times: Times) -> Iterator[Goal]:
         for peer in list(OF_LAYERS)[1:]:
             yield over(f"last layer with all scores / {peer}", layer, OURS, peer, "train", 1.0)
     for peer in OF_LOGITS:
-        if peer not in (OURS, LOSS_ONLY, SCORING):
+        if peer not in (OURS, LOSS_ONLY):
             for case in (CLASSES_1000, LLAMA2, LLAMA3):
                 yield over(f"forward and backward with all scores / {peer}", case, OURS, peer, "train", 1.0)
 

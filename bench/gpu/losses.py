@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,94 +18,94 @@ from bonus_ops import (
     bonus_binary_cross_entropy_with_logits,
     bonus_cross_entropy,
     bonus_cross_entropy_with_scores,
-    difficulty_scores,
     linear_bonus_cross_entropy_with_scores,
 )
 
 from .cases import BONUS
 
-OURS, LOSS_ONLY, SCORING, EAGER, COMPILED = (
-    "ours", "ours, loss only", "ours, scores alone", "F.cross_entropy", "F.cross_entropy, compiled",
-)  # fmt: skip
+OURS, LOSS_ONLY, EAGER, COMPILED = "ours", "ours, loss only", "F.cross_entropy", "F.cross_entropy, compiled"
 HELD, FROM_L2 = "ours, row held in registers", "ours, gradient in forward"
 BARE = "three bare products"
 BUDGET = 1 << 30  # bytes, of our last layer
 Loss = Callable[..., Tensor]
 
 
+TRAIN = ("train",)
+REFERENCE = functools.partial(bonus_cross_entropy, bonus=BONUS, implementation="reference")
+SIGMOID = functools.partial(bonus_binary_cross_entropy_with_logits, bonus=BONUS)
+PLAIN_SIGMOID = F.binary_cross_entropy_with_logits
+SMOOTH = {"label_smoothing": 0.1}
+
+
 class Named(NamedTuple):
     """A loss of (logits, target), or of (hidden, weight, target)."""
 
-    load: Callable[[], Loss]  # imports; raises where it cannot
+    loss: Loss | str  # by name it is imported where it is asked for
     truth: Loss = F.cross_entropy  # of logits: what it must agree with, in float64
+    options: dict[str, Any] = {}
     modes: tuple[str, ...] = ("forward", "train")
+    compiled: bool = False
     slow_start: bool = False  # compiles for each shape
     waits: bool = False  # for the GPU, so that no graph can hold it
     upstream: float = 0.5  # what backward starts from; not 1: a peer may do nothing then
 
-
-REFERENCE = functools.partial(bonus_cross_entropy, bonus=BONUS, implementation="reference")
-SIGMOID = functools.partial(bonus_binary_cross_entropy_with_logits, bonus=BONUS)
-SMOOTH = {"label_smoothing": 0.1}
+    def load(self) -> Loss:
+        loss = resolve_name(self.loss) if isinstance(self.loss, str) else self.loss
+        return torch.compile(loss, dynamic=False) if self.compiled else functools.partial(loss, **self.options)
 
 
 def _ours(z: Tensor, y: Tensor, **options: float) -> Tensor:
     return bonus_cross_entropy_with_scores(z, y, bonus=BONUS, **options)[0]
 
 
-def _in_forward(way: str, num_warps: int | None = None) -> Named:
-    of = "bench.gpu.experiments:InForward.apply"
-    return Named(lambda: lambda z, y: resolve_name(of)(z, y, way, num_warps), REFERENCE, ("train",), upstream=1.0)
+def _in_forward(z: Tensor, y: Tensor, way: str, num_warps: int | None = None) -> Tensor:
+    return resolve_name("bench.gpu.experiments:InForward.apply")(z, y, way, num_warps)
 
 
-IN_FORWARD = {HELD: _in_forward("held"), FROM_L2: _in_forward("from L2")}
-IN_FORWARD |= {f"{HELD}, {warps} warps": _in_forward("held", warps) for warps in (8, 32)}
-OF_LOGITS = {
-    OURS: Named(lambda: _ours, REFERENCE),
-    LOSS_ONLY: Named(lambda: functools.partial(bonus_cross_entropy, bonus=BONUS), REFERENCE),
-    SCORING: Named(lambda: lambda z, y: difficulty_scores(z, y).loss.mean(), modes=("forward",)),
-    EAGER: Named(lambda: F.cross_entropy),
-    "Liger-Kernel": Named(lambda: resolve_name("liger_kernel.transformers:LigerCrossEntropyLoss")(), modes=("train",),
-                          waits=True),
-    "QuACK": Named(lambda: functools.partial(resolve_name("quack.cross_entropy:cross_entropy"), reduction="mean"),
-                   slow_start=True),
-    COMPILED: Named(lambda: torch.compile(F.cross_entropy, dynamic=False), modes=("train",), slow_start=True),
-}  # fmt: skip
-OF_SMOOTHED = {
-    f"{OURS}, label smoothing": Named(lambda: functools.partial(_ours, **SMOOTH),
-                                      functools.partial(REFERENCE, **SMOOTH), ("train",)),
-    f"{EAGER}, label smoothing": Named(lambda: functools.partial(F.cross_entropy, **SMOOTH),
-                                       functools.partial(F.cross_entropy, **SMOOTH), ("train",)),
-}  # fmt: skip
-OF_SHARES = {  # of targets like the logits
-    OURS: Named(lambda: _ours, REFERENCE, ("train",)),
-    EAGER: Named(lambda: F.cross_entropy, modes=("train",)),
-    f"{OURS}, sigmoid": Named(lambda: SIGMOID, functools.partial(SIGMOID, implementation="reference"), ("train",)),
-    "F.binary_cross_entropy_with_logits": Named(lambda: F.binary_cross_entropy_with_logits,
-                                                F.binary_cross_entropy_with_logits, ("train",)),
-}  # fmt: skip
+def _our_layer(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return linear_bonus_cross_entropy_with_scores(x, w, y, bonus=BONUS, budget=BUDGET)[0]
 
 
 def _eager_layer(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(x @ w.t(), y)
 
 
-def _liger_layer() -> Loss:
-    loss = resolve_name("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")()
-    return lambda x, w, y: loss(w, x, y)
-
-
-OF_LAYERS = {
-    OURS: Named(lambda: lambda x, w, y: linear_bonus_cross_entropy_with_scores(x, w, y, bonus=BONUS, budget=BUDGET)[0],
-                REFERENCE),
-    EAGER: Named(lambda: _eager_layer),
-    "F.linear_cross_entropy": Named(lambda: F.linear_cross_entropy),
-    "Liger-Kernel": Named(_liger_layer),
-    "Cut Cross-Entropy": Named(lambda: resolve_name("cut_cross_entropy:linear_cross_entropy")),
-    "QuACK": Named(lambda: functools.partial(
-        resolve_name("quack.linear_cross_entropy:chunked_linear_cross_entropy"), tuned=False)),  # tuning takes minutes
-    COMPILED: Named(lambda: torch.compile(_eager_layer, dynamic=False)),
+IN_FORWARD = {
+    name: Named(_in_forward, REFERENCE, options, TRAIN, upstream=1.0)
+    for name, options in {
+        HELD: {"way": "held"}, FROM_L2: {"way": "from L2"},
+        **{f"{HELD}, {warps} warps": {"way": "held", "num_warps": warps} for warps in (8, 32)},
+    }.items()
 }  # fmt: skip
+LIGER = "liger_kernel.transformers.functional"
+OF_LOGITS = {
+    OURS: Named(_ours, REFERENCE),
+    LOSS_ONLY: Named(bonus_cross_entropy, REFERENCE, {"bonus": BONUS}),
+    EAGER: Named(F.cross_entropy),
+    "Liger-Kernel": Named(f"{LIGER}:liger_cross_entropy", modes=TRAIN, waits=True),
+    "QuACK": Named("quack.cross_entropy:cross_entropy", options={"reduction": "mean"}, slow_start=True),
+    COMPILED: Named(F.cross_entropy, modes=TRAIN, compiled=True, slow_start=True),
+}
+OF_SMOOTHED = {
+    f"{OURS}, label smoothing": Named(_ours, functools.partial(REFERENCE, **SMOOTH), SMOOTH, TRAIN),
+    f"{EAGER}, label smoothing": Named(F.cross_entropy, functools.partial(F.cross_entropy, **SMOOTH), SMOOTH, TRAIN),
+}
+OF_SHARES = {  # of targets like the logits
+    OURS: Named(_ours, REFERENCE, modes=TRAIN),
+    EAGER: Named(F.cross_entropy, modes=TRAIN),
+    f"{OURS}, sigmoid": Named(SIGMOID, functools.partial(SIGMOID, implementation="reference"), modes=TRAIN),
+    "F.binary_cross_entropy_with_logits": Named(PLAIN_SIGMOID, PLAIN_SIGMOID, modes=TRAIN),
+}
+OF_LAYERS = {
+    OURS: Named(_our_layer, REFERENCE),
+    EAGER: Named(_eager_layer),
+    "F.linear_cross_entropy": Named("torch.nn.functional:linear_cross_entropy"),
+    "Liger-Kernel": Named(f"{LIGER}:liger_fused_linear_cross_entropy"),
+    "Cut Cross-Entropy": Named("cut_cross_entropy:linear_cross_entropy"),
+    # tuning takes minutes
+    "QuACK": Named("quack.linear_cross_entropy:chunked_linear_cross_entropy", options={"tuned": False}),
+    COMPILED: Named(_eager_layer, compiled=True),
+}
 
 
 def difference(it: Named, loss: Loss, inputs: tuple[Tensor, ...]) -> str | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import benchmark
 
 from ..record import plain
 from . import cases, losses
@@ -46,17 +46,13 @@ class Timer:
         bench = do_bench_cudagraph if by_graph else functools.partial(do_bench, rep=300)
         return bench(run, quantiles=[0.5, 0.2, 0.8])
 
-    def host_ms(self, run: Call, n: int = 300) -> list[float] | None:
-        """Return what a call takes before the GPU is waited for, of rounds that it keeps up with."""
-        rounds = []
-        for _ in range(8 if self.on_gpu else 1):
-            start = time.perf_counter()
-            for _ in range(n if self.on_gpu else 1):
-                run()
-            rounds.append((time.perf_counter() - start) / n * 1e3)
-            if self.on_gpu:
-                torch.cuda.synchronize()
-        return [sorted(rounds[1:])[i] for i in (3, 1, 5)] if self.on_gpu else None
+    def host_ms(self, run: Call) -> list[float] | None:
+        """Return what a call takes that is over before the next is launched: a small one, the host's time."""
+        if not self.on_gpu:
+            run()
+            return None
+        times = torch.tensor(benchmark.Timer("run()", globals={"run": run}).blocked_autorange().times)
+        return (1e3 * times.quantile(torch.tensor([0.5, 0.2, 0.8]).to(times))).tolist()
 
     def peak(self, run: Call) -> dict[str, float]:
         """Return the most memory that a call holds beside what was there."""
@@ -73,9 +69,8 @@ class Timer:
         if self.on_gpu:
             n = min(1 + 4 * torch.cuda.get_device_properties(0).L2_cache_size // case.n_bytes, 64)
         calls = [of(*case.inputs(self.device)) for _ in range(n)]
-        memory = self.peak(calls[0])
         times = self.ms(lambda: [call() for call in calls], by_graph and isinstance(case, Case))
-        return {"ms": times and [t / n for t in times]} | memory
+        return {"ms": times and [t / n for t in times]} | self.peak(calls[0])
 
     def row(self, case: object, name: str, mode: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Add a line of what ``measure`` returns, or why it could not."""
@@ -117,14 +112,8 @@ def call(loss: Loss, mode: str, upstream: float, *inputs: Tensor) -> Call:
     *leaves, target = inputs
     if mode == "forward":
         return torch.no_grad()(lambda: loss(*(x.detach() for x in leaves), target))
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    starts = {dtype: torch.full((), upstream, device=target.device, dtype=dtype) for dtype in dtypes}
-
-    def train() -> object:
-        value = loss(*leaves, target)
-        return torch.autograd.grad(value, leaves, starts[value.dtype])
-
-    return train
+    start = torch.full_like(loss(*leaves, target), upstream)  # made here, or its kernel would be timed
+    return lambda: torch.autograd.grad(loss(*leaves, target), leaves, start)
 
 
 CHECKED = Case((16, 1000), "fp32")

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import gpu
-from bench.gpu import cases, goals, losses, report, steps
+from bench.gpu import cases, goals, losses, steps
 
 pytest.importorskip("triton")
 RESULTS = Path(__file__).resolve().parents[2] / "bench/results"
@@ -56,9 +56,10 @@ def test_a_step_that_hangs_or_fails_keeps_its_rows(monkeypatch):
 
 def test_a_wrong_loss_is_not_timed(monkeypatch, tmp_path):
     """Nor is one that is absent; if it is ours, its step fails."""
-    right, off = losses.Named(lambda: F.cross_entropy), losses.Named(lambda: lambda z, y: 1.01 * F.cross_entropy(z, y))
-    nan = losses.Named(lambda: lambda z, y: float("nan") * F.cross_entropy(z, y))
-    named = {"right": right, "off": off, "nan": nan, "absent": losses.Named(lambda: __import__("no_such_package"))}
+    off = losses.Named(lambda z, y: 1.01 * F.cross_entropy(z, y))
+    nan = losses.Named(lambda z, y: float("nan") * F.cross_entropy(z, y))
+    absent = losses.Named("no_such_package:loss")
+    named = {"right": losses.Named(F.cross_entropy), "off": off, "nan": nan, "absent": absent}
     rows = []
     assert set(steps.Timer("cpu", rows.append).load(named, cases.SMALL[0].inputs("cpu"))) == {"right"}
     why = {row["loss"]: row["skipped"] for row in rows}
@@ -95,7 +96,7 @@ def test_goals_are_the_ratios_they_say():
     assert found["deeper prefetch / one tile", at] == "0.90"
     least = 3 * 1.2 * 8192 * 32000 * 2 / 4e9
     assert found[f"{losses.HELD} / forward and backward", at] == f"{0.3 / least:.2f}"
-    assert "| 8192 x 32000 bf16 | depth 3 | forward | 0.97 (0.97 to 0.97) |" in report.markdown(results)
+    assert "| 8192 x 32000 bf16 | depth 3 | forward | 0.97 (0.97 to 0.97) |" in gpu.markdown(results)
 
 
 def test_without_a_device_it_says_so(monkeypatch, tmp_path):
