@@ -85,14 +85,11 @@ def test_a_gate_sees_its_fault(found, gate, call, fault):
 
 
 def test_a_streaming_row_is_bound_by_memory(found):
-    """The promise in numbers: on an H200 a long row costs its bytes; with fewer bytes in flight it takes longer."""
+    """The promise in numbers: on an H200 a long row costs its bytes, forward and backward."""
     of = {(x["call"], x["n_classes"]): x for x in found["cases"] if (x["dtype"], x["target"]) == ("bf16", "sm_90")}
     for call in ("forward", "backward"):
         predicted = predict.predict(of[call, 32000], found["builds"], MACHINES["H200"])
         assert predicted.once_ms == pytest.approx(8192 * 32000 * 2 / 4.32e9) and 1 < predicted.over_roof < 1.1
-    halved = {key: x | {"registers": 128} for key, x in found["builds"].items()}
-    normal, slower = (predict.predict(of["forward", 1000], x, MACHINES["H200"]) for x in (found["builds"], halved))
-    assert (normal.kib_in_flight, slower.kib_in_flight) == (16, 8) and 1 < normal.over_roof < slower.over_roof
 
 
 def test_the_page_has_every_build_and_goal(found, tmp_path):
