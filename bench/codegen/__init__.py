@@ -37,10 +37,9 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
         print(json.dumps(results))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "codegen.md").write_text(report.markdown(results, results_folder))
-    print(
-        f"{options.out / 'codegen.md'}: {len(results['builds'])} kernels, {len(wrong)} bounds missed", *wrong, sep="\n"
-    )
+    path = options.out / "codegen.md"
+    path.write_text(report.markdown(results, results_folder))
+    print(f"written: {path}; {len(results['builds'])} kernels, {len(wrong)} bounds missed", *wrong, sep="\n")
     sys.exit(bool(wrong))
 
 
