@@ -93,9 +93,10 @@ def registers(build: Build) -> str | None:
 
 
 def loads_of_128_bits(build: Build) -> str | None:
-    if by_elements(build) or on_amd(build) and by_vectors(build):  # loops apart, or not known
+    if by_elements(build) or on_amd(build) and by_vectors(build):  # of long rows ahead of the loop and in it
         wide = sum(code["loads"].get("128", 0) for code in build["loops"] or [build])
-        return f"{wide} loads of 128 bits for {arrays(build)} arrays" if wide < arrays(build) else None
+        fewest = arrays(build) * chunks(build) * (1 if by_elements(build) or shares_a_warp(build) else 2)
+        return f"{wide} loads of 128 bits, at least {fewest}" if wide < fewest else None
     narrow = [loop["loads"] for loop in loops(build) if set(loop["loads"]) != {"128"}]
     return f"loads {narrow}" if narrow else None
 

@@ -18,7 +18,7 @@ TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bi
 LABEL = r"^(\.L_\w+):"
 INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*)"
 BRANCH = r"^BRA(?!\.DIV).*`\((\.L_\w+)\)"
-LOAD, STORE, END = r"LDG|global_load|buffer_load", r"STG|global_store|buffer_store", r"EXIT"
+LOAD, STORE, END = r"LDG|(global|buffer|flat)_load", r"STG|(global|buffer|flat)_store", r"EXIT"
 COUNTED = {"exp": r"MUFU\.EX2", "barriers": r"BAR", "shuffles": r"SHFL|LDS|STS", "spills": r"LDL|STL"}
 
 
