@@ -51,6 +51,8 @@ def check_bonus(bonus: Any) -> None:
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
         )
+    if isinstance(bonus.kernel, str) and kind.__module__.startswith("bonus_ops.losses."):
+        return  # its fields were checked when it was made
     loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
     # a frozen one that passed passes again; the fields of another may change, and the compiler warns of caches
     changes = type(loss).__hash__ in (None, object.__hash__)
@@ -106,12 +108,16 @@ _checked_once = functools.lru_cache(maxsize=256)(_check_fields)
 
 def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:
     """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
+    if bonus_smoothing is None:
+        return label_smoothing
     check_number("bonus_cross_entropy", "bonus_smoothing", bonus_smoothing, "[0, 1] or None")
-    return label_smoothing if bonus_smoothing is None else float(bonus_smoothing)
+    return float(bonus_smoothing)
 
 
 def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
     """Raise for options of the bonus that the loss or the input cannot have."""
+    if bonus_smoothing is bonus_weight is weight is None:
+        return
     given = [n for n, x in (("bonus_smoothing", bonus_smoothing), ("bonus_weight", bonus_weight)) if x is not None]
     loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
     if given and not isinstance(loss, Bonus):
@@ -218,33 +224,35 @@ def raise_as_torch(fault: str, function: Callable[..., Tensor], *inputs: Any, **
 
 
 def _tensors(input: Any, target: Any, weight: Any) -> str | None:
-    for name, x in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(x, Tensor) and not (name == "weight" and x is None):
+    given = {"input": input, "target": target} | ({} if weight is None else {"weight": weight})
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
             return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
-        if isinstance(x, Tensor) and x.layout != torch.strided:
+        if x.layout is not torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:
         swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
         return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
-    for name, x in (("target", target), ("weight", weight)):
-        if x is not None and x.device != input.device:
-            return f"Expected {name} on the device of input, {input.device}, got {x.device}."
+    device = input.device
+    for name, x in given.items():
+        if x.device != device:
+            return f"Expected {name} on the device of input, {device}, got {x.device}."
     return None
 
 
 def _shapes(input: Tensor, target: Tensor, ignore_index: int) -> str | None:
-    if input.dim() == 0:
+    shape, of_target = input.shape, target.shape
+    if len(shape) == 0:
         return "Expected input [C], [N, C] or [N, C, d1, ...], got shape []."
-    if input.shape == target.shape:
+    if shape == of_target:
         if not target.is_floating_point():
             return (
                 f"Expected probabilities of a floating point type for a target shaped like input, got {target.dtype}."
             )
         return "Expected class indices as target where ignore_index is set." if ignore_index >= 0 else None
-    expected = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
-    if list(target.shape) != expected and not (input.dim() == 1 and list(target.shape) == [1]):
-        shape = list(input.shape)
-        return f"Expected target of shape {expected} for input of shape {shape}, got {list(target.shape)}."
+    expected = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    if of_target != expected and not (len(shape) == 1 and of_target == (1,)):
+        return f"Expected target of shape {list(expected)} for input of shape {list(shape)}, got {list(of_target)}."
     if target.dtype not in (torch.int64, torch.uint8):
         return f"Expected class indices of int64 or uint8, got {target.dtype}."
     return None

@@ -198,7 +198,7 @@ FAULTS = (
         seen_in="linkedin/Liger-Kernel #305",
     ),
     Fault(
-        "labels out of range are not refused", "bonus_ops/reference.py", "check_target", (branch, False),
+        "labels out of range are not refused", "bonus_ops/ops/labels.py", "counted", (branch, False),
         "tests/api/test_errors.py::test_class_and_first_line_are_those_of_torch[plain-label C]", (2, 2),
         "pytorch/pytorch #135546, #66872",
     ),

@@ -23,7 +23,7 @@ from ..losses import GapLoss, decode, encode
 from ..scores import Scores
 from ..watchers import is_plain_eager
 from . import room
-from .made import MadeInForward, Tensors, Visited
+from .made import MadeInForward, Tensors
 
 __all__ = ["WAYS", "Result", "counted", "softmax"]
 
@@ -55,8 +55,8 @@ def _by_loops(call: Call) -> Result:
         return _by_rows(call)
     weight = call.row_weight()
     loss = cast(GapLoss, call.loss).current
-    visit = _Visit(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options)
-    total, *columns = MadeInForward.apply(call.input, visit, call.target, weight)  # type: ignore[no-untyped-call]
+    of = _Labels(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options, call.dtype)
+    total, *columns = _ReducedByLoops.apply(call.input, of, call.target, weight)  # type: ignore[no-untyped-call]
     return _result(call, total, (*columns[0].unbind(), columns[1]) if columns else None, None)
 
 
@@ -141,41 +141,15 @@ def counted(target: Tensor, n_classes: int, ignore_index: int) -> int:
     return n
 
 
-class _Visit(NamedTuple):
-    """A reduced loss of labels for `MadeInForward`; operands are the target [N] and weights of rows [N] or None."""
+class _Labels(NamedTuple):
+    """The options of a reduced loss."""
 
     ignore_index: int
     loss: GapLoss
     scores: bool
     mean: bool
     options: LogitOptions
-
-    def visit(self, input: Tensor, operands: Tensors) -> Visited:
-        logits, (target, weight) = _rows(input), operands
-        assert target is not None
-        loops, n_classes = room("numba", "labels"), logits.shape[-1]
-        n = counted(target, n_classes, self.ignore_index)
-        halves = logits.dtype.itemsize == 2
-        upstream: Any = (1 / n if n else 0.0) if self.mean else 1.0
-        if weight is not None:
-            upstream = weight / weight.sum() if self.mean else weight
-            upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
-        z_factor = self.options.z_loss / max(n, 1) if self.mean else self.options.z_loss
-        save = halves or z_factor != 0
-        out = loops.visit(
-            logits, target, self.ignore_index, self.loss, self.scores, upstream, save, self.options, z_factor
-        )
-        if weight is not None:
-            total = (out.loss * weight).sum()
-            total = total / weight.sum() if self.mean else total
-        else:
-            total = loops.total(out.loss, n if self.mean else 1)
-        if out.lse is not None:
-            total = total + out.lse.square().sum() * z_factor
-        others = (out.scores, out.runner_up) if self.scores else ()
-        kept = (None if weight is None else upstream, out.saved, out.lse)
-        scales = (upstream if weight is None else 1.0, z_factor)
-        return Visited(total, others, _undone(out.grad, input), kept, scales)
+    dtype: torch.dtype  # of the loss, which is rounded last
 
     def again(self, input: Tensor, operands: Tensors, kept: Tensors, scales: Any, factor: Tensor) -> Tensor:
         logits, target, (upstream, saved, lse) = _rows(input), operands[0], kept
@@ -204,6 +178,34 @@ class _Visit(NamedTuple):
         return as_input(
             _gradient(logits, target, upstream, grad_lse, self.ignore_index, self.loss, self.options), input
         )
+
+
+class _ReducedByLoops(MadeInForward):
+    """Reduced loss of labels [N] with weights of rows [N] or None; with ``of.scores`` also scores and runner-up."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, of: _Labels, target: Tensor, weight: Tensor | None) -> Any:
+        logits, loops = _rows(input), room("numba", "labels")
+        n = counted(target, logits.shape[-1], of.ignore_index)
+        upstream: Any = (1 / n if n else 0.0) if of.mean else 1.0
+        if weight is not None:
+            upstream = weight / weight.sum() if of.mean else weight
+            upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
+        z_factor = of.options.z_loss / max(n, 1) if of.mean else of.options.z_loss
+        save = logits.dtype.itemsize == 2 or z_factor != 0
+        out = loops.visit(logits, target, of.ignore_index, of.loss, of.scores, upstream, save, of.options, z_factor)
+        if weight is not None:
+            total = (out.loss * weight).sum()
+            total = total / weight.sum() if of.mean else total
+        else:
+            total = loops.total(out.loss, n if of.mean else 1, of.dtype if out.lse is None else out.loss.dtype)
+        if out.lse is not None:
+            total = total + out.lse.square().sum() * z_factor
+        others = (out.scores, out.runner_up) if of.scores else ()
+        kept = (None if weight is None else upstream, out.saved, out.lse)
+        scale = (upstream if weight is None else 1.0, z_factor)
+        _ReducedByLoops.keep(ctx, input, of, (target, weight), _undone(out.grad, input), kept, scale, others)
+        return total, *others
 
 
 def _rows(input: Tensor) -> Tensor:

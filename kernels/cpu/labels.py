@@ -17,9 +17,9 @@ from torch import Tensor
 from ..formulas import logits as of_logits
 from ..results import LabelResult, accumulation_dtype, fill_ignored
 from . import lanes, rows, stored, threads
-from .elements import NAMES, address_of, real_of, record_of, strided
+from .elements import NAMES, real_of, record_of, strided
 from .losses import Columns, columns_of, probability
-from .names import int32, int64, real, real_size, record, vector
+from .names import element, int32, int64, narrow, real, real_size, record, vector
 from .tile import END, GAP, MAX, ROWS, SUM_EXP, finish, load_labels, load_upstream, padded, pay, pull
 
 __all__ = ["backward", "count", "forward", "visit"]
@@ -54,8 +54,8 @@ class Plan(NamedTuple):
     scores: int
     runner_up: int
     saved: int
-    softmax: int  # whether out is of probabilities
     out: int
+    softmax: int  # whether out is of probabilities
     out_outer_stride: int
     out_inner_stride: int
     out_class_stride: int
@@ -129,7 +129,7 @@ def total_loop(loss, n, divisor, out):
         for i in range(len(part)):
             a += part[i]
         total += a
-    vector(out, 1, real)[0] = total / divisor
+    vector(out, 1, element)[0] = narrow(total / real(divisor))
 
 
 @functools.cache
@@ -174,10 +174,10 @@ def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, 
     return found[0], found[1], found[2]
 
 
-def total(loss: Tensor, divisor: int) -> Tensor:
-    """Return the sum of losses [N] over a divisor, NaN over 0."""
-    out = torch.empty((), dtype=loss.dtype, device="cpu")
-    _plain(total_loop, 4, NAMES[loss.dtype])(loss.data_ptr(), loss.numel(), divisor, out.data_ptr())
+def total(loss: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of losses [N] over a divisor, NaN over 0, in a dtype whose accumulation dtype they have."""
+    out = torch.empty((), dtype=dtype, device="cpu")
+    _plain(total_loop, 4, NAMES[dtype])(loss.data_ptr(), loss.numel(), divisor, out.data_ptr())
     return out
 
 
@@ -289,10 +289,10 @@ def _run(
         tile = min(max((1 << 16) // n_classes, 1), 64)
         in_place = int(out is not None and out.data_ptr() != logits.data_ptr() and logits.element_size() == real_bytes)
         kept = 0 if in_place else tile * n_classes
+    made = [0 if x is None else x.data_ptr() for x in (*result[:5], out)]
     plan = array("q", Plan(
-        n_rows, logits.shape[1] if logits.dim() == 3 else 1, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
-        columns.function, columns.params, at, *up, *strided(grad_lse), result.loss.data_ptr(), address_of(result.lse),
-        address_of(result.scores), address_of(result.runner_up), address_of(result.saved), softmax, address_of(out),
+        n_rows, logits.shape[1] if logits.dim() == 3 else 1, n_classes, tile, logits.data_ptr(), *strides,
+        target.data_ptr(), ignore_index, columns.function, columns.params, at, *up, *strided(grad_lse), *made, softmax,
         *((0, 0, 0) if out is None else _strides(out)), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
