@@ -278,5 +278,6 @@ class KeepsEpoch(nn.Module):
         key = prefix + _EPOCH
         unexpected_keys[:] = [x for x in unexpected_keys if x != key]
         if key in state_dict and isinstance(self.bonus, Scheduled):
-            saved: Any = state_dict[key]
-            self.bonus.set_epoch(saved.item() if isinstance(saved, Tensor) else saved)
+            saved = state_dict[key]
+            epoch: Any = saved.item() if isinstance(saved, Tensor) else saved
+            self.bonus.set_epoch(epoch)
