@@ -67,9 +67,8 @@ class Call:
         self.target = target if self.by_probabilities or target.dtype == torch.int64 else target.to(torch.int64)
         self.n_classes = shape[0] if len(shape) == 1 else shape[1]
         self.row_shape = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
-        self.dtype = input.dtype
-        if autocast and input.dtype in (torch.float16, torch.bfloat16):
-            self.dtype = torch.float32
+        widened = autocast and input.dtype in (torch.float16, torch.bfloat16)
+        self.dtype = torch.float32 if widened else input.dtype
         smooth = self.smoothing > 0 or self.bonus_smoothing > 0
         by_label = isinstance(self.loss, GapLoss) and not (self.by_probabilities or smooth or bonus_weight is not None)
         self.kind = "labels" if by_label else "soft"
