@@ -1,6 +1,7 @@
 """bonus_ops: cross-entropy with a bonus for well-classified examples, and difficulty scores, in one pass."""
 
 from . import causal_lm as causal_lm
+from . import losses
 from . import policies as policies
 from .binary_scores import BinaryScores
 from .check_loss import LossCheck, check_loss
@@ -19,24 +20,7 @@ from .linear import (
     linear_bonus_cross_entropy_with_scores,
     linear_difficulty_scores,
 )
-from .losses import (
-    AbsoluteError,
-    ClassLoss,
-    CosineBonus,
-    CrossEntropy,
-    Focal,
-    FocalStar,
-    GapLoss,
-    GeneralizedCrossEntropy,
-    HaltedFocal,
-    LogBonus,
-    Poly1,
-    PowerBonus,
-    SoftmaxAbsoluteError,
-    SoftmaxSquaredError,
-    SquaredError,
-    SubDataBonus,
-)
+from .losses import *  # noqa: F403 - what its `__all__` names
 from .mixup import MixupWithScores, mixup_cross_entropy, mixup_cross_entropy_with_scores
 from .modules import BonusCrossEntropyLoss
 from .patch import patch_cross_entropy
@@ -52,39 +36,23 @@ from .sigmoid import (
 
 __all__ = [
     "SCORES",
-    "AbsoluteError",
     "BinaryScores",
     "BonusBCEWithLogitsLoss",
     "BonusCrossEntropyLoss",
-    "ClassLoss",
     "Cosine",
-    "CosineBonus",
-    "CrossEntropy",
     "CrossEntropyWithSoftmax",
     "Deferred",
     "ExampleTracker",
     "Exponential",
-    "Focal",
-    "FocalStar",
-    "GapLoss",
-    "GeneralizedCrossEntropy",
-    "HaltedFocal",
     "Linear",
     "LinearBonusCrossEntropyLoss",
     "LinearScores",
-    "LogBonus",
     "LossCheck",
     "MixupWithScores",
-    "Poly1",
     "PositiveCount",
-    "PowerBonus",
     "Scheduled",
     "Score",
     "Scores",
-    "SoftmaxAbsoluteError",
-    "SoftmaxSquaredError",
-    "SquaredError",
-    "SubDataBonus",
     "binary_difficulty_scores",
     "bonus_binary_cross_entropy_with_logits",
     "bonus_binary_cross_entropy_with_logits_and_scores",
@@ -100,5 +68,6 @@ __all__ = [
     "mixup_cross_entropy_with_scores",
     "patch_cross_entropy",
 ]
+__all__ += losses.__all__
 
 __version__ = "0.1.0"

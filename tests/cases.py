@@ -185,7 +185,7 @@ LAYOUTS = {
 }
 
 
-# Every loss of the gap, with its windows and clamps.
+# Losses of the gap with their windows and clamps; one that is not here is taken as it is made without arguments.
 LOSSES: dict[str, bonus_ops.GapLoss | None] = {
     "cross_entropy": None,
     "log_bonus": bonus_ops.LogBonus(),
@@ -211,4 +211,10 @@ LOSSES: dict[str, bonus_ops.GapLoss | None] = {
     "absolute_error_mirror": bonus_ops.AbsoluteError(strength=1.0, gamma=0.5),
     "poly1": bonus_ops.Poly1(1.5),
     "generalized_cross_entropy": bonus_ops.GeneralizedCrossEntropy(0.7),
+}
+LOSSES |= {
+    name: loss()
+    for name in bonus_ops.losses.__all__
+    if issubclass(loss := getattr(bonus_ops, name), bonus_ops.GapLoss)
+    and loss not in (bonus_ops.GapLoss, bonus_ops.CrossEntropy, *map(type, LOSSES.values()))
 }

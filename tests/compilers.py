@@ -22,9 +22,7 @@ EMULATED = (  # every kernel, a dtype of each size, rows of each kind of length;
 )
 COMMANDS = {
     "tests.kernels.test_codegen": ("-m", "bench", "codegen", "--quick", "--json"),
-    "tests.kernels.test_soft_kernels": ("-m", "tests.compile_soft"),
     "tests.kernels.test_launch": ("-m", "tests.compile_launches"),
-    "tests.api.test_sigmoid": ("-m", "tests.compile_sigmoid"),
     "tests.kernels.test_ptx": ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED),
 }
 

@@ -15,14 +15,17 @@ the GPU `kernel` is a pair of ``@triton.jit`` functions ``(gap, params) -> tenso
 A loss of all classes, not of the gap alone, is a `ClassLoss`.
 """
 
-from .base import GapLoss, Loss, decode, encode
-from .bonus import Bonus
+from .base import GapLoss
+from .base import Loss as Loss
+from .base import decode as decode
+from .base import encode as encode
+from .bonus import Bonus as Bonus
 from .class_distances import ClassLoss, SoftmaxAbsoluteError, SoftmaxSquaredError
 from .cosine_bonus import CosineBonus
 from .cross_entropy import CrossEntropy
 from .distances import AbsoluteError, SquaredError
 from .focal import Focal, FocalStar, HaltedFocal
-from .gap import logit
+from .gap import logit as logit
 from .generalized_cross_entropy import GeneralizedCrossEntropy
 from .log_bonus import LogBonus
 from .poly1 import Poly1
@@ -31,7 +34,6 @@ from .sub_data_bonus import SubDataBonus
 
 __all__ = [
     "AbsoluteError",
-    "Bonus",
     "ClassLoss",
     "CosineBonus",
     "CrossEntropy",
@@ -41,14 +43,10 @@ __all__ = [
     "GeneralizedCrossEntropy",
     "HaltedFocal",
     "LogBonus",
-    "Loss",
     "Poly1",
     "PowerBonus",
     "SoftmaxAbsoluteError",
     "SoftmaxSquaredError",
     "SquaredError",
     "SubDataBonus",
-    "decode",
-    "encode",
-    "logit",
 ]

@@ -1,9 +1,6 @@
-"""The kernels for soft targets: what they touch, to the byte, and what the compiler makes of them."""
+"""The kernels for soft targets: what they touch, to the byte, and nothing else."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +8,13 @@ import torch
 
 from bonus_ops import CosineBonus, LogBonus, PowerBonus, SoftmaxSquaredError, bonus_cross_entropy_with_scores
 from bonus_ops.kernels.gpu import launching
-from tests.conftest import INTERPRETED, of_tested_compiler
+from tests.conftest import INTERPRETED
 from tests.kernels.test_traffic import CHUNK, draw, reads
 
 if INTERPRETED:
     from tests.interpreter_guard import guard
 
 watched = pytest.mark.skipif(not INTERPRETED, reason="the guard watches the interpreter")
-ROOT = Path(__file__).resolve().parents[2]
 ONE_SWEEP = (None, LogBonus(0.0), PowerBonus(2.5), LogBonus(strength=0.0))
 TWO_SWEEPS = (LogBonus(), LogBonus(0.0, start=0.2), PowerBonus(2.0, abrupt=0.9), CosineBonus(), SoftmaxSquaredError())
 SHAPES = [(5, 3, "contiguous"), (19, 10, "transposed"), (3, 65, "padded_rows"), (3, 1003, "offset_3")]
@@ -140,49 +136,3 @@ def test_every_byte_of_probabilities_and_weights(n_rows, n_classes, layout, bonu
     columns = {"saved[0]": 20 * n_rows, "saved[1]": 4 * n_rows, "saved[2]": 4 * n_rows}
     assert backward.bytes_read() == read | columns
     assert backward.bytes_written() == {"grad[0]": once}
-
-
-# --- what the compiler makes of them ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def builds(compiled):
-    return json.loads(compiled.splitlines()[-1])
-
-
-def named(builds, wanted) -> dict[str, object]:
-    return {f"{x['target']} {x['kernel']} {x['case']}": wanted(x) for x in builds}
-
-
-def test_every_launch_binds_and_compiles(builds):
-    """`None` in a tuple, a number below the smallest float32: the interpreter takes what the compiler does not."""
-    assert {(x["target"], x["kernel"]) for x in builds} == {
-        (target, f"soft_{kernel}_kernel") for target in ("sm_90", "gfx942") for kernel in ("forward", "backward")
-    }
-
-
-@of_tested_compiler
-def test_no_stack_and_no_spill(builds):
-    assert {name: x for name, x in named(builds, lambda x: x["stack"] + x["spills"]).items() if x} == {}
-
-
-def test_registers_leave_room_for_many_lanes(builds):
-    """float64 aside; a transposed row, and one whose weights are read class by class, take most."""
-    used = {name: x for name, x in named(builds, lambda x: x["registers"]).items() if "float64" not in name}
-    assert {name: x for name, x in used.items() if x > 192} == {}
-    wide = {name: x for name, x in used.items() if "50257" in name and "weight" not in name}
-    assert wide and {name: x for name, x in wide.items() if x > 104} == {}
-
-
-def test_long_rows_are_read_and_written_by_whole_vectors_and_no_lane_waits(builds):
-    """Odd numbers of classes too; class weights are read one by one, and their lanes wait in forward."""
-    rows = [x for x in builds if x["target"] == "sm_90" and "50257 torch.bfloat16" in x["case"]]
-    assert rows
-    for x in rows:
-        name = f"{x['kernel']} {x['case']}"
-        for loop in x["loops"]:
-            allowed = {"128", "16"} if "weight" in name else {"128"}
-            assert set(loop["loads"]) <= allowed and loop["loads"]["128"] == 1 + ("probabilities" in name), name
-            assert loop["stores"] == ({"128": 1} if "backward" in name else {}), name
-            if "weight" not in name:  # since a tile is loaded ahead, weights are shuffled to the lanes of its logits
-                assert loop["barriers"] == loop["shuffles"] == 0, name

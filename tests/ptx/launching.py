@@ -14,32 +14,23 @@ from triton.runtime.jit import JITFunction
 from bench.codegen import launches
 
 from .machine import Machine
-from .program import Program, parse
+from .program import parse
 
 LANES = 1 << 14  # threads side by side: fewer waste numpy's calls, more its caches
-_programs: dict[str, Program] = {}
-_ends: list[int] = []
-_watchers: list[list[Machine]] = []
+_watched: list[tuple[int | None, list[Machine]]] = []
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Machine]]:
-    """Collect what launches did: a machine each, whose memory counted its traffic."""
-    _watchers.append([])
-    try:
-        yield _watchers[-1]
-    finally:
-        _watchers.pop()
+def watched(ends: int | None = None) -> Iterator[list[Machine]]:
+    """Collect what launches did: a machine each, whose memory counted its traffic.
 
-
-@contextlib.contextmanager
-def only_ends(n: int) -> Iterator[None]:
-    """Run the first and the last ``n`` programs of the grid's first axis: of inputs too large to be walked through."""
-    _ends.append(n)
+    Of inputs too large to be walked through run the ``ends`` first and last programs of the grid's first axis.
+    """
+    _watched.append((ends, []))
     try:
-        yield
+        yield _watched[-1][1]
     finally:
-        _ends.pop()
+        _watched.pop()
 
 
 def launch(kernel: JITFunction, run: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> None:
@@ -47,22 +38,17 @@ def launch(kernel: JITFunction, run: Any, args: tuple[Any, ...], grid: Any, kwar
     built = run(kernel, *args, grid=grid, warmup=True, **kwargs)
     device = triton.runtime.driver.active.get_current_device()
     bound, _, _ = kernel.device_caches[device][4](*args, **({"debug": False} | kwargs))
-    text = built.asm["ptx"]
-    if text not in _programs:
-        _programs[text] = parse(text)
-    program = _programs[text]
-    signature = built.src.signature
+    program, signature = parse(built.asm["ptx"]), built.src.signature
     arguments = [leaf for name, x in bound.items() if name in signature for leaf in leaves(signature[name], x)]
-    scratch = [0] * (len(program.parameters) - len(arguments))  # for what a kernel may ask for, and these do not
-    assert len(scratch) == 2, (kernel.__name__, arguments, program.parameters)
-    machine = Machine(program, [*arguments, *scratch], built.metadata.shared, bool(_watchers))
-    for machines in _watchers:
-        machines.append(machine)
-    at_once = max(LANES // program.n_threads, 1)
+    scratch = [0, 0]  # for what a kernel may ask for, and these do not
+    machine = Machine(program, [*arguments, *scratch], built.metadata.shared, bool(_watched))
     programs = np.arange(math.prod(grid))
-    if _ends:
-        along = programs % grid[0]
-        programs = programs[(along < _ends[-1]) | (along >= grid[0] - _ends[-1])]
+    for ends, machines in _watched:
+        machines.append(machine)
+        if ends is not None:
+            along = programs % grid[0]
+            programs = programs[(along < ends) | (along >= grid[0] - ends)]
+    at_once = max(LANES // program.n_threads, 1)
     for first in range(0, len(programs), at_once):
         machine.run(grid, programs[first : first + at_once])
 

@@ -1,11 +1,10 @@
-"""The programs of a grid: registers are arrays with a place for every thread of all of them.
+"""The programs of a grid: a register is an array of 64 bits for every thread of all of them.
 
 What a warp or a program must do together raises if a thread is missing.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from .memory import WARP, Fault, GlobalMemory, SharedMemory
-from .operations import NUMPY, Array, operation, unknown
+from .operations import NUMPY, Array, decode, encode, operation, size_of, unknown
 from .program import Address, Instruction, Operand, Program, meetings
 
-PARAMETER_BYTES = {"u64": "Q", "u32": "I", "u16": "H", "u8": "B", "f32": "f", "f64": "d", "s32": "i", "s64": "q"}
 GARBAGE = 0xA5A5A5A5FFC0FFEE  # what an unwritten register holds: no number, no address
-SHARED = "global_smem"
+Jump = tuple[int, Array] | None  # where to, and which threads go
 
 
 class Machine:
@@ -28,35 +26,30 @@ class Machine:
         self, program: Program, arguments: Sequence[Any], shared_bytes: int, counts_traffic: bool = False
     ) -> None:
         self.program, self.shared_bytes = program, shared_bytes
-        self.parameters: dict[str, int] = {}
-        tensors: dict[str, Tensor] = {}
-        assert len(arguments) == len(program.parameters), (len(arguments), program.parameters)
+        self.constants = {"global_smem": np.zeros(1, np.uint64)}
+        tensors = {name: x for name, x in zip(program.parameters, arguments, strict=True) if isinstance(x, Tensor)}
         for (name, kind), x in zip(program.parameters.items(), arguments, strict=True):
-            if isinstance(x, Tensor):
-                tensors[name] = x
-                x = x.data_ptr()
-            packed = struct.pack(PARAMETER_BYTES[kind], x if kind in ("f32", "f64") else x % 2 ** (8 * _bytes(kind)))
-            self.parameters[name] = int.from_bytes(packed, "little")
+            bits = encode(np.array([x.data_ptr() if name in tensors else x]), kind)
+            self.constants[name] = bits.astype(np.uint64)
         self.memory = GlobalMemory(tensors, counts_traffic)
         self.steps = [self._step(x) for x in program.instructions]
         self.meetings = meetings(program)
 
     def run(self, grid: tuple[int, ...], programs: Array) -> None:
         """Run those programs of the grid, side by side."""
-        n = len(programs) * self.program.n_threads
-        self.n_lanes, self.n_programs = n, len(programs)
-        lanes = np.arange(n)
-        thread, block = lanes % self.program.n_threads, np.repeat(programs, self.program.n_threads)
+        self.n_lanes = len(programs) * self.program.n_threads
+        self.lanes = np.arange(self.n_lanes)
+        thread, block = self.lanes % self.program.n_threads, np.repeat(programs, self.program.n_threads)
         x, y, z = (*grid, 1, 1)[:3]
-        self.special = {
+        special = {
             "%tid.x": thread, "%tid.y": 0 * thread, "%tid.z": 0 * thread, "%laneid": thread % WARP,
             "%ctaid.x": block % x, "%ctaid.y": block // x % y, "%ctaid.z": block // (x * y),
-            "%nctaid.x": np.full(n, x), "%nctaid.y": np.full(n, y), "%nctaid.z": np.full(n, z),
+            "%nctaid.x": 0 * thread + x, "%nctaid.y": 0 * thread + y, "%nctaid.z": 0 * thread + z,
         }  # fmt: skip
-        self.registers: dict[str, Array] = {}
+        self.registers = self.constants | {name: value.astype(np.uint64) for name, value in special.items()}
         self.shared = SharedMemory(len(programs), self.program.n_threads, self.shared_bytes)
         with np.errstate(all="ignore"):
-            self._follow(np.ones(n, bool))
+            self._follow(np.ones(self.n_lanes, bool))
 
     def _follow(self, everyone: Array) -> None:
         """Run all threads to the end: those that part at a branch meet where all ways from it do, as on hardware."""
@@ -69,8 +62,6 @@ class Machine:
                 if jump is None:
                     continue
                 target, taken = jump
-                if not taken.any():
-                    continue
                 if (taken == active).all():
                     at = target
                     continue
@@ -80,62 +71,36 @@ class Machine:
 
     # --- registers ---
 
-    def read(self, x: Operand, kind: str) -> Array:
-        """Return an operand as an array of the type; a wider register gives its low bits."""
-        wanted = NUMPY[kind]
+    def read(self, x: Operand) -> Array:
+        """Return the bits of a register, or of a constant for all threads."""
         if isinstance(x, int):
-            if kind == "pred":
-                return np.array(bool(x))
-            bits = np.array(x % 2**64, np.uint64)
-        elif x == SHARED:
-            bits = np.array(0, np.uint64)
-        elif x in self.special:
-            bits = self.special[x].astype(np.uint64)
-        else:
-            bits = self._register(x)
-            if bits.dtype.itemsize == np.dtype(wanted).itemsize:
-                return bits.view(wanted)
-        width = np.dtype(wanted).itemsize
-        return bits.astype(f"u{width}").view(wanted)
+            return np.array([x % 2**64], np.uint64)
+        if x not in self.registers:
+            if x.rstrip("0123456789") not in self.program.registers:
+                raise NotImplementedError(f"register not known to the tests' machine: {x}")
+            self.registers[x] = np.full(self.n_lanes, GARBAGE, np.uint64)
+        return self.registers[x]
 
-    def _register(self, name: str) -> Array:
-        if name not in self.registers:
-            width = self.program.registers[name.rstrip("0123456789")] // 8
-            garbage = np.array(GARBAGE & (2 ** (8 * width) - 1 if width > 1 else 1), f"u{width}")
-            self.registers[name] = np.full(self.n_lanes, garbage)
-        return self.registers[name]
+    def write(self, name: str, numbers: Array, kind: str, active: Array) -> None:
+        """Fill a register: signed integers keep their sign, all else is followed by zeros."""
+        bits = encode(numbers, kind)
+        np.copyto(self.read(name).view(np.int64 if bits.dtype.kind == "i" else np.uint64), bits, where=active)
 
-    def write(self, name: str, value: Array, active: Array) -> None:
-        width = self.program.registers[name.rstrip("0123456789")] // 8
-        if value.dtype == np.bool_:
-            bits = value.view(np.uint8)
-        elif value.dtype.itemsize == width:
-            bits = value.view(f"u{width}")
-        elif value.dtype.kind == "i":
-            bits = value.astype(f"i{width}").view(f"u{width}")
-        else:
-            bits = value.view(f"u{value.dtype.itemsize}").astype(f"u{width}")
-        if active.all():
-            self.registers[name] = np.array(np.broadcast_to(bits, self.n_lanes))
-        else:
-            np.copyto(self._register(name), bits, where=active)
+    def _spread(self, x: Operand, kind: str) -> Array:
+        return np.broadcast_to(decode(self.read(x), kind), self.n_lanes)
 
     # --- instructions ---
 
-    def _step(self, x: Instruction) -> Callable[[Array], tuple[int, Array] | None]:
+    def _step(self, x: Instruction) -> Callable[[Array], Jump]:
         """Return what an instruction does to the active lanes; a branch returns where which of them go."""
-        if x.name in ("ld", "st"):
-            (space,) = {"param", "shared", "global"} & set(x.modifiers)
-            act = getattr(self, f"_{x.name}_{space}")
-        elif x.name == "mov" and any(isinstance(o, tuple) for o in x.operands):
-            act = self._move_parts
-        else:
-            act = getattr(self, f"_{x.name}", None) or self._compute(x)
+        parts = x.name == "mov" and any(isinstance(o, tuple) for o in x.operands)
+        act = self._mov_parts if parts else getattr(self, f"_{x.name}", None) or self._compute(x)
 
-        def step(active: Array) -> tuple[int, Array] | None:
+        def step(active: Array) -> Jump:
             if x.guard is not None:
-                guard = self._register(x.guard).view(np.bool_)
-                active = active & (~guard if x.negated else guard)
+                active = active & (decode(self.read(x.guard), "pred") != x.negated)
+                if not active.any():
+                    return None
             try:
                 return act(x, active)
             except Fault as fault:
@@ -148,137 +113,107 @@ class Machine:
 
         def act(x: Instruction, active: Array) -> None:
             result, *arguments = x.operands
-            values = [self.read(o, kind) for o, kind in zip(arguments, known.arguments, strict=True)]
-            found = np.asarray(known.function(*values))
-            assert isinstance(result, str)
-            self.write(result, found.astype(NUMPY[known.result], copy=False), active)
+            values = (decode(self.read(o), kind) for o, kind in zip(arguments, known.arguments, strict=True))
+            self.write(result, known.function(*values), known.result, active)
 
         return act
 
-    def _move_parts(self, x: Instruction, active: Array) -> None:
+    def _mov_parts(self, x: Instruction, active: Array) -> None:
         into, out = x.operands
+        n = len(into if isinstance(into, tuple) else out)
+        part = f"b{8 * size_of(x.type) // n}"
         if isinstance(into, tuple):
-            width = 8 * _bytes(x.type) // len(into)
-            bits = self.read(out, x.type)
-            for i, name in enumerate(into):
+            for name, bits in zip(into, decode(self.read(out), f"{part}x{n}").T, strict=True):
                 if name != "_":
-                    self.write(name, (bits >> bits.dtype.type(i * width)).astype(f"u{width // 8}"), active)
-            return
-        width, bits = 8 * _bytes(x.type) // len(out), np.zeros((), NUMPY[x.type])
-        for i, part in enumerate(out):
-            bits = bits | (self.read(part, f"b{width}").astype(bits.dtype) << bits.dtype.type(i * width))
-        self.write(into, bits, active)
+                    self.write(name, bits, part, active)
+        else:
+            bits = np.stack([self._spread(o, part) for o in out], axis=1)
+            self.write(into, bits, f"{part}x{n}", active)
 
-    def _bra(self, x: Instruction, active: Array) -> tuple[int, Array]:
+    def _bra(self, x: Instruction, active: Array) -> Jump:
         return self.program.labels[x.operands[0]], active
 
-    def _ret(self, x: Instruction, active: Array) -> tuple[int, Array]:
+    def _ret(self, x: Instruction, active: Array) -> Jump:
         return len(self.steps), active
 
-    def _ld_param(self, x: Instruction, active: Array) -> None:
+    def _ld(self, x: Instruction, active: Array) -> None:
         into, where = x.operands
-        self.write(into, np.array(self.parameters[where.base] % 2 ** (8 * _bytes(x.type)), f"u{_bytes(x.type)}").view(
-            NUMPY[x.type]), active)  # fmt: skip
-
-    def _ld_global(self, x: Instruction, active: Array) -> None:
-        self._load(x, active, self.memory.load)
-
-    def _ld_shared(self, x: Instruction, active: Array) -> None:
-        self._load(x, active, self.shared.load)
-
-    def _load(self, x: Instruction, active: Array, load: Callable[..., list[Array]]) -> None:
-        lanes = np.flatnonzero(active)
-        if not lanes.size:
+        if "param" in x.modifiers:
+            self.write(into, decode(self.read(where.base), x.type), x.type, active)
             return
-        into, where = x.operands
-        names = into if isinstance(into, tuple) else (into,)
-        for name, part in zip(names, load(lanes, self._address(where)[lanes], _bytes(x.type), len(names)), strict=True):
-            value = np.zeros(self.n_lanes, part.dtype)
-            value[lanes] = part
-            self.write(name, value.view(NUMPY[x.type]), active)
-
-    def _st_global(self, x: Instruction, active: Array) -> None:
-        self._store(x, active, self.memory.store)
-
-    def _st_shared(self, x: Instruction, active: Array) -> None:
-        self._store(x, active, self.shared.store)
-
-    def _store(self, x: Instruction, active: Array, store: Callable[..., None]) -> None:
+        names, memory = into if isinstance(into, tuple) else (into,), self._memory(x)
         lanes = np.flatnonzero(active)
-        if not lanes.size:
-            return
+        self._fill(names, memory.load(lanes, self._address(where)[lanes], size_of(x.type), len(names)), x.type, active)
+
+    def _fill(self, names: Sequence[str], words: Array, kind: str, active: Array) -> None:
+        for name, some in zip(names, words.T, strict=True):
+            everywhere = np.zeros(self.n_lanes, some.dtype)
+            everywhere[active] = some
+            self.write(name, everywhere.view(NUMPY[kind]), kind, active)
+
+    def _st(self, x: Instruction, active: Array) -> None:
         where, out = x.operands
-        parts = out if isinstance(out, tuple) else (out,)
-        kind = f"b{8 * _bytes(x.type)}"
-        values = [np.broadcast_to(self.read(part, kind), self.n_lanes)[lanes] for part in parts]
-        store(lanes, self._address(where)[lanes], values)
+        lanes, kind = np.flatnonzero(active), f"b{8 * size_of(x.type)}"
+        words = [self._spread(part, kind)[lanes] for part in (out if isinstance(out, tuple) else (out,))]
+        self._memory(x).store(lanes, self._address(where)[lanes], np.stack(words, axis=1))
+
+    def _memory(self, x: Instruction) -> GlobalMemory | SharedMemory:
+        return self.shared if "shared" in x.modifiers else self.memory
 
     def _address(self, where: Address) -> Array:
-        base = np.broadcast_to(self.read(where.base, "b64"), self.n_lanes)
-        return base + np.uint64(where.offset % 2**64)
+        return self._spread(where.base, "b64") + np.uint64(where.offset % 2**64)
 
     # --- threads together ---
 
-    def _bar(self, x: Instruction, active: Array) -> None:
-        if x.modifiers[0] == "warp":
-            self._whole(active, WARP, "warp")
-            self.shared.warp_barrier(np.flatnonzero(active))
-        else:
-            self._whole(active, self.program.n_threads, "program")
-            self.shared.barrier(np.flatnonzero(active.reshape(self.n_programs, -1)[:, 0]))
-
-    def _whole(self, active: Array, size: int, what: str) -> None:
+    def _whole(self, active: Array, size: int = WARP, what: str = "warp") -> Array:
+        """Return the lanes of whole groups."""
         groups = active.reshape(-1, size)
         if (groups.any(axis=1) & ~groups.all(axis=1)).any():
             raise Fault(f"a thread of the {what} is missing")
+        return np.flatnonzero(active)
+
+    def _bar(self, x: Instruction, active: Array) -> None:
+        if x.modifiers[0] == "warp":
+            self.shared.warp_barrier(self._whole(active))
+        else:
+            self.shared.barrier(self._whole(active, self.program.n_threads, "program"))
 
     def _shfl(self, x: Instruction, active: Array) -> None:
-        """The value of another lane; segments and the lane past which none is taken as PTX says."""
+        """The value of another lane of the warp."""
         into, value, b, c, _ = x.operands
-        self._whole(active, WARP, "warp")
-        lane = np.arange(self.n_lanes) % WARP
-        b, c = (np.broadcast_to(self.read(o, "u32"), self.n_lanes).astype(np.int64) for o in (b, c))
-        segment, ways = (c >> 8) & 31, {"bfly": lane ^ b, "idx": (lane & ((c >> 8) & 31)) | (b & ~((c >> 8) & 31))}
-        if x.modifiers[1] not in ways:
+        self._whole(active)
+        lane, way = self._spread(b, "u32").astype(np.int64), x.modifiers[1]
+        if way not in ("bfly", "idx") or c != WARP - 1:
             raise unknown(x)
-        source, last = ways[x.modifiers[1]], (lane & segment) | (c & 31 & ~segment)
-        source = np.where(source <= last, source, lane) + np.arange(self.n_lanes) // WARP * WARP
-        self.write(into, np.broadcast_to(self.read(value, "b32"), self.n_lanes)[source], active)
+        source = self.lanes ^ lane if way == "bfly" else self.lanes // WARP * WARP + lane % WARP
+        self.write(into, self._spread(value, "b32")[source], "b32", active)
+
+    def _redux(self, x: Instruction, active: Array) -> None:
+        into, value, _ = x.operands
+        self._whole(active)
+        over = {"min": np.fmin, "max": np.fmax, "or": np.bitwise_or}.get(x.modifiers[1])
+        if over is None or len(x.modifiers) != 3:
+            raise unknown(x)
+        found = over.reduce(self._spread(value, x.type).reshape(-1, WARP), axis=1)
+        self.write(into, np.repeat(found, WARP), x.type, active)
 
     def _ldmatrix(self, x: Instruction, active: Array) -> None:
         names, where = x.operands
-        lanes = np.flatnonzero(active)
-        for name, at in zip(names, self._matrices(x, where, active), strict=False):
-            value = np.zeros(self.n_lanes, np.uint32)
-            (value[lanes],) = self.shared.load(lanes, at, 4, 1)
-            self.write(name, value, active)
+        for name, lanes, at in self._matrices(x, names, where, active):
+            self._fill([name], self.shared.load(lanes, at, 4, 1), "b32", active)
 
     def _stmatrix(self, x: Instruction, active: Array) -> None:
         where, names = x.operands
-        lanes = np.flatnonzero(active)
-        for name, at in zip(names, self._matrices(x, where, active), strict=False):
-            self.shared.store(lanes, at, [np.broadcast_to(self.read(name, "b32"), self.n_lanes)[lanes]])
+        for name, lanes, at in self._matrices(x, names, where, active):
+            self.shared.store(lanes, at, self._spread(name, "b32")[lanes, None])
 
-    def _matrices(self, x: Instruction, where: Address, active: Array) -> list[Array]:
-        """Return for up to four 8 x 8 matrices of 2 bytes where each lane's word lies: four lanes share a row.
+    def _matrices(self, x: Instruction, names: tuple[str, ...], where: Address, active: Array) -> Any:
+        """Return for each 8 x 8 matrix of 2 bytes where each lane's word lies: four lanes share a row.
 
         8 lanes give the addresses of the rows, 16 bytes each.
         """
         if x.type != "b16" or "trans" in x.modifiers:
             raise unknown(x)
-        self._whole(active, WARP, "warp")
-        lanes, address = np.flatnonzero(active), self._address(where)
-        lane, warp = lanes % WARP, lanes // WARP * WARP
-        return [address[warp + 8 * i + lane // 4] + (4 * (lane % 4)).astype(np.uint64) for i in range(4)]
-
-    def _redux(self, x: Instruction, active: Array) -> None:
-        into, value, _ = x.operands
-        self._whole(active, WARP, "warp")
-        over = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or}
-        rows = np.broadcast_to(self.read(value, x.type), self.n_lanes).reshape(-1, WARP)
-        found = over[x.modifiers[1]].reduce(rows, axis=1).astype(rows.dtype)
-        self.write(into, np.repeat(found, WARP), active)
-
-
-def _bytes(kind: str) -> int:
-    return np.dtype(NUMPY[kind]).itemsize
+        lanes, address = self._whole(active), self._address(where)
+        row, column = lanes // WARP * WARP + lanes % WARP // 4, (lanes % 4 * 4).astype(np.uint64)
+        return [(name, lanes, address[row + 8 * i] + column) for i, name in enumerate(names)]

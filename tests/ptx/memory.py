@@ -1,13 +1,14 @@
 """Global and shared memory of the emulated GPU, and what may go wrong there: bounds, alignment, order.
 
 Global memory is that of the tensors a kernel was given, and no byte more. Of shared memory every byte knows who wrote
-and who read it last: two threads that no barrier parts must not meet there.
+and who read it: two threads that no barrier parts must not meet there.
 """
 
 from __future__ import annotations
 
 import collections
 import ctypes
+from collections.abc import Iterator
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +17,7 @@ from .operations import Array
 
 WARP = 32
 SECTOR = 32  # bytes: the least that a GPU moves
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+NOBODY, SEVERAL = -1, -2
 
 
 class Fault(AssertionError):
@@ -35,9 +36,10 @@ class Region:
         whole = -(-(self.end - self._floor) // 16) * 16
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * whole).from_address(self._floor))
 
-    def words(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """Return all words of a size, and which of them lie at the addresses."""
-        return self._bytes.view(WORDS[size]), (addresses - np.uint64(self._floor)) // np.uint64(size)
+    def words(self, addresses: Array, size: int, n: int) -> tuple[Array, Array]:
+        """Return all words of a size, and which of them, ``n`` each, lie at the addresses."""
+        first = (addresses - np.uint64(self._floor)) // np.uint64(size)
+        return self._bytes.view(f"u{size}"), first[:, None] + np.arange(n, dtype=np.uint64)
 
 
 class GlobalMemory:
@@ -47,42 +49,35 @@ class GlobalMemory:
         self.regions = [Region(name, x) for name, x in tensors.items() if x.numel()]
         self._counts = counts
 
-    def load(self, lanes: Array, addresses: Array, size: int, n: int) -> list[Array]:
-        """Return ``n`` words from each address."""
-        found = [np.empty(len(addresses), WORDS[size]) for _ in range(n)]
-        for region, here in self._regions(addresses, size * n):
-            self._count(region, "loaded", lanes[here], addresses[here], size * n)
-            words, at = region.words(addresses[here], size)
-            for i in range(n):
-                found[i][here] = words[at + np.uint64(i)]
+    def load(self, lanes: Array, addresses: Array, size: int, n: int) -> Array:
+        """Return ``n`` words of ``size`` bytes from each address."""
+        found = np.empty((len(addresses), n), f"u{size}")
+        for here, words, at in self._reached("loaded", lanes, addresses, size, n):
+            found[here] = words[at]
         return found
 
-    def store(self, lanes: Array, addresses: Array, values: list[Array]) -> None:
-        size = values[0].dtype.itemsize
-        for region, here in self._regions(addresses, size * len(values)):
-            self._count(region, "stored", lanes[here], addresses[here], size * len(values))
-            words, at = region.words(addresses[here], size)
-            for i, value in enumerate(values):
-                words[at + np.uint64(i)] = value[here]
+    def store(self, lanes: Array, addresses: Array, values: Array) -> None:
+        for here, words, at in self._reached("stored", lanes, addresses, values.itemsize, values.shape[1]):
+            words[at] = values[here]
 
-    def _count(self, region: Region, what: str, lanes: Array, addresses: Array, size: int) -> None:
-        if self._counts:
-            sectors = (addresses - np.uint64(region.begin & -SECTOR)).astype(np.int64) // SECTOR
-            region.traffic[f"bytes {what}"] += size * len(lanes)
-            region.traffic[f"sectors {what}"] += len(np.unique(np.stack([lanes // WARP, sectors]), axis=1)[0])
-
-    def _regions(self, addresses: Array, size: int) -> list[tuple[Region, Array]]:
-        if (addresses % np.uint64(size)).any():
-            raise Fault(f"address not a multiple of the {size} bytes accessed")
-        left, found = np.ones(len(addresses), bool), []
+    def _reached(
+        self, what: str, lanes: Array, addresses: Array, size: int, n: int
+    ) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield which lanes reach a region, its words, and which of them."""
+        whole, left = size * n, np.ones(len(addresses), bool)
+        if (addresses % whole).any():
+            raise Fault(f"address not a multiple of the {whole} bytes accessed")
         for region in self.regions:
-            here = left & (addresses >= region.begin) & (addresses + np.uint64(size) <= region.end)
+            here = left & (addresses >= region.begin) & (addresses + np.uint64(whole) <= region.end)
+            left &= ~here
+            if self._counts and here.any():
+                sectors = (addresses[here] - np.uint64(region.begin & -SECTOR)).astype(np.int64) // SECTOR
+                region.traffic[f"bytes {what}"] += whole * len(sectors)
+                region.traffic[f"sectors {what}"] += len(np.unique((lanes[here] // WARP << 40) + sectors))
             if here.any():
-                found.append((region, here))
-                left &= ~here
+                yield here, *region.words(addresses[here], size, n)
         if left.any():
-            raise Fault(f"{size} bytes at {int(addresses[left][0]):#x} belong to no tensor")
-        return found
+            raise Fault(f"{whole} bytes at {int(addresses[left][0]):#x} belong to no tensor")
 
 
 class SharedMemory:
@@ -91,89 +86,67 @@ class SharedMemory:
     def __init__(self, n_programs: int, n_threads: int, size: int) -> None:
         self.n_threads = n_threads
         self.bytes = np.zeros((n_programs, size), np.uint8)
-        n_warps = -(-n_threads // WARP)
-        self._program_epoch = np.zeros(n_programs, np.int64)  # barriers passed
-        self._warp_epoch = np.zeros((n_programs, n_warps), np.int64)
-        self._written = _Trace(self.bytes.shape)
-        self._read = _Trace(self.bytes.shape)
+        self._filled = np.zeros(self.bytes.shape, bool)
+        self._written, self._read = _Trace(self.bytes.shape), _Trace(self.bytes.shape)
 
-    def load(self, lanes: Array, addresses: Array, size: int, n: int) -> list[Array]:
-        program, at = self._places(lanes, addresses, size * n)
-        who = self._who(lanes, at.shape)
-        if (self._written.thread[program, at] == NOBODY).any():
+    def load(self, lanes: Array, addresses: Array, size: int, n: int) -> Array:
+        at, who = self._places(lanes, addresses, size * n)
+        if not self._filled[at].all():
             raise Fault("shared memory read before it was written")
-        self._part(self._written, program, at, who, "read before a barrier parts it from another thread's write")
-        self._read.note(program, at, who)
-        found = np.ascontiguousarray(self.bytes[program, at])
-        return [found[:, i * size : (i + 1) * size].copy().view(WORDS[size])[:, 0] for i in range(n)]
+        self._written.check(at, who, "read before a barrier parts it from another thread's write")
+        self._read.note(at, who)
+        return self.bytes[at].view(f"u{size}")
 
-    def store(self, lanes: Array, addresses: Array, values: list[Array]) -> None:
-        new = np.concatenate([np.ascontiguousarray(v)[:, None].view(np.uint8) for v in values], axis=1)
-        program, at = self._places(lanes, addresses, new.shape[1])
-        who = self._who(lanes, at.shape)
+    def store(self, lanes: Array, addresses: Array, values: Array) -> None:
+        new = np.ascontiguousarray(values).view(np.uint8)
+        at, who = self._places(lanes, addresses, new.shape[1])
         for trace in (self._written, self._read):
-            self._part(trace, program, at, who, "written before a barrier parts it from another thread's use")
-        self.bytes[program, at] = new
-        if (self.bytes[program, at] != new).any():
+            trace.check(at, who, "written before a barrier parts it from another thread's use")
+        self.bytes[at], self._filled[at] = new, True
+        if (self.bytes[at] != new).any():
             raise Fault("two threads write different values to one place of shared memory")
-        self._written.note(program, at, who)
+        self._written.note(at, who)
 
-    def barrier(self, programs: Array) -> None:
-        self._program_epoch[programs] += 1
-        self._warp_epoch[programs] += 1
+    def barrier(self, lanes: Array) -> None:
+        programs = np.unique(lanes // self.n_threads)
+        for trace in (self._written, self._read):
+            trace.warp[programs] = trace.thread[programs] = NOBODY
 
     def warp_barrier(self, lanes: Array) -> None:
-        programs, threads = np.divmod(lanes, self.n_threads)
-        pairs = np.unique(np.stack([programs, threads // WARP]), axis=1)
-        self._warp_epoch[pairs[0], pairs[1]] += 1
+        """What threads of a warp did is parted from each other, not from other warps."""
+        for trace in (self._written, self._read):
+            trace.thread[np.isin(trace.warp, lanes // WARP)] = NOBODY
 
-    def _places(self, lanes: Array, addresses: Array, size: int) -> tuple[Array, Array]:
+    def _places(self, lanes: Array, addresses: Array, size: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Return program and address of each byte, and who is there: thread and warp, numbered through programs."""
         if (addresses % size).any():
             raise Fault(f"shared address not a multiple of the {size} bytes accessed")
         if (addresses + size > self.bytes.shape[1]).any():
             raise Fault("shared address out of bounds")
         at = addresses.astype(np.int64)[:, None] + np.arange(size)
-        return np.broadcast_to((lanes // self.n_threads)[:, None], at.shape), at
-
-    def _who(self, lanes: Array, shape: tuple[int, ...]) -> tuple[Array, Array, Array, Array]:
-        programs, threads = np.divmod(lanes, self.n_threads)
-        warps = threads // WARP
-        who = threads, warps, self._program_epoch[programs], self._warp_epoch[programs, warps]
-        return tuple(np.broadcast_to(x[:, None], shape) for x in who)  # type: ignore[return-value]
-
-    def _part(self, trace: _Trace, program: Array, at: Array, who: tuple[Array, ...], what: str) -> None:
-        """Raise where another thread was there and no barrier of its warp or program has passed since."""
-        thread, warp, program_epoch, warp_epoch = who
-        other = (trace.thread[program, at] != thread) & (trace.thread[program, at] != NOBODY)
-        same_warp = trace.warp[program, at] == warp
-        unparted = np.where(
-            same_warp, trace.warp_epoch[program, at] == warp_epoch, trace.program_epoch[program, at] == program_epoch
+        program, thread, warp = (
+            np.broadcast_to(x[:, None], at.shape) for x in (lanes // self.n_threads, lanes, lanes // WARP)
         )
-        if (other & unparted).any():
-            raise Fault(f"shared memory {what}")
-
-
-NOBODY, SEVERAL = -1, -2
+        return (program, at), (thread, warp)
 
 
 class _Trace:
-    """Who touched each byte last, and after how many barriers."""
+    """Who touched each byte since a barrier: ``thread`` is nobody again after one of the warp."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.thread, self.warp = np.full(shape, NOBODY), np.full(shape, NOBODY)
-        self.program_epoch, self.warp_epoch = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
 
-    def note(self, program: Array, at: Array, who: tuple[Array, ...]) -> None:
-        thread, warp, program_epoch, warp_epoch = who
-        place = program, at
-        same_program_epoch = (self.program_epoch[place] == program_epoch) & (self.thread[place] != NOBODY)
-        several_warps = same_program_epoch & (self.warp[place] != warp)
-        same_epoch = same_program_epoch & (several_warps | (self.warp_epoch[place] == warp_epoch))
-        several_threads = same_epoch & (self.thread[place] != thread)
-        self.thread[place], self.warp[place] = thread, warp
-        self.program_epoch[place], self.warp_epoch[place] = program_epoch, warp_epoch
-        # lanes of this very instruction share a place where they do not find themselves there
-        several_threads |= self.thread[place] != thread
-        several_warps |= self.warp[place] != warp
-        self.thread[program[several_threads], at[several_threads]] = SEVERAL
-        self.warp[program[several_warps], at[several_warps]] = SEVERAL
+    def check(self, at: tuple[Array, Array], who: tuple[Array, Array], what: str) -> None:
+        """Raise where another thread was."""
+        thread, warp = self.thread[at], self.warp[at]
+        of_warp = (thread != NOBODY) & (thread != who[0])
+        if ((warp != NOBODY) & ((warp != who[1]) | of_warp)).any():
+            raise Fault(f"shared memory {what}")
+
+    def note(self, at: tuple[Array, Array], who: tuple[Array, Array]) -> None:
+        for marks, own in zip((self.thread, self.warp), who, strict=True):
+            before = marks[at]
+            marks[at] = own
+            # lanes of this very instruction share a place where they do not find themselves there
+            several = (before != NOBODY) & (before != own) | (marks[at] != own)
+            marks[at[0][several], at[1][several]] = SEVERAL

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
-WIDTHS = {"pred": 8, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}  # bits; a predicate is a byte
+import networkx
 
 
 class Address(NamedTuple):
@@ -34,10 +35,11 @@ class Program(NamedTuple):
     instructions: list[Instruction]
     labels: dict[str, int]  # position of the instruction that follows
     parameters: dict[str, str]  # name to type, in order
-    registers: dict[str, int]  # prefix to width in bits
+    registers: set[str]  # prefixes
     n_threads: int
 
 
+@functools.cache
 def parse(text: str) -> Program:
     """Read one kernel; debug sections and directives about lines are passed over."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text.split(".section")[0], flags=re.DOTALL)
@@ -47,7 +49,7 @@ def parse(text: str) -> Program:
     parameters = {x: kind for kind, x in re.findall(r"\.param \.(\w+).*? (\w+)\s*(?:,|$)", declared)}
     threads = re.search(r"\.reqntid (\d+)", body)
     assert threads, "a kernel without .reqntid"
-    registers = {prefix: WIDTHS[kind] for kind, prefix in re.findall(r"\.reg \.(\w+)\s+(%?\w+?)(?:<\d+>)?;", body)}
+    registers = set(re.findall(r"\.reg \.\w+\s+(%?\w+?)(?:<\d+>)?;", body))
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     body = body[body.index("{") + 1 : body.rindex("}")]
@@ -89,25 +91,9 @@ def _operand(text: str) -> Operand:
 
 
 def meetings(program: Program) -> dict[int, int]:
-    """Return for every branch the first place that all ways from it pass: its block's immediate postdominator."""
-    end, code = len(program.instructions), program.instructions
-    jumps = {i: end if x.name == "ret" else program.labels[x.operands[0]]
-             for i, x in enumerate(code) if x.name in ("bra", "ret")}  # fmt: skip
-    starts = sorted({0, *jumps.values(), *(i + 1 for i in jumps)} - {end})
-    last = {start: stop - 1 for start, stop in zip(starts, [*starts[1:], end], strict=True)}
-    follows = {start: _follows(code[i], i, jumps) for start, i in last.items()}
-    passed = {start: {*starts, end} for start in starts} | {end: {end}}  # on every way to the end
-    changed = True
-    while changed:
-        changed = False
-        for start in reversed(starts):
-            new = {start} | set.intersection(*(passed[x] for x in follows[start]))
-            changed |= new != passed[start]
-            passed[start] = new
-    return {i: max(passed[start] - {start}, key=lambda x: len(passed[x])) for start, i in last.items() if i in jumps}
-
-
-def _follows(x: Instruction, i: int, jumps: dict[int, int]) -> list[int]:
-    if i not in jumps:
-        return [i + 1]
-    return [jumps[i], i + 1] if x.guard else [jumps[i]]
+    """Return for every instruction the first place that all ways from it pass: its immediate postdominator."""
+    end, backwards = len(program.instructions), networkx.DiGraph()
+    for i, x in enumerate(program.instructions):
+        to = [program.labels[x.operands[0]]] if x.name == "bra" else [end] if x.name == "ret" else []
+        backwards.add_edges_from((j, i) for j in ([*to, i + 1] if x.guard or not to else to))
+    return networkx.immediate_dominators(backwards, end)
