@@ -26,10 +26,7 @@ a load; pessimistic, see
 `bench/codegen/predict.py`. "forward" is with all scores. R is the time to read the logits once, the roof that to move
 what the call must.
 """
-GOALS = """### Goals
-
-W is the time to write as much as R reads. Measured by `python -m bench gpu`.
-"""
+GOALS = "### Goals\n\nW is the time to write as much as R reads. Measured by `python -m bench gpu`.\n"
 KERNELS = """## Kernels
 
 A row a distinct compile, as the JIT specialises the launches of the calls in `bench/codegen/launches.py`; classes whose

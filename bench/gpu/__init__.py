@@ -57,8 +57,7 @@ def main(arguments: list[str], results_folder: Path, commit: Callable[[], str]) 
     for step in options.steps:
         print(f"=== {step} (at most {LIMITS[step]} s)", flush=True)
         done = run(step, device, LIMITS[step])
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        results["steps"][step] = done | {"date": date, "commit": commit()}
+        results["steps"][step] = done | {"date": datetime.date.today().isoformat(), "commit": commit()}
         print(*done["said"][-3:], done["status"], sep="\n", flush=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(results))
@@ -111,8 +110,8 @@ def markdown(results: dict[str, Any]) -> str:
         "## Steps\n",
         table(["step", "status", "seconds", "rows", "date, commit", "last words"],
               ([name, step["status"], step["seconds"], len(step["rows"]), f"{step['date']}, {step['commit']}",
-                _plain("".join(step["said"][-1:]))] for name, step in steps.items())),
-        "## Times\n\nMedian, replayed from a graph; last layers and Liger as called; \"host\" is the host's.\n",
+                "".join(step["said"][-1:]).replace("|", "/")] for name, step in steps.items())),
+        "## Times\n\nMedian, replayed from a graph; last layers and Liger as called.\n",
         table(["case", "loss", "mode", "ms (fifths at both ends)"],
               ([row.get("case", ""), row["loss"], row.get("mode", ""), _outcome(row)] for row in rows)),
     ]  # fmt: skip
@@ -121,10 +120,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _outcome(row: dict[str, Any]) -> str:
     if "skipped" in row:
-        return _plain(row["skipped"])
+        return row["skipped"].replace("|", "/")
     memory = f", {row['peak_mib']:.0f} MiB" if row.get("peak_mib") else ""
     return "{:.4g} ({:.4g} to {:.4g})".format(*row["ms"]) + memory if row["ms"] else NOT_MEASURED
-
-
-def _plain(words: str) -> str:
-    return words.replace("|", "/")

@@ -44,8 +44,6 @@ from bonus_ops.kernels.gpu.tiles import chunks_of, n_all, n_plain, tiles_of_part
 
 from .cases import BONUS
 
-# --- prefetch depth ---------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def sweep_deep(rows, part, n_parts, options, LOGIT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
@@ -109,9 +107,6 @@ def with_depth(depth: int) -> contextlib.AbstractContextManager[object]:
 def with_launch(kernel: str, shape: launch.Launch) -> contextlib.AbstractContextManager[object]:
     """Launch "forward" or "backward" in another shape than `launch` says."""
     return mock.patch.object(launch, kernel, lambda *_, **__: shape)
-
-
-# --- the gradient in the forward visit --------------------------------------------------------------------------------
 
 
 @triton.jit

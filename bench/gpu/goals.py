@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, SMALL, Case
-from .losses import BARE, EAGER, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS
+from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, Case
+from .losses import BARE, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS
 
 NOT_MEASURED = "not measured"
 DEPTHS = (1, 2, 3, 4)  # tiles in flight
@@ -74,8 +74,6 @@ def goals(times: Times) -> Iterator[Goal]:
     for way, cases in ((HELD, (CLASSES_1000, LLAMA2)), (FROM_L2, (LLAMA2, LLAMA3))):
         for case in cases:
             yield over(f"{way} / forward and backward", case, way, OURS, "train", 0.80)
-    for case in SMALL[:2]:
-        yield over("host time / F.cross_entropy", case, OURS, EAGER, "host", 3.0)
     for layer in LAYERS:
         yield over("last layer with all scores / three bare products", layer, OURS, BARE, "train", 1.07)
         for peer in list(OF_LAYERS)[1:]:

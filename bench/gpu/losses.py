@@ -108,8 +108,8 @@ OF_LAYERS = {
 }
 
 
-def difference(it: Named, loss: Loss, inputs: tuple[Tensor, ...]) -> str | None:
-    """Return what is wrong with a loss or its gradients against float64, or None; a NaN is wrong too."""
+def check(it: Named, loss: Loss, inputs: tuple[Tensor, ...]) -> None:
+    """Raise where a loss or its gradients differ from float64; a NaN is wrong too."""
     *leaves, target = inputs
     exact = [x.detach().double().requires_grad_() for x in leaves]
     logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].t()
@@ -122,7 +122,8 @@ def difference(it: Named, loss: Loss, inputs: tuple[Tensor, ...]) -> str | None:
         for g, true in zip(grads, torch.autograd.grad(truth * it.upstream, exact), strict=True):
             errors.append(float((g.double() - true).norm() / true.norm()))
     most = 1e-3 if leaves[0].dtype == torch.float32 else 2e-2  # some peers filter or round their gradients
-    return None if max(errors) < most else f"wrong result: off by {', '.join(f'{e:.1e}' for e in errors)}"
+    if not all(error < most for error in errors):
+        raise ValueError(f"wrong result: off by {', '.join(f'{e:.1e}' for e in errors)}")
 
 
 def reason(error: Exception) -> str:

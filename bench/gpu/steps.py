@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import benchmark
 
 from ..record import plain
 from . import cases, losses
@@ -45,14 +44,6 @@ class Timer:
         torch.cuda.synchronize()  # a graph is timed on another stream: what it reads must be there
         bench = do_bench_cudagraph if by_graph else functools.partial(do_bench, rep=300)
         return bench(run, quantiles=[0.5, 0.2, 0.8])
-
-    def host_ms(self, run: Call) -> list[float] | None:
-        """Return what a call takes that is over before the next is launched: a small one, the host's time."""
-        if not self.on_gpu:
-            run()
-            return None
-        times = torch.tensor(benchmark.Timer("run()", globals={"run": run}).blocked_autorange().times)
-        return (1e3 * times.quantile(torch.tensor([0.5, 0.2, 0.8]).to(times))).tolist()
 
     def peak(self, run: Call) -> dict[str, float]:
         """Return the most memory that a call holds beside what was there."""
@@ -88,13 +79,10 @@ class Timer:
         for name, it in named.items():
             try:
                 loss = it.load()
-                wrong = losses.difference(it, loss, inputs)
-            except Exception as error:  # not installed, or not for this device
-                wrong = losses.reason(error)
-            if wrong:
-                self.add({"loss": name, "skipped": wrong})
-            else:
+                losses.check(it, loss, inputs)
                 found[name] = loss
+            except Exception as error:  # not installed, not for this device, or wrong
+                self.add({"loss": name, "skipped": losses.reason(error)})
         return found
 
     def losses(self, named: dict[str, Named], of_cases: Iterable[Case | Layer], checked: Case | Layer) -> None:
@@ -120,7 +108,7 @@ CHECKED = Case((16, 1000), "fp32")
 
 
 def speed(timer: Timer) -> None:
-    """Time the losses of labels, of other targets, and what a small call costs the host."""
+    """Time the losses of labels and of other targets."""
     one = torch.ones(1 << (28 if timer.on_gpu else 4), device=timer.device)
     copied = timer.ms(functools.partial(torch.empty_like(one).copy_, one))
     timer.add({"copy_gb_per_s": copied and 2 * one.nbytes / copied[0] / 1e6})
@@ -128,24 +116,19 @@ def speed(timer: Timer) -> None:
     timer.losses(losses.OF_SMOOTHED, cases.TARGETS, CHECKED)
     shares = [case._replace(shares=True) for case in (CHECKED, *cases.TARGETS)]
     timer.losses(losses.OF_SHARES, shares[1:], shares[0])
-    for case in cases.SMALL:
-        for name in (OURS, losses.LOSS_ONLY, losses.EAGER):
-            run = call(losses.OF_LOGITS[name].load(), "train", 0.5, *case.inputs(timer.device))
-            timer.row(case, name, "host", lambda run=run: {"ms": timer.host_ms(run)})
     # last, since they compile for seconds, and one that crashes takes nothing with it
     timer.losses({name: x for name, x in losses.OF_LOGITS.items() if x.slow_start}, cases.SLOW_STARTS, CHECKED)
 
 
 def linear(timer: Timer) -> None:
     """Time hidden states to loss and both gradients, beside three bare products."""
+
+    def bare(x: Tensor, w: Tensor, y: Tensor) -> Call:
+        return torch.no_grad()(lambda: ((z := x @ w.t()) @ w, z.t() @ x))
+
     for layer in cases.LAYERS:
-        timer.row(layer, losses.BARE, "train", functools.partial(timer.in_turn, layer, bare_products))
+        timer.row(layer, losses.BARE, "train", functools.partial(timer.in_turn, layer, bare))
     timer.losses(losses.OF_LAYERS, cases.LAYERS, Layer(64, 64, 512))
-
-
-def bare_products(x: Tensor, w: Tensor, y: Tensor) -> Call:
-    """Return a call that multiplies the logits and both gradients."""
-    return torch.no_grad()(lambda: ((z := x @ w.t()) @ w, z.t() @ x))
 
 
 def variants(timer: Timer) -> None:

@@ -60,11 +60,11 @@ def test_a_wrong_loss_is_not_timed(monkeypatch, tmp_path):
     absent = losses.Named("no_such_package:loss")
     named = {"right": losses.Named(F.cross_entropy), "off": off, "nan": nan, "absent": absent}
     rows = []
-    assert set(steps.Timer("cpu", rows.append).load(named, cases.SMALL[0].inputs("cpu"))) == {"right"}
+    assert set(steps.Timer("cpu", rows.append).load(named, steps.CHECKED.inputs("cpu"))) == {"right"}
     why = {row["loss"]: row["skipped"] for row in rows}
     assert "wrong result" in why["off"] and "wrong result" in why["nan"] and "ModuleNotFoundError" in why["absent"]
     for name in (losses.LOSS_ONLY, "a peer"):
-        step = lambda timer, name=name: timer.load({name: off}, cases.SMALL[0].inputs("cpu"))  # noqa: E731
+        step = lambda timer, name=name: timer.load({name: off}, steps.CHECKED.inputs("cpu"))  # noqa: E731
         monkeypatch.setitem(steps.STEPS, "speed", step)
         with pytest.raises(SystemExit, match="not timed") if name != "a peer" else contextlib.nullcontext():
             steps.main("speed", str(tmp_path / "rows"), "cpu")
