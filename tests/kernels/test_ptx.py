@@ -50,6 +50,33 @@ def run(body, x=None):
     return out
 
 
+NAN, ONE, PREDICATE = "0f7FC00000", "0f3F800000", "selp.b32 %r10, 1, 0, %p1;"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (f"max.f32 %r10, {NAN}, {ONE};", 0x3F800000),
+        (f"setp.ne.f32 %p1, {NAN}, {ONE};{PREDICATE}", 0),
+        (f"setp.neu.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        (f"setp.equ.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        (f"setp.geu.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        ("fma.rn.f32 %r10, 0f3F800800, 0f3F800800, 0fBF801000;", 0x33800000),  # (1 + 2^-12)^2 - 1 - 2^-11
+        ("cvt.rn.bf16x2.f32 %r10, 0f3F808000, 0f3F818000;", 0x3F803F82),  # ties to even
+        ("add.ftz.f32 %r10, 0f00400000, 0f00200000;", 0),
+        ("shr.s32 %r10, -8, 1;", -4),
+        ("shr.u32 %r10, -8, 32;", 0),
+        ("bfe.s32 %r10, 0xABCD, 4, 8;", 0xBC - 256),
+        ("div.s32 %r10, -7, 2;", -3),
+        ("cvt.s64.s32 %rd9, -1; shr.u64 %rd9, %rd9, 32; cvt.u32.u64 %r10, %rd9;", -1),
+        ("prmt.b32 %r10, 0x33221100, 0x77665544, 0x7531;", 0x77553311),
+    ],
+)
+def test_what_kernels_would_hardly_show(line, expected):
+    """NaN, ties, signs and the smallest numbers."""
+    assert set(run(line + STORE).tolist()) == {expected}
+
+
 @pytest.mark.parametrize("name", ["ex2.approx.ftz", "rsqrt.approx.ftz", "sqrt.approx.ftz", "div.full"])
 def test_approximations_err_by_what_the_documents_allow(name):
     """Not less, or tests that pass here would say little, and never more."""
