@@ -10,10 +10,25 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests import compilers
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Fault
 from tests.ptx.program import parse
+
+KERNELS, GPU = "tests/kernels/test_kernels.py::", "tests/kernels/test_gpu.py::"
+EMULATED = (  # every kernel, a dtype of each size, rows of each kind of length; any other case may be asked for
+    "tests/kernels/test_emulated.py",
+    *(f"{GPU}test_half_precision_is_rounded_once[{x}]" for x in ("600-10-bf16", "70-1003-fp16", "5-50257-bf16")),
+    *(f"{GPU}test_rows_and_targets_at_any_address[{x}]" for x in ("1000-fp16", "1003-fp32", "5003-bf16")),
+    *(f"{KERNELS}test_every_regime_and_path[fp32-typical-{n}]" for n in (1, 3, 8, 10, 64, 65, 1003, 2056, 16391)),
+    *(f"{KERNELS}test_every_regime_and_path[{x}]" for x in ("bf16-masked-65", "bf16-confident-10", "fp64-masked-65")),
+    *(f"{KERNELS}test_every_layout[{x}-torch.float32-1003]" for x in ("transposed", "padded_rows")),
+    f"{KERNELS}test_a_bad_logit_spoils_its_row_alone[rest-nan-10]",
+    "tests/api/test_soft.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+    "tests/api/test_soft.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
+    "tests/api/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
+)
+COMMAND = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED)
+ENVIRONMENT = {"EMULATE": "sm_90", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 SKETCH = """
 .visible .entry sketch(
@@ -166,4 +181,4 @@ def test_what_is_unknown_is_named(line):
 def test_compiled_kernels_pass_the_tests_of_interpreted_ones(compiled):
     """A choice of those tests; with EMULATE=sm_90 in the environment any of them runs so."""
     passed = re.match(r"(\d+) passed in", compiled.splitlines()[-1])  # and none skipped
-    assert passed and int(passed[1]) > len(compilers.EMULATED)
+    assert passed and int(passed[1]) > len(EMULATED)
