@@ -4,7 +4,7 @@ python -m bench                     what fits two minutes of every section, into
 python -m bench --full              all of it, into bench/results/cpu-avx2.*, which the README quotes; avx2: of this CPU
 python -m bench section ...         all of some sections: see SECTIONS
 python -m bench report              the tables, the pictures and the README's again, from every JSON
-python -m bench codegen [--gate]    machine code of the kernels, compiled offline
+python -m bench codegen             machine code of the kernels, compiled offline
 python -m bench gpu                 everything that needs a GPU: tests, times, goals
 python -m bench claims [name ...]   what the papers claim, with verdicts from the data
 python -m bench lm [name ...]       a language model trained without its logits

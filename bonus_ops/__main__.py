@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS
-from .dynamics import ExampleTracker, Mean, Report
+from .dynamics import DEFAULT_FIELDS, ExampleTracker, Mean, Report
 from .functional import difficulty_scores
 from .number_checks import check_integer, check_number
 from .scores import Scores
@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         check_number("argument --share", "share", options.share, "[0, 1]")
         _check_targets(options.files, [file for file in (options.csv, options.plot) if file is not None])
         report = _report([_read(file) for file in options.files], options.files, options.share)
-        _write(report, options.csv, options.plot)
+        if options.plot is not None:  # first: it may lack matplotlib, or know no such format
+            report.plot(options.plot)
+        if options.csv is not None:
+            report.to_csv(options.csv)
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         suspects.error(str(error).splitlines()[0])
     print(_table(report, options.top))
@@ -106,8 +109,13 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
         )
     logits, labels = (held[name] for name in ("logits", "labels"))
     for name, x in (("logits", logits), ("labels", labels)):
-        if not (_is_dense(x) if isinstance(x, Tensor) else _is_plain(x)):
-            came = x.layout if isinstance(x, Tensor) else getattr(x, "dtype", type(x).__name__)
+        came: Any = x.layout if isinstance(x, Tensor) else getattr(x, "dtype", None)
+        if isinstance(x, Tensor):
+            plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
+        else:  # an array of numpy's, of numbers that torch has
+            plain = came is not None and came.kind in "fiu" and came.isnative and came.itemsize <= 8
+        if not plain:
+            came = type(x).__name__ if came is None else came
             raise ValueError(f"{file}: {name} must be an array of numbers, got {came}")
     logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
     if logits.dtype not in FLOATS or logits.dim() != 2 or not logits.shape[1]:
@@ -123,16 +131,6 @@ def _checked(held: dict[str, Any], file: Path) -> tuple[Tensor, Tensor]:
             f"{file}: labels must be in [0, {logits.shape[1]}), or {IGNORED} for none, got {int(wrong[0])}"
         )
     return logits, labels
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
-
-
-def _is_plain(x: Any) -> bool:
-    """Return whether an array of numpy's holds numbers that torch has."""
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and dtype.kind in "fiu" and dtype.isnative and dtype.itemsize <= 8
 
 
 def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Report:
@@ -151,14 +149,7 @@ def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Re
     if not shape[0]:
         raise ValueError(f"{files[0]}: holds no rows")
     early = max(1, round(len(read) / 10))
-    fields = (
-        "mean_loss",
-        "mean_el2n",
-        "mean_margin",
-        "mean_entropy",
-        Mean("entropy", (early, early)),
-        "suggested_label",
-    )
+    fields = [Mean("entropy", (early, early)) if name == "early_entropy" else name for name in DEFAULT_FIELDS]
     tracker = ExampleTracker(shape[0], fields, device="cpu")
     for logits, labels in read:
         tracker.update(Scores(*difficulty_scores(logits, labels), target=labels), torch.arange(shape[0]), labels)
@@ -166,13 +157,6 @@ def _report(epochs: list[dict[str, Any]], files: list[Path], share: float) -> Re
     if not tracker.seen.any():
         raise ValueError(f"{files[0]}: no row has a label and logits without NaN")
     return tracker.report(suspect=share)
-
-
-def _write(report: Report, csv: Path | None, plot: Path | None) -> None:
-    if plot is not None:  # first: it may lack matplotlib, or know no such format
-        report.plot(plot)
-    if csv is not None:
-        report.to_csv(csv)
 
 
 def _table(report: Report, top: int) -> str:

@@ -51,7 +51,8 @@ class Call:
         self.ignore_index = checked_ignore_index(ignore_index)
         self.smoothing = checked_label_smoothing(label_smoothing)
         self.bonus_smoothing = checked_bonus_smoothing(bonus_smoothing, self.smoothing)
-        autocast = isinstance(input, Tensor) and input.device.type != "meta"
+        # asked of any device first: to name one takes longer than all other checks
+        autocast = torch._C._is_any_autocast_enabled() and isinstance(input, Tensor) and input.device.type != "meta"
         autocast = autocast and torch.is_autocast_enabled(input.device.type)
         if autocast and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
             weight = weight.to(torch.float32)
@@ -66,8 +67,9 @@ class Call:
         self.target = target if self.by_probabilities or target.dtype == torch.int64 else target.to(torch.int64)
         self.n_classes = shape[0] if len(shape) == 1 else shape[1]
         self.row_shape = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
-        half = input.dtype in (torch.float16, torch.bfloat16)
-        self.dtype = torch.float32 if half and autocast else input.dtype
+        self.dtype = input.dtype
+        if autocast and input.dtype in (torch.float16, torch.bfloat16):
+            self.dtype = torch.float32
         smooth = self.smoothing > 0 or self.bonus_smoothing > 0
         by_label = isinstance(self.loss, GapLoss) and not (self.by_probabilities or smooth or bonus_weight is not None)
         self.kind = "labels" if by_label else "soft"
@@ -176,7 +178,7 @@ def decide(requested: str | None, input: Tensor, kind: str, loss: Loss, only_by_
         RuntimeError: it cannot run on this device or machine.
         NotImplementedError: it has no kernel for what was asked.
     """
-    device = input.device.type
+    device = "cpu" if input.is_cpu else input.device.type
     if requested is None:
         if only_by_formula is None:
             if device != "cpu" and why_not_triton(device) is None and why_no_kernel(kind, loss) is None:

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from .checks import checked_ignore_index
-from .functional import bonus_cross_entropy, bonus_cross_entropy_with_scores
+from .functional import _DEFAULT_BONUS, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import ClassLoss, GapLoss, LogBonus
 from .number_checks import check_number
 from .scores import Scores
+from .signatures import takes_what
 from .watchers import constant_when_compiled
 
 __all__ = ["causal_lm_loss", "causal_lm_loss_with_scores", "trainer_loss"]
 
-_DEFAULT_BONUS = LogBonus()
 _CROSS_ENTROPYS = frozenset(inspect.signature(bonus_cross_entropy).parameters)
 _FIELDS = frozenset(field.name for field in dataclasses.fields(LogBonus))
 
@@ -60,7 +60,7 @@ def causal_lm_loss(
     The labels are shifted, not the logits, and the logits are read in their own dtype: no copy of them is made, where
     transformers makes a float32 one. Half-precision logits still give a float32 loss, and a gradient in their dtype.
 
-    Args:
+    Args: as in `bonus_cross_entropy`, but for
         logits: [..., T, V], or [T, V].
         labels: tokens [..., T], int64, aligned with the inputs; unused if ``shift_labels`` is given.
         vocab_size: V, checked if given.
@@ -68,16 +68,9 @@ def causal_lm_loss(
             ranks; None divides by the tokens of this call that are not ignored.
         ignore_index: label that costs nothing.
         shift_labels: labels [..., T] already aligned with the logits, as sequence parallelism needs.
-        weight: as in `bonus_cross_entropy`; the weighted sum too is divided by ``num_items_in_batch``, if given.
-        label_smoothing: as in `bonus_cross_entropy`.
-        bonus: as in `bonus_cross_entropy`; None is what transformers computes.
-        bonus_smoothing: as in `bonus_cross_entropy`.
-        bonus_weight: as in `bonus_cross_entropy`.
-        logit_scale: as in `bonus_cross_entropy`.
-        softcap: as in `bonus_cross_entropy`; for a model whose head does not cap its logits itself.
-        z_loss: as in `bonus_cross_entropy`; its sum too is divided by ``num_items_in_batch``, if given.
-        implementation: as in `bonus_cross_entropy`.
-        validate: as in `bonus_cross_entropy`.
+        weight: the weighted sum too is divided by ``num_items_in_batch``, if given, and so is that of ``z_loss``.
+        bonus: None is what transformers computes.
+        softcap: for a model whose head does not cap its logits itself.
         kwargs: whatever else a model hands its loss; ignored, as by transformers. Names of `bonus_cross_entropy`
             that are not taken here, such as ``reduction``, misspelt options and fields of `LogBonus` raise.
 
@@ -98,61 +91,34 @@ def causal_lm_loss(
         tensor(2.3979)
         >>> loss_function = functools.partial(causal_lm_loss, bonus=LogBonus(log_end=0.5))  # model.loss_function = ...
     """
-    _refuse(kwargs)
-    input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    with _float32_loss(logits):
-        loss = bonus_cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, logit_scale=logit_scale,
-            softcap=softcap, z_loss=z_loss, implementation=implementation, validate=validate,
-        )  # fmt: skip
+    loss: Tensor = _computed(
+        bonus_cross_entropy, logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, weight=weight,
+        label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight,
+        logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, implementation=implementation, validate=validate,
+        **kwargs,
+    )  # fmt: skip
     return _per_item(loss, num_items_in_batch)
 
 
+@takes_what(causal_lm_loss)
 def causal_lm_loss_with_scores(
-    logits: Tensor,
-    labels: Tensor | None,
-    vocab_size: int | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
-    bonus_smoothing: float | None = None,
-    bonus_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    implementation: str | None = None,
-    validate: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Scores]:
+    logits: Tensor, labels: Tensor | None, vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None, *further: Any, **options: Any,
+) -> tuple[Tensor, Scores]:  # fmt: skip
     """Compute `causal_lm_loss` and the difficulty scores of every token from the same pass.
 
-    Args: as in `causal_lm_loss`.
+    Args and errors: as in `causal_lm_loss`.
 
     Returns:
         The loss, and `Scores` shaped like the labels: at t, those of predicting token t + 1. Where that token is
         ignored, and at the last position unless ``shift_labels`` is given, they hold what ignored rows do, NaN. Their
         ``target`` are the shifted labels, so that ``scores.accuracy()`` is right and ``scores.correct(labels)`` not.
-
-    Raises:
-        As `causal_lm_loss`.
     """
-    _refuse(kwargs)
-    input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    with _float32_loss(logits):
-        loss, scores = bonus_cross_entropy_with_scores(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, logit_scale=logit_scale,
-            softcap=softcap, z_loss=z_loss, implementation=implementation, validate=validate,
-        )  # fmt: skip
+    loss, scores = _computed(
+        bonus_cross_entropy_with_scores, logits, labels, vocab_size, num_items_in_batch, *further, **options
+    )
     tokens = logits.shape[:-1]
-    scores = Scores(*(column.view(tokens) for column in scores), target=target.view(tokens))
+    scores = Scores(*(column.view(tokens) for column in scores), target=scores.target.view(tokens))
     return _per_item(loss, num_items_in_batch), scores
 
 
@@ -219,14 +185,26 @@ _OPTIONS = [
 ]
 
 
-def _refuse(kwargs: dict[str, Any]) -> None:
-    """Raise for what is meant for this loss among what a model hands its loss: to ignore it would change the loss."""
-    for name in kwargs:
+def _computed(
+    function: Any, logits: Tensor, labels: Tensor | None, vocab_size: int | None = None,
+    num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100, shift_labels: Tensor | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Return what a cross-entropy ``function`` says of the shifted labels, before it is divided by a number of items.
+
+    Raises for what is meant for this loss among what a model hands its loss: to ignore it would change the loss.
+    """
+    for name in [name for name in options if name not in _OPTIONS]:
         if (hint := _meant(name)) is not None:
             raise TypeError(
                 f"causal_lm_loss() got an unexpected option {name!r}.{hint}\nExpected options: {', '.join(_OPTIONS)}; "
                 "of other names only those unlike these and those of bonus_cross_entropy are ignored."
             )
+        del options[name]
+    input, target = _aligned(logits, labels, vocab_size, ignore_index, shift_labels)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    with _float32_loss(logits):
+        return function(input, target, ignore_index=ignore_index, reduction=reduction, **options)
 
 
 @constant_when_compiled

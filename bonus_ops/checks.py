@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ __all__ = [
     "by_keyword",
     "check_bonus",
     "check_call",
+    "check_factor",
+    "check_gap_loss",
     "check_implementation",
     "check_reduction",
     "check_soft",
@@ -28,6 +31,7 @@ __all__ = [
     "checked_bonus_smoothing",
     "checked_ignore_index",
     "checked_label_smoothing",
+    "raise_as_torch",
 ]
 
 IMPLEMENTATIONS = ("triton", "numba", "reference")
@@ -47,10 +51,22 @@ def check_bonus(bonus: Any) -> None:
             "bonus must be a GapLoss instance such as LogBonus(log_end=0.75), or None for plain cross-entropy, not "
             f"{came}"
         )
+    if isinstance(bonus.kernel, str) and kind.__module__.startswith("bonus_ops.losses."):
+        return  # its fields were checked when it was made
     loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
     # a frozen one that passed passes again; the fields of another may change, and the compiler warns of caches
     changes = type(loss).__hash__ in (None, object.__hash__)
     (_check_fields if changes or torch.compiler.is_compiling() else _checked_once)(loss)
+
+
+def check_gap_loss(bonus: Any, why: str = "") -> None:
+    """Raise TypeError unless ``bonus`` is None or a `GapLoss`, as `check_bonus` wants it."""
+    check_bonus(bonus)
+    if isinstance(bonus, ClassLoss):
+        raise TypeError(
+            f"bonus must be a GapLoss or None, not the ClassLoss {type(bonus).__name__}\nExpected one such as "
+            f"LogBonus(log_end=0.75), SquaredError() or AbsoluteError().{why}"
+        )
 
 
 def _check_fields(bonus: Any) -> None:
@@ -92,12 +108,16 @@ _checked_once = functools.lru_cache(maxsize=256)(_check_fields)
 
 def checked_bonus_smoothing(bonus_smoothing: Any, label_smoothing: float) -> float:
     """Return ``bonus_smoothing`` as a float in [0, 1], ``label_smoothing`` where it is None."""
+    if bonus_smoothing is None:
+        return label_smoothing
     check_number("bonus_cross_entropy", "bonus_smoothing", bonus_smoothing, "[0, 1] or None")
-    return label_smoothing if bonus_smoothing is None else float(bonus_smoothing)
+    return float(bonus_smoothing)
 
 
 def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bonus_weight: Any) -> None:
     """Raise for options of the bonus that the loss or the input cannot have."""
+    if bonus_smoothing is bonus_weight is weight is None:
+        return
     given = [n for n, x in (("bonus_smoothing", bonus_smoothing), ("bonus_weight", bonus_weight)) if x is not None]
     loss = bonus.loss if isinstance(bonus, Scheduled) else bonus
     if given and not isinstance(loss, Bonus):
@@ -109,21 +129,24 @@ def check_soft(input: Tensor, bonus: Any, weight: Any, bonus_smoothing: Any, bon
         raise ValueError(f"weight has no meaning for {type(loss).__name__}.\nExpected None: all classes count alike.")
     if bonus_weight is None:
         return
-    if not isinstance(bonus_weight, Tensor):
-        raise TypeError(f"bonus_weight must be a Tensor or None, got {type(bonus_weight).__name__}")
-    if bonus_weight.layout != torch.strided:
-        raise RuntimeError(f"bonus_weight must be dense (torch.strided), got {bonus_weight.layout}")
     n_classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    if list(bonus_weight.shape) != [n_classes]:
-        raise RuntimeError(
-            f"bonus_weight must have shape [{n_classes}], one number a class, got {list(bonus_weight.shape)}"
-        )
-    if bonus_weight.dtype not in FLOATS:
-        raise RuntimeError(f"bonus_weight must have a floating point type, got {bonus_weight.dtype}")
-    if bonus_weight.device != input.device:
-        raise RuntimeError(f"bonus_weight must be on the device of input, {input.device}, got {bonus_weight.device}")
+    check_factor("bonus_weight", bonus_weight, f"have shape [{n_classes}], one number a class", [n_classes], input)
     if bonus_weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("bonus_weight must not require a gradient")
+
+
+def check_factor(name: str, x: Any, must: str, shape: Sequence[int], input: Tensor) -> None:
+    """Raise unless factors of the losses are a floating point tensor of the shape, on the device of the input."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name} must be dense (torch.strided), got {x.layout}")
+    if list(x.shape) != list(shape):
+        raise RuntimeError(f"{name} must {must}, got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise RuntimeError(f"{name} must have a floating point type, got {x.dtype}")
+    if x.device != input.device:
+        raise RuntimeError(f"{name} must be on the device of input, {input.device}, got {x.device}")
 
 
 def check_reduction(reduction: Any) -> None:
@@ -180,52 +203,56 @@ def check_call(
 ) -> None:
     """Raise for a wrong type, device, dtype or shape, nothing having been computed."""
     check_reduction(reduction)
-    fault = _types(input, target, weight) or _devices(input, target, weight) or _shapes(input, target, ignore_index)
+    fault = _tensors(input, target, weight) or _shapes(input, target, ignore_index)
     fault = fault or (weight is not None and _weight(input, target, weight, autocast)) or None
     if fault is None:
         return
+    raise_as_torch(
+        fault, cross_entropy, input, target, weight, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
+
+
+def raise_as_torch(fault: str, function: Callable[..., Tensor], *inputs: Any, **options: Any) -> NoReturn:
+    """Raise what torch raises for the call, with the fault behind its first line."""
     try:
-        cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        function(*inputs, **options)
     except Exception as error:
         first_line = str(error).split("\n")[0]
         raise type(error)(f"{first_line}\n{fault}") from None
     raise RuntimeError(fault)
 
 
-def _types(input: Any, target: Any, weight: Any) -> str | None:
-    for name, x in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(x, Tensor) and not (name == "weight" and x is None):
+def _tensors(input: Any, target: Any, weight: Any) -> str | None:
+    given = {"input": input, "target": target} | ({} if weight is None else {"weight": weight})
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
             return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
-        if isinstance(x, Tensor) and x.layout != torch.strided:
+        if x.layout is not torch.strided:
             return f"Expected {name} to be dense (torch.strided), got {x.layout}."
     if input.dtype not in FLOATS:
         swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
         return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
-    return None
-
-
-def _devices(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
-    for name, x in (("target", target), ("weight", weight)):
-        if x is not None and x.device != input.device:
-            return f"Expected {name} on the device of input, {input.device}, got {x.device}."
+    device = input.device
+    for name, x in given.items():
+        if x.device != device:
+            return f"Expected {name} on the device of input, {device}, got {x.device}."
     return None
 
 
 def _shapes(input: Tensor, target: Tensor, ignore_index: int) -> str | None:
-    if input.dim() == 0:
+    shape, of_target = input.shape, target.shape
+    if len(shape) == 0:
         return "Expected input [C], [N, C] or [N, C, d1, ...], got shape []."
-    if input.shape == target.shape:
+    if shape == of_target:
         if not target.is_floating_point():
             return (
                 f"Expected probabilities of a floating point type for a target shaped like input, got {target.dtype}."
             )
         return "Expected class indices as target where ignore_index is set." if ignore_index >= 0 else None
-    expected = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
-    if list(target.shape) != expected and not (input.dim() == 1 and list(target.shape) == [1]):
-        shape = list(input.shape)
-        return f"Expected target of shape {expected} for input of shape {shape}, got {list(target.shape)}."
+    expected = (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    if of_target != expected and not (len(shape) == 1 and of_target == (1,)):
+        return f"Expected target of shape {list(expected)} for input of shape {list(shape)}, got {list(of_target)}."
     if target.dtype not in (torch.int64, torch.uint8):
         return f"Expected class indices of int64 or uint8, got {target.dtype}."
     return None

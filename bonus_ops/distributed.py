@@ -21,7 +21,6 @@ from .losses import GapLoss, decode
 from .ops import labels, shards, soft, vocab_parallel  # noqa: F401  the operators must exist
 from .ops.shards import Saved, Smoothed, Terms
 from .ops.shards import Shard as ClassShard
-from .row_sums import RowSums
 from .soft_targets import SoftTargets
 
 __all__ = ["by_shards", "register_row_sharding"]
@@ -49,8 +48,7 @@ def register_row_sharding() -> None:
     - Rows sharded, ``Shard(0)``: no logit is moved. Ranks may hold different numbers of rows, or none.
     - Classes sharded over one mesh dimension, ``Shard(1)``, as a parallel head leaves them, with class indices as
       target and no `ClassLoss`: no logit is moved. One all-gather of a few floats a row in forward, two where a bonus
-      is smoothed, as in `vocab_parallel`, none in backward; loss and scores are replicated, the gradient comes back as
-      ``Shard(1)``.
+      is smoothed, none in backward; loss and scores are replicated, the gradient comes back as ``Shard(1)``.
     - Anything else, such as probabilities: right, but the logits are moved to ``Shard(0)`` by an all-to-all, in the
       forward and in the backward, and the gradient comes back as ``Shard(0)``.
     - With extra dimensions [N, C, d1, ...], N must divide by the ranks; otherwise the logits are gathered on each.
@@ -82,16 +80,15 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
         if isinstance(call.get(name), Tensor) and not isinstance(call[name], DTensor):
             call[name] = DTensor.from_local(call[name], mesh, [Replicate()] * mesh.ndim, run_check=False)
     by_classes = [placement.is_shard(2) for placement in logits.placements]
-    kind = op._schema.name.removeprefix("bonus_ops::")
     loss = decode(call["loss"], _whole(call["fields"])) if any(by_classes) else None
     if (
-        kind in _BY_CLASSES
-        and call.get("probabilities") is None
+        call.get("probabilities") is None
         and isinstance(loss, GapLoss)
         and sum(by_classes) == 1
         and all(cut or placement.is_replicate() for cut, placement in zip(by_classes, logits.placements, strict=True))
     ):
-        return _BY_CLASSES[kind](call, by_classes.index(True))
+        run = _forward if op._schema.name.endswith("_forward") else _backward
+        return run(call, by_classes.index(True))
     n_outer, n_inner, _ = logits.shape
     # outer * inner rows are cut as the outer ones were only if every rank has as many
     cut = n_inner == 1 or n_outer % mesh.size() == 0
@@ -123,15 +120,15 @@ def _run_by_rows(axes: Sequence[int], cls: type, op: Any, types: Any, args: Any,
 
 
 def by_shards(
-    name: str, input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """Call a function of `bonus_ops.vocab_parallel` with this rank's classes of a layer; see there.
+    input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Any:
+    """Return what `bonus_ops.vocab_parallel` makes of this rank's classes of a layer; see there.
 
     A plain tensor is the same on every rank, as is what is returned.
     """
-    from . import vocab_parallel as functions
+    from .vocab_parallel import of_layer
 
+    name = "linear_bonus_cross_entropy"
     mesh, placements = linear_weight.device_mesh, linear_weight.placements
     cut = [placement.is_shard(0) for placement in placements]
     if sum(cut) != 1 or not all(c or x.is_replicate() for c, x in zip(cut, placements, strict=True)):
@@ -148,7 +145,7 @@ def by_shards(
     def whole(x: Any) -> Any:  # a differentiable part of the graph
         return x.redistribute(mesh, [Replicate()] * mesh.ndim).to_local() if isinstance(x, DTensor) else x
 
-    return getattr(functions, name)(
+    return of_layer(
         whole(input), linear_weight.to_local(), whole(target), group=mesh.get_group(cut.index(True)),
         class_range=(first, first + n_local), linear_bias=linear_bias, **{k: whole(x) for k, x in options.items()},
     )  # fmt: skip
@@ -196,65 +193,39 @@ def _of_logits(call: Any, local: Tensor) -> DTensor:
     )  # fmt: skip
 
 
-def _columns(call: Any, sums: RowSums, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scores and runner-up of rows; no scores where they were not asked for."""
-    if not call["scores"]:
-        return sums.max.new_empty((0,), dtype=torch.float32), sums.argmax
-    *columns, runner_up = reference.scores_of_sums(sums, counts)
-    return torch.stack(columns), runner_up
-
-
-def _labels_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
+def _forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
+    """Run ``labels_forward``, or ``soft_forward`` of smoothed or weighted labels."""
     rows, label, shard, terms = _local_classes(call, mesh_dim)
     local = vocab_parallel.rows_of(rows, label, shard, terms, call["scores"], False)
-    counts = label != terms.ignore_index
-    scores, runner_up = _columns(call, local.sums, counts)
-    found = _of_rows(call, local.loss, scores, runner_up if call["scores"] else runner_up[:0])
-    saved = _of_rows(call, torch.stack(shards.saved_of(local.sums)))
-    if not call["softmax"]:
-        return *found, *saved, *_of_rows(call, rows.new_empty((0,)))
-    z = terms.options.applied(rows.to(local.lse.dtype))
-    p = torch.exp(z - reference.logsumexp_of_sums(local.sums)[:, None]).masked_fill(~counts[:, None], 0.0)
-    return *found, *saved, _of_logits(call, p.to(rows.dtype))
-
-
-def _labels_backward(call: Any, mesh_dim: int) -> DTensor:
-    saved = Saved(*_whole(call["saved"]))
-    return _backward(call, mesh_dim, saved, None)
-
-
-def _soft_forward(call: Any, mesh_dim: int) -> tuple[DTensor, ...]:
-    rows, label, shard, terms = _local_classes(call, mesh_dim)
-    local = vocab_parallel.rows_of(rows, label, shard, terms, call["scores"], False)
-    scores, runner_up = _columns(call, local.sums, label != terms.ignore_index)
+    counts, is_soft = label != terms.ignore_index, terms.targets is not None
+    scores, runner_up = local.sums.max.new_empty((0,), dtype=torch.float32), local.sums.argmax
+    if call["scores"]:
+        *columns, runner_up = reference.scores_of_sums(local.sums, counts)
+        scores = torch.stack(columns)
+    elif not is_soft:
+        runner_up = runner_up[:0]
     saved = [*shards.saved_of(local.sums)]
     if local.more is not None:  # a class as the bits of an integer
         top, *others = local.more
         saved += [top.to(shards.ints_like(local.lse)).view(local.lse.dtype), *others]
-    lse = local.lse if call["lse"] else local.lse[:0]
-    return _of_rows(call, local.loss, scores, runner_up, torch.stack(saved), lse)
+    found = _of_rows(call, local.loss, scores, runner_up, torch.stack(saved))
+    if is_soft:
+        return *found, *_of_rows(call, local.lse if call["lse"] else local.lse[:0])
+    if not call["softmax"]:
+        return *found, *_of_rows(call, rows.new_empty((0,)))
+    z = terms.options.applied(rows.to(local.lse.dtype))
+    p = torch.exp(z - reference.logsumexp_of_sums(local.sums)[:, None]).masked_fill(~counts[:, None], 0.0)
+    return *found, _of_logits(call, p.to(rows.dtype))
 
 
-def _soft_backward(call: Any, mesh_dim: int) -> DTensor:
-    saved = _whole(call["saved"])
-    more = None
+def _backward(call: Any, mesh_dim: int) -> DTensor:
+    """Run ``labels_backward`` or ``soft_backward`` from what `_forward` has saved."""
+    saved, more = _whole(call["saved"]), None
     if len(saved) > 3:
         top, *others = saved[3:]
         more = Smoothed(top.view(shards.ints_like(top)).to(torch.int32), *others)
-    return _backward(call, mesh_dim, Saved(*saved[:3]), more)
-
-
-def _backward(call: Any, mesh_dim: int, saved: Saved, more: Smoothed | None) -> DTensor:
     rows, label, shard, terms = _local_classes(call, mesh_dim)
     n_classes = label.new_tensor(call["logits"].shape[2])
     upstream = _whole(call["grad_loss"]), _whole(call["grad_lse"])
-    pull = shards.pull_of(saved, label, terms, n_classes, more, *upstream)
+    pull = shards.pull_of(Saved(*saved[:3]), label, terms, n_classes, more, *upstream)
     return _of_logits(call, shards.gradient(rows, label, shard, terms, n_classes, pull, torch.empty_like(rows)))
-
-
-_BY_CLASSES = {
-    "labels_forward": _labels_forward,
-    "labels_backward": _labels_backward,
-    "soft_forward": _soft_forward,
-    "soft_backward": _soft_backward,
-}

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 _DEFAULT_BONUS = LogBonus()
-_WAYS = {"labels": labels.run, "soft": soft.run}
+_WAYS = {"labels": labels.WAYS, "soft": soft.WAYS}  # for each implementation
 
 
 def bonus_cross_entropy(
@@ -101,7 +101,7 @@ def bonus_cross_entropy(
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, options, implementation, validate, False, False)  # fmt: skip
-    return _WAYS[call.kind](call).loss
+    return _WAYS[call.kind][call.implementation](call).loss
 
 
 def bonus_cross_entropy_with_scores(
@@ -145,7 +145,7 @@ def bonus_cross_entropy_with_scores(
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, options, implementation, validate, True, False)  # fmt: skip
-    out = _WAYS[call.kind](call)
+    out = _WAYS[call.kind][call.implementation](call)
     return out.loss, cast(Scores, out.scores)
 
 
@@ -201,7 +201,7 @@ def bonus_cross_entropy_with_softmax(
     options = checked_options(logit_scale, softcap, z_loss)
     call = Call(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, bonus,
                  bonus_smoothing, bonus_weight, options, implementation, validate, True, True)  # fmt: skip
-    out = _WAYS[call.kind](call)
+    out = _WAYS[call.kind][call.implementation](call)
     return CrossEntropyWithSoftmax(out.loss, cast(Scores, out.scores), cast(Tensor, out.softmax))
 
 
@@ -235,4 +235,4 @@ def difficulty_scores(
     options = checked_options(logit_scale, softcap, 0.0)
     call = Call(input.detach() if isinstance(input, Tensor) else input, target, None, None, ignore_index, None,
                 "none", 0.0, None, None, None, options, implementation, validate, True, False)  # fmt: skip
-    return cast(Scores, _WAYS[call.kind](call).scores)
+    return cast(Scores, _WAYS[call.kind][call.implementation](call).scores)

@@ -17,6 +17,7 @@ from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
 from .ops import linear
 from .scores import Scores
+from .signatures import options_of, takes_what
 
 __all__ = [
     "LinearBonusCrossEntropyLoss",
@@ -43,13 +44,8 @@ class LinearScores(Scores):
         scores.last_layer_grad_norm = last_layer_grad_norm
         return scores
 
-    def _replace(self, **columns: Any) -> LinearScores:
-        own = {"last_layer_grad_norm": self.last_layer_grad_norm, "target": self.target}
-        return LinearScores(**{**self._asdict(), **own, **columns})
-
-    def _each(self, function: Any) -> LinearScores:
-        scores, norm = super()._each(function), function(self.last_layer_grad_norm)
-        return LinearScores(*scores, target=scores.target, last_layer_grad_norm=norm)
+    def _beside(self) -> dict[str, Tensor]:
+        return {**super()._beside(), "last_layer_grad_norm": self.last_layer_grad_norm}
 
     @classmethod
     def cat(cls, batches: Iterable[Scores]) -> Scores:
@@ -91,42 +87,32 @@ def linear_bonus_cross_entropy(
     bias, in the forward pass, each only where it is required. Names and order are those of
     `torch.nn.functional.linear_cross_entropy`.
 
-    Args:
+    Args: as in `bonus_cross_entropy`, of logits that are the layer's output, but for
         input: what the last layer takes, [..., H], float16, bfloat16, float32 or float64.
         linear_weight: [C, H], dtype of ``input``; it may be tied with an embedding. A DTensor whose classes are spread
             over ranks is served by `vocab_parallel` and the result is the same on each; ``input`` and ``target`` are
             then the same on every rank, plain or DTensors, and ``linear_bias`` is a DTensor.
         target: class indices [...], int64 or uint8.
         linear_bias: [C], or None.
-        weight: factor of each class, [C], as in `bonus_cross_entropy`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The gradients of ``"none"`` wait for backward, which makes the
             logits a second time, unless ``linear_weight`` and ``linear_bias`` require none: a ``row_weight`` that is
             known in forward, with ``"sum"``, recomputes nothing.
-        ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
-        label_smoothing: as in `bonus_cross_entropy`.
-        bonus: as in `bonus_cross_entropy`.
-        bonus_smoothing: as in `bonus_cross_entropy`.
-        bonus_weight: as in `bonus_cross_entropy`.
         row_weight: factor of each row's loss, shaped like ``target``; the divisor of ``"mean"`` does not know it.
-            Differentiable.
-        logit_scale: as in `bonus_cross_entropy`.
-        softcap: as in `bonus_cross_entropy`; z is what the chunks make of the layer's output.
-        z_loss: as in `bonus_cross_entropy`; a ``row_weight`` multiplies it too.
+            Differentiable. It multiplies ``z_loss`` too.
         budget: bytes of logits that may exist at once, at least one row. None is 128 MiB and at most 512 rows on a CPU,
             which was measured to be enough, and 1 GiB elsewhere. Not counted: the gradients, that of a weight in halves
             as float32; 4 MiB of it widened at a time, for halves on a CPU; a few rows of work. Another budget gives the
             same result to rounding, the same budget the same bits.
         implementation: None chooses; ``"triton"``, ``"numba"`` and ``"reference"`` run or raise. The reference makes
             the logits, as do `torch.func`, forward mode and gradients that are differentiated again.
-        validate: as in `bonus_cross_entropy`.
 
     Returns:
         Loss in nats in the dtype of ``input`` (float32 under autocast): a scalar, or shaped like ``target`` for
         ``"none"``. Sums over rows, the weight's gradient among them, are kept in float32 (float64) and rounded once.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError, NotImplementedError: as `bonus_cross_entropy`; RuntimeError
-            also for sizes of the layer that do not fit, ValueError for a ``budget`` that does not hold one row.
+        As `bonus_cross_entropy`; RuntimeError also for sizes of the layer that do not fit, ValueError for a ``budget``
+            that does not hold one row.
 
     Example:
         >>> import torch
@@ -136,57 +122,27 @@ def linear_bonus_cross_entropy(
         tensor(0.2201)
 
     References:
-        Zhao et al., Well-classified Examples are Underestimated in Classification with Deep Neural Networks,
-        AAAI 2022, https://arxiv.org/abs/2110.06537. Chunks: Hsu et al., Liger Kernel, 2024,
-        https://arxiv.org/abs/2410.10989; Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models,
-        ICLR 2025, https://arxiv.org/abs/2411.09009.
+        As `bonus_cross_entropy`. Chunks: Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989; Wijmans et
+        al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, https://arxiv.org/abs/2411.09009.
     """
-    if _is_dtensor(linear_weight):
-        found: Tensor = _by_shards(
-            "linear_bonus_cross_entropy", input, linear_weight, target, implementation, validate,
-            linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight,
-            row_weight=row_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, budget=budget,
-        )  # fmt: skip
-        return found
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
-        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
-        implementation, validate, False, False,
-    )  # fmt: skip
-    return linear.run(call).loss
+    return _computed(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing,
+        bonus_weight=bonus_weight, row_weight=row_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss,
+        budget=budget, implementation=implementation, validate=validate,
+    ).loss  # fmt: skip
 
 
+@takes_what(linear_bonus_cross_entropy)
 def linear_bonus_cross_entropy_with_scores(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
-    bonus_smoothing: float | None = None,
-    bonus_weight: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    budget: int | None = None,
-    implementation: str | None = None,
-    validate: bool = False,
+    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
 ) -> tuple[Tensor, LinearScores]:
     """Compute `linear_bonus_cross_entropy` and the difficulty scores of every row from the same chunks.
 
-    Args: as in `linear_bonus_cross_entropy`.
+    Args and errors: as in `linear_bonus_cross_entropy`.
 
     Returns:
         The loss, and `LinearScores` shaped like ``target``: detached, of the plain softmax, NaN where ignored.
-
-    Raises:
-        As `linear_bonus_cross_entropy`.
 
     Example:
         >>> import torch
@@ -196,20 +152,9 @@ def linear_bonus_cross_entropy_with_scores(
         >>> scores.last_layer_grad_norm
         tensor([0.1686, 0.3803])
     """
+    loss, scores, norm = _computed(input, linear_weight, target, scores=True, norm=True, **options)
     if _is_dtensor(linear_weight):
-        found: tuple[Tensor, LinearScores] = _by_shards(
-            "linear_bonus_cross_entropy_with_scores", input, linear_weight, target, implementation, validate,
-            linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight,
-            row_weight=row_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, budget=budget,
-        )  # fmt: skip
-        return found
-    call = LinearCall(
-        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, bonus,
-        bonus_smoothing, bonus_weight, row_weight, checked_options(logit_scale, softcap, z_loss), budget,
-        implementation, validate, True, True,
-    )  # fmt: skip
-    loss, scores, norm = linear.run(call)
+        target = cast(Scores, scores).label  # that of all ranks
     return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))
 
 
@@ -227,27 +172,18 @@ def linear_difficulty_scores(
 ) -> Scores:
     """Compute the difficulty scores of every row without a gradient, by tiles of classes.
 
-    Args: as in `linear_bonus_cross_entropy`.
+    Args and errors: as in `linear_bonus_cross_entropy`.
 
     Returns:
         `Scores` shaped like ``target``, detached.
-
-    Raises:
-        As `linear_bonus_cross_entropy`.
     """
     with torch.no_grad():
-        if _is_dtensor(linear_weight):
-            _, found = _by_shards(
-                "linear_bonus_cross_entropy_with_scores", input, linear_weight, target, implementation, validate,
-                linear_bias=linear_bias, ignore_index=ignore_index, bonus=None, reduction="none",
-                logit_scale=logit_scale, softcap=softcap,
-            )  # fmt: skip
-            return Scores(*found, target=found.target)
-        call = LinearCall(
-            input, linear_weight, target, linear_bias, None, "none", ignore_index, 0.0, None, None, None, None,
-            checked_options(logit_scale, softcap, 0.0), None, implementation, validate, True, False,
+        found = _computed(
+            input, linear_weight, target, linear_bias=linear_bias, reduction="none", ignore_index=ignore_index,
+            bonus=None, logit_scale=logit_scale, softcap=softcap, implementation=implementation, validate=validate,
+            scores=True,
         )  # fmt: skip
-        return cast(Scores, linear.run(call).scores)
+    return cast(Scores, found.scores)
 
 
 def _is_dtensor(x: Any) -> bool:
@@ -256,15 +192,23 @@ def _is_dtensor(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _by_shards(name: str, input: Any, linear_weight: Any, target: Any, implementation: Any, validate: Any,
-               **options: Any) -> Any:  # fmt: skip
+def _computed(
+    input: Any, linear_weight: Any, target: Any, bonus: Any = _DEFAULT_BONUS, **options: Any
+) -> linear.Result:
+    """Return what a call asks for, by this process alone or, of a DTensor, by all that hold classes of the layer."""
+    if not _is_dtensor(linear_weight):
+        return linear.run(LinearCall(input, linear_weight, target, bonus=bonus, n_classes=None, **options))
     from .distributed import by_shards
 
+    implementation = options.pop("implementation", None)
     check_implementation(implementation)
-    check_validate(validate)
+    check_validate(options.pop("validate", False))
     if implementation not in (None, "reference"):
         raise NotImplementedError(f"implementation={implementation!r} does not run for a DTensor; None does")
-    return by_shards(name, input, linear_weight, target, **options)
+    return cast(linear.Result, by_shards(input, linear_weight, target, bonus=bonus, **options))
+
+
+_KEPT = options_of(linear_bonus_cross_entropy)
 
 
 class LinearBonusCrossEntropyLoss(torch.nn.Module):
@@ -313,18 +257,16 @@ class LinearBonusCrossEntropyLoss(torch.nn.Module):
         super().__init__()
         check_reduction(reduction)
         check_bonus(bonus)
+        checked_options(logit_scale, softcap, z_loss)
         self.in_features, self.out_features = in_features, out_features
         options = {"device": device, "dtype": dtype}
         self.linear_weight = torch.nn.Parameter(torch.empty((out_features, in_features), **options))
         self.linear_bias = torch.nn.Parameter(torch.empty(out_features, **options)) if bias else None
         self.register_buffer("weight", weight)
         self.register_buffer("bonus_weight", bonus_weight)
-        self.weight: Tensor | None
-        self.bonus_weight: Tensor | None
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing = checked_label_smoothing(label_smoothing)
         self.bonus, self.bonus_smoothing = bonus, bonus_smoothing
-        checked_options(logit_scale, softcap, z_loss)
         self.logit_scale, self.softcap, self.z_loss = logit_scale, softcap, z_loss
         self.budget, self.implementation, self.validate = budget, implementation, validate
         self.reset_parameters()
@@ -338,26 +280,8 @@ class LinearBonusCrossEntropyLoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss of the layer's logits of ``input`` against ``target``."""
-        return linear_bonus_cross_entropy(
-            input,
-            self.linear_weight,
-            target,
-            linear_bias=self.linear_bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            bonus=self.bonus,
-            bonus_smoothing=self.bonus_smoothing,
-            bonus_weight=self.bonus_weight,
-            row_weight=row_weight,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            z_loss=self.z_loss,
-            budget=self.budget,
-            implementation=self.implementation,
-            validate=self.validate,
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in _KEPT}
+        return linear_bonus_cross_entropy(input, self.linear_weight, target, row_weight=row_weight, **options)
 
     def extra_repr(self) -> str:
         """Return the sizes and the options that differ between instances."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import reference
 from .call import Call
-from .checks import FLOATS, check_call, checked_ignore_index
-from .logit_options import LogitOptions
+from .checks import FLOATS, check_call, check_factor, checked_ignore_index
+from .logit_options import checked_options
 from .number_checks import check_integer
 from .watchers import is_transformed
 
@@ -21,11 +21,14 @@ class LinearCall(Call):
     """The checked arguments of `linear_bonus_cross_entropy` or a twin, and what runs."""
 
     def __init__(
-        self, input: Any, linear_weight: Any, target: Any, linear_bias: Any, weight: Any, reduction: str,
-        ignore_index: int, label_smoothing: float, bonus: Any, bonus_smoothing: float | None, bonus_weight: Any,
-        row_weight: Any, options: LogitOptions, budget: int | None, implementation: str | None, validate: bool,
-        scores: bool, norm: bool, n_classes: int | None = None,
+        self, input: Any, linear_weight: Any, target: Any, *, bonus: Any, linear_bias: Any = None, weight: Any = None,
+        reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0,
+        bonus_smoothing: float | None = None, bonus_weight: Any = None, row_weight: Any = None,
+        logit_scale: float = 1.0, softcap: float | None = None, z_loss: float = 0.0, budget: int | None = None,
+        implementation: str | None = None, validate: bool = False, scores: bool = False, norm: bool = False,
+        n_classes: int | None = None,
     ) -> None:  # fmt: skip
+        options = checked_options(logit_scale, softcap, z_loss)
         _check_layer(input, linear_weight, linear_bias)
         device = input.device.type
         # under autocast products are made as those of a linear layer are
@@ -43,7 +46,9 @@ class LinearCall(Call):
                    checked_ignore_index(ignore_index), reduction, 0.0, autocast)  # fmt: skip
         self.row_weight_given = None
         if row_weight is not None:  # that of an ignored row is not looked at, and gets no gradient
-            weights = _checked_row_weight(row_weight, input, shape)
+            must = f"be shaped like target, {list(shape)}, one number a row"
+            check_factor("row_weight", row_weight, must, shape, input)
+            weights = row_weight.reshape(-1).to(reference.accumulation_dtype(input.dtype))
             self.row_weight_given = weights.masked_fill(labels == ignore_index, 0.0)
         self._tensors = input, linear_weight, target, linear_bias, weight, bonus_weight, row_weight
         super().__init__(
@@ -51,8 +56,15 @@ class LinearCall(Call):
             bonus_weight, options, implementation, validate, scores, False,
         )  # fmt: skip
         self.norm = norm
-        self.target_given, self.row_shape = target, shape
-        self.budget = _checked_budget(budget, device, n_local * reference.accumulation_dtype(input.dtype).itemsize)
+        self.row_shape = shape
+        self.budget: int | None = None  # as many bytes a chunk as were measured to be enough
+        if budget is not None:
+            owner = "linear_bonus_cross_entropy"
+            check_integer(owner, "budget", budget, 1)
+            row_bytes = n_local * reference.accumulation_dtype(input.dtype).itemsize
+            if budget < row_bytes:
+                raise ValueError(f"{owner}: budget must hold the logits of one row, {row_bytes} bytes, got {budget}")
+            self.budget = int(budget)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self._tensors
@@ -114,29 +126,3 @@ def _flat(target: Any, shape: torch.Size, n_classes: int) -> Any:
             f"target of shape {list(shape)} for input of shape {[*shape, 'H']}, got {list(target.shape)}."
         )
     return target.reshape(-1)
-
-
-def _checked_row_weight(row_weight: Any, input: Tensor, shape: torch.Size) -> Tensor:
-    if not isinstance(row_weight, Tensor):
-        raise TypeError(f"row_weight must be a Tensor or None, got {type(row_weight).__name__}")
-    if row_weight.shape != shape:
-        raise RuntimeError(
-            f"row_weight must be shaped like target, {list(shape)}, one number a row, got {list(row_weight.shape)}"
-        )
-    if row_weight.dtype not in FLOATS:
-        raise RuntimeError(f"row_weight must have a floating point type, got {row_weight.dtype}")
-    if row_weight.device != input.device:
-        raise RuntimeError(f"row_weight must be on the device of input, {input.device}, got {row_weight.device}")
-    return row_weight.reshape(-1).to(reference.accumulation_dtype(input.dtype))
-
-
-def _checked_budget(budget: Any, device: str, row_bytes: int) -> int | None:
-    """Return the bytes of a chunk; None is as much as was measured to be enough."""
-    if budget is None:
-        return None
-    check_integer("linear_bonus_cross_entropy", "budget", budget, 1)
-    if budget < row_bytes:
-        raise ValueError(
-            f"linear_bonus_cross_entropy: budget must hold the logits of one row, {row_bytes} bytes, got {budget}"
-        )
-    return int(budget)

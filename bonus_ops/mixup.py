@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_bonus, check_reduction, checked_ignore_index
+from .checks import check_gap_loss, check_reduction, checked_ignore_index
 from .functional import _DEFAULT_BONUS, bonus_cross_entropy, bonus_cross_entropy_with_scores
 from .losses import GapLoss
 from .number_checks import check_number
 from .scores import Scores
+from .signatures import takes_what
 from .watchers import is_plain_eager
 
 __all__ = ["MixupWithScores", "mixup_cross_entropy", "mixup_cross_entropy_with_scores"]
@@ -53,19 +54,14 @@ def mixup_cross_entropy(
     ``lam * bonus_cross_entropy(input, target_a) + (1 - lam) * bonus_cross_entropy(input, target_b)``, each of them from
     its own read of the logits.
 
-    Args:
-        input: logits [C], [N, C] or [N, C, d1, ...], as in `bonus_cross_entropy`.
-        target_a: class indices of the one example, as in `bonus_cross_entropy`.
+    Args: as in `bonus_cross_entropy`, but for
+        target_a: class indices of the one example.
         target_b: class indices of the other.
         lam: share of ``target_a`` in [0, 1], a number, or a tensor of one share a row shaped like the targets.
         weight: factor of each class, [C]; ``mean`` divides either loss by its own weights.
         ignore_index: a label that costs 0; the other label of the row still counts.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
-        logit_scale: as in `bonus_cross_entropy`.
-        softcap: as in `bonus_cross_entropy`.
-        z_loss: as in `bonus_cross_entropy`, of either loss by its share.
-        implementation: as in `bonus_cross_entropy`.
+        bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy.
+        z_loss: of either loss by its share.
 
     Returns:
         Loss in nats in the dtype of ``input``: a scalar, or shaped like the targets for ``"none"``.
@@ -83,38 +79,21 @@ def mixup_cross_entropy(
     References:
         Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
     """
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
-        "implementation": implementation,
-    }  # fmt: skip
-    return _mixed(bonus_cross_entropy, input, target_a, target_b, lam, weight, reduction, options)[0]
+    return _mixed(
+        bonus_cross_entropy, input, target_a, target_b, lam, weight, ignore_index=ignore_index, reduction=reduction,
+        bonus=bonus, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, implementation=implementation,
+    )[0]  # fmt: skip
 
 
-def mixup_cross_entropy_with_scores(
-    input: Tensor,
-    target_a: Tensor,
-    target_b: Tensor,
-    lam: float | Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    bonus: GapLoss | None = _DEFAULT_BONUS,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    implementation: str | None = None,
-) -> MixupWithScores:
+@takes_what(mixup_cross_entropy)
+def mixup_cross_entropy_with_scores(*inputs: Any, **options: Any) -> MixupWithScores:
     """Compute `mixup_cross_entropy` and the difficulty scores of either label from the same two reads.
 
-    Args: as in `mixup_cross_entropy`.
+    Args and errors: as in `mixup_cross_entropy`.
 
     Returns:
-        A named tuple of the loss and two `Scores`, see `MixupWithScores`. They are of mixed rows: an example is harder
-        in them the less of it is in the mix, so compare at like ``lam``, or score the unmixed rows.
-
-    Raises:
-        As `mixup_cross_entropy`.
+        `MixupWithScores`. Scores are of mixed rows: an example is harder in them the less of it is in the mix, so
+        compare at like ``lam``, or score the unmixed rows.
 
     Example:
         >>> import torch
@@ -124,24 +103,20 @@ def mixup_cross_entropy_with_scores(
         >>> out.scores_a.margin, out.scores_b.margin
         (tensor([2.]), tensor([-2.]))
     """
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index, "bonus": bonus, "logit_scale": logit_scale, "softcap": softcap, "z_loss": z_loss,
-        "implementation": implementation,
-    }  # fmt: skip
-    loss, scores = _mixed(bonus_cross_entropy_with_scores, input, target_a, target_b, lam, weight, reduction, options)
+    loss, scores = _mixed(bonus_cross_entropy_with_scores, *inputs, **options)
     return MixupWithScores(loss, *scores)
 
 
 def _mixed(
     function: Callable[..., Any], input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor,
-    weight: Tensor | None, reduction: str, options: dict[str, Any],
+    weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean",
+    bonus: GapLoss | None = _DEFAULT_BONUS, logit_scale: float = 1.0, softcap: float | None = None,
+    z_loss: float = 0.0, implementation: str | None = None,
 ) -> tuple[Tensor, list[Scores]]:  # fmt: skip
     """Return the mixed loss and, where ``function`` returns a pair, the scores of either label."""
-    bonus, ignore_index = options["bonus"], checked_ignore_index(options["ignore_index"])
+    ignore_index = checked_ignore_index(ignore_index)
     check_reduction(reduction)
-    check_bonus(bonus)
-    if bonus is not None and not isinstance(bonus, GapLoss):
-        raise TypeError(f"bonus must be a GapLoss such as LogBonus(log_end=0.75), or None, not {type(bonus).__name__}")
+    check_gap_loss(bonus)
     for target in (target_a, target_b):
         if (
             isinstance(target, Tensor)
@@ -153,9 +128,12 @@ def _mixed(
     lam = _checked_lam(lam, target_a)
     by_row = isinstance(lam, Tensor) and lam.dim() > 0 and reduction != "none"
     out = [
-        function(input, target, weight, reduction="none" if by_row else reduction, **options)
+        function(
+            input, target, weight, ignore_index=ignore_index, reduction="none" if by_row else reduction, bonus=bonus,
+            logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, implementation=implementation,
+        )
         for target in (target_a, target_b)
-    ]
+    ]  # fmt: skip
     scores = [] if isinstance(out[0], Tensor) else [each[1] for each in out]
     a, b = (each if isinstance(each, Tensor) else each[0] for each in out)
     if not by_row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
@@ -19,8 +21,11 @@ from .functional import _DEFAULT_BONUS, bonus_cross_entropy
 from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
 from .schedules import KeepsEpoch
+from .signatures import options_of
 
 __all__ = ["BonusCrossEntropyLoss"]
+
+_KEPT = options_of(bonus_cross_entropy, without=("size_average", "reduce"))
 
 
 class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
@@ -77,35 +82,16 @@ class BonusCrossEntropyLoss(KeepsEpoch, _WeightedLoss):
         check_bonus(bonus)
         check_implementation(implementation)
         check_validate(validate)
-        self.bonus = bonus
-        self.bonus_smoothing = bonus_smoothing
-        self.register_buffer("bonus_weight", bonus_weight)
-        self.bonus_weight: Tensor | None
         checked_options(logit_scale, softcap, z_loss)
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.z_loss = z_loss
-        self.implementation = implementation
-        self.validate = validate
+        self.bonus, self.bonus_smoothing = bonus, bonus_smoothing
+        self.register_buffer("bonus_weight", bonus_weight)
+        self.logit_scale, self.softcap, self.z_loss = logit_scale, softcap, z_loss
+        self.implementation, self.validate = implementation, validate
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of ``input`` against ``target``."""
-        return bonus_cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            bonus=self.bonus,
-            bonus_smoothing=self.bonus_smoothing,
-            bonus_weight=self.bonus_weight,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            z_loss=self.z_loss,
-            implementation=self.implementation,
-            validate=self.validate,
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in _KEPT}
+        return bonus_cross_entropy(input, target, **options)
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""

@@ -32,10 +32,8 @@ class patch_cross_entropy(contextlib.ContextDecorator):
     inside calls back into Python: it keeps the bonus after the block, and cannot be saved.
 
     The attribute is put back on exit, also after an exception. Blocks nest, the innermost counts, and one object may be
-    entered again, also while it is active. As a decorator it patches during each call.
-
-    The attribute belongs to the process: other threads see the patch as long as it is on, and blocks of two threads
-    must not overlap, since each puts back what it found. Patch once around the training instead.
+    entered again, also while it is active; as a decorator it patches during each call. The attribute belongs to the
+    process: other threads see the patch, and blocks of two threads must not overlap. Patch once around the training.
 
     Args:
         bonus: as in `bonus_cross_entropy`; None is plain cross-entropy, by this library.
@@ -71,7 +69,11 @@ class patch_cross_entropy(contextlib.ContextDecorator):
                 f"bonus_cross_entropy that cross_entropy does not have: {', '.join(_OPTIONS)}."
             )
         self.options = {"bonus": bonus, **options}
-        _try(self.options)
+        # raise what a call would raise, whatever its tensors; a kernel may run where those are
+        tried = {name: x for name, x in self.options.items() if not isinstance(x, Tensor)}
+        if tried.get("implementation") == "triton":
+            del tried["implementation"]
+        _FUNCTION(torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"), **tried)
         self._replaced: list[Callable[..., Any]] = []
 
     def __repr__(self) -> str:
@@ -119,11 +121,3 @@ def _patched(options: dict[str, Any]) -> Callable[..., Tensor]:
 def _forget_scripts() -> None:
     """Let a module be compiled anew when scripted next: torch would reuse what it made of its class before."""
     torch.jit._recursive.concrete_type_store.type_store.clear()
-
-
-def _try(options: dict[str, Any]) -> None:
-    """Raise what a call with these options would raise, whatever its tensors."""
-    options = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
-    if options.get("implementation") == "triton":
-        del options["implementation"]  # it may run where the calls' tensors are
-    _FUNCTION(torch.zeros(1, 2, device="cpu"), torch.zeros(1, dtype=torch.int64, device="cpu"), **options)

@@ -95,11 +95,7 @@ class Exponential(_Ramp):
 class Cosine(_Ramp):
     """The factor ``(1 - cos(pi t / T)) / 2``, from 0 to 1, constant from ``T = epochs`` on.
 
-    Args:
-        epochs: T, at least 1.
-
-    Raises:
-        TypeError, ValueError: ``epochs`` is no int, or below 1.
+    Args and errors: as in `Linear`.
     """
 
     def factor(self, progress: float) -> float:
@@ -172,11 +168,8 @@ class Scheduled(GapLoss):
         -1.782...
 
     References:
-        Zhao et al. 2022, https://arxiv.org/abs/2110.06537. The formulas are those of the paper's code, which differs
-        in this: its copies count epochs from 0 or 1 and schedule ``log_end`` only for CIFAR; its translation code never
-        moves the epoch on, so that the factor stays 1 / T or the first of a list; its EfficientNet-B0 code never
-        sets it, so that linear and cosine leave no bonus and a deferred one never starts; its smoothed bonus ignores
-        the schedule. Here the caller counts, and every form of the loss follows.
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537. The formulas are those of the paper's code, parts of which
+        never move the epoch on. Here the caller counts, and every form of the loss follows.
     """
 
     def __init__(self, loss: GapLoss, **schedules: Schedule) -> None:
@@ -279,16 +272,11 @@ class KeepsEpoch(nn.Module):
         if isinstance(self.bonus, Scheduled):
             destination[prefix + _EPOCH] = torch.tensor(self.bonus.epoch, device="cpu")
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
-        unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *reported: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *reported)
+        _metadata, _strict, _missing_keys, unexpected_keys, _messages = reported
         key = prefix + _EPOCH
         unexpected_keys[:] = [x for x in unexpected_keys if x != key]
         if key in state_dict and isinstance(self.bonus, Scheduled):
-            saved = state_dict[key]
-            epoch: Any = saved.item() if isinstance(saved, Tensor) else saved
-            self.bonus.set_epoch(epoch)
+            saved: Any = state_dict[key]
+            self.bonus.set_epoch(saved.item() if isinstance(saved, Tensor) else saved)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_bonus
-from .losses import ClassLoss, CrossEntropy, GapLoss
+from .checks import check_gap_loss
+from .losses import CrossEntropy, GapLoss
 from .number_checks import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ SCORES: dict[str, Score] = {
 }
 
 
-QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the summary
+QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "max": 1.0}  # of the summary
 REDUCTIONS = ("mean", "sum", "max", "last")
 
 
@@ -132,7 +132,7 @@ class Scores(_Columns):
         return scores
 
     def _replace(self, **columns: Any) -> Self:
-        return type(self)(**{**self._asdict(), "target": self.target, **columns})
+        return type(self)(**{**self._asdict(), **self._beside(), "target": self.target, **columns})
 
     def __repr__(self) -> str:
         plain = all(type(column) is Tensor for column in self) and self.loss.device.type != "meta"
@@ -143,15 +143,12 @@ class Scores(_Columns):
         title = f"Scores of {n_rows} rows{shape}, {n_ignored} ignored"
         if self.target is not None:
             title += f", accuracy {float(self.accuracy()):.4f}"
-        names = ("mean", *("min" if q == 0 else "median" if q == 0.5 else "max" if q == 1 else f"{q:.0%}"
-                           for q in QUANTILES))  # fmt: skip
-        lines = [title, f"{'':7}" + "".join(f"{name:>10}" for name in names)]
+        lines = [title, f"{'':7}" + "".join(f"{name:>10}" for name in ("mean", *QUANTILES))]
         for name, column in zip(self._fields[:-1], self, strict=False):
             known = column.detach().flatten().double()
             known = known[~known.isnan()]
-            mean = known.mean().tolist()
-            spread = [_quantile(known, q) for q in QUANTILES]
-            lines.append(f"{name:7}" + "".join(f"{x:10.3f}" for x in (mean, *spread)))
+            spread = [_quantile(known, q) for q in QUANTILES.values()]
+            lines.append(f"{name:7}" + "".join(f"{x:10.3f}" for x in (known.mean().tolist(), *spread)))
         return "\n".join(lines)
 
     @property
@@ -295,9 +292,12 @@ class Scores(_Columns):
         """Return the scores on the CPU."""
         return self.to("cpu")
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> Scores:
-        target = None if self.target is None else function(self.label)
-        return Scores(*(function(column) for column in self), target=target)
+    def _beside(self) -> dict[str, Tensor]:
+        """Return what is known of the rows beside the columns."""
+        return {} if self.target is None else {"target": self.label}
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*map(function, self), **{name: function(x) for name, x in self._beside().items()})
 
     @classmethod
     def cat(cls, batches: Iterable[Scores]) -> Scores:
@@ -394,21 +394,10 @@ class Scores(_Columns):
         if x.shape != self.loss.shape and not one_row:
             raise RuntimeError(f"{name} must be shaped like the scores, {list(self.loss.shape)}, got {list(x.shape)}")
 
-    def _gap(self) -> Tensor:
-        """Return the log-odds of the label, ``log p - log(1 - p)``."""
-        return -self.loss - torch.log(-torch.expm1(-self.loss))
-
     def z_loss(self, z_loss: float) -> Tensor:
         """Return what the option ``z_loss`` of the losses adds to each row, ``z_loss * energy^2``.
 
-        Args:
-            z_loss: its factor, in [0, inf).
-
-        Returns:
-            float32, [0, inf), NaN where ignored.
-
-        Raises:
-            TypeError, ValueError: ``z_loss`` is no such number.
+        float32 in nats, [0, inf), NaN where ignored. TypeError or ValueError for a factor outside [0, inf), as there.
         """
         check_number("Scores.z_loss", "z_loss", z_loss, "[0, inf)")
         return z_loss * self.energy.square()
@@ -427,19 +416,15 @@ class Scores(_Columns):
             TypeError: ``bonus`` is no `GapLoss` instance, or ``weight`` no Tensor.
             RuntimeError: ``weight`` is not shaped like the scores.
         """
-        check_bonus(bonus)
-        if isinstance(bonus, ClassLoss):
-            raise TypeError(
-                f"bonus must be a GapLoss or None, not the ClassLoss {type(bonus).__name__}\nThe gradient of a loss of "
-                "all classes does not follow from the scores."
-            )
+        check_gap_loss(bonus, " The gradient of a loss of all classes does not follow from the scores.")
         if weight is not None:
             self._check_rows("weight", weight)
         loss = CrossEntropy() if bonus is None else bonus
         rest = -torch.expm1(-self.loss)  # 1 - p
         # el2n = (1 - p) sqrt(1 + Q2); where p is 1 to the last bit Q2 is lost and its lower bound 0 stands in
         length = torch.where(rest > 0, self.el2n / rest, 1.0)
-        norm = loss.slope(self._gap()).abs() * length
+        gap = -self.loss - torch.log(rest)
+        norm = loss.slope(gap).abs() * length
         norm = torch.where(self.margin == math.inf, 0.0, norm)  # a row with no rest teaches nothing
         norm = torch.where(self.loss.isnan(), math.nan, norm)
         return norm if weight is None else norm * weight.abs().to(norm.dtype)

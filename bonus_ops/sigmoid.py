@@ -12,13 +12,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from . import reference
 from .binary_scores import BinaryScores
 from .call import decide
-from .checks import FLOATS, by_keyword, check_bonus, check_implementation, check_reduction
+from .checks import FLOATS, by_keyword, check_gap_loss, check_implementation, check_reduction, raise_as_torch
 from .functional import _DEFAULT_BONUS
 from .kernels.elements import Elements
-from .losses import ClassLoss, CrossEntropy, GapLoss
+from .losses import CrossEntropy, GapLoss
 from .number_checks import check_number
 from .ops import sigmoid
 from .schedules import KeepsEpoch
+from .signatures import options_of, takes_what
 from .watchers import is_plain_eager, is_transformed
 
 __all__ = [
@@ -57,14 +58,10 @@ def bonus_binary_cross_entropy_with_logits(
     Detectors' losses are ``bonus=Focal(gamma)``, `FocalStar`, `HaltedFocal`, `PowerBonus` and `LogBonus` with ``alpha``
     and ``normalizer``; `SquaredError` and `AbsoluteError` are those of ``sigmoid(x) - t``.
 
-    Args:
+    Args: as in torch's function, but for
         input: logits of any shape, float16, bfloat16, float32 or float64, any strides. Not written.
         target: shaped like ``input``, of a floating type, in [0, 1]: 1 positive, 0 negative, between them soft.
-        weight: factor of each element, broadcastable to ``input``.
-        size_average: deprecated, as in torch.
-        reduce: deprecated, as in torch.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        pos_weight: factor of the positive share of each element, broadcastable to ``input``.
+        weight, pos_weight: factor of each element, and of its positive share; broadcastable to ``input``.
         bonus: the loss of the gap, a `GapLoss`; None is plain cross-entropy. Default ``LogBonus(log_end=0.5)``.
         alpha: balance in [0, 1]: factor alpha of the positive share, 1 - alpha of the negative one. None: both 1.
         normalizer: what ``"mean"`` divides the sum by, instead of the number of elements: a number > 0 or a 0-d tensor.
@@ -95,7 +92,7 @@ def bonus_binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    _check_bonus(bonus)
+    check_gap_loss(bonus)
     _check_call(input, target, weight, reduction, pos_weight)
     reduction = "mean" if reduction == "elementwise_mean" else reduction
     divisor = _divisor(normalizer, reduction, input)
@@ -110,61 +107,28 @@ def bonus_binary_cross_entropy_with_logits(
     return sigmoid.total(of, divisor, implementation).to(dtype)
 
 
+@takes_what(bonus_binary_cross_entropy_with_logits)
 def bonus_binary_cross_entropy_with_logits_and_scores(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    pos_weight: Tensor | None = None,
-    *,
-    bonus: GapLoss | None = _DEFAULT_BONUS,
-    alpha: float | None = None,
-    normalizer: float | Tensor | None = None,
-    implementation: str | None = None,
+    input: Tensor, target: Tensor, *further: Any, **options: Any
 ) -> tuple[Tensor, BinaryScores]:
     """Compute `bonus_binary_cross_entropy_with_logits` and the difficulty scores of every element.
 
-    Args: as in `bonus_binary_cross_entropy_with_logits`.
+    Args and errors: as in `bonus_binary_cross_entropy_with_logits`.
 
     Returns:
         The loss, and the `BinaryScores` shaped like ``target``, by one more read of logits and target.
-
-    Raises:
-        As `bonus_binary_cross_entropy_with_logits`.
-
-    Example:
-        >>> import torch
-        >>> from bonus_ops import bonus_binary_cross_entropy_with_logits_and_scores
-        >>> logits, target = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])
-        >>> loss, scores = bonus_binary_cross_entropy_with_logits_and_scores(logits, target)
-        >>> scores.target_prob
-        tensor([0.8808, 0.2689])
     """
-    loss = bonus_binary_cross_entropy_with_logits(
-        input, target, weight, size_average, reduce, reduction, pos_weight, bonus=bonus, alpha=alpha,
-        normalizer=normalizer, implementation=implementation,
-    )  # fmt: skip
+    loss = bonus_binary_cross_entropy_with_logits(input, target, *further, **options)
     return loss, _scores(input, target)
 
 
 def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
     """Compute the difficulty scores of every element of a sigmoid, without a gradient.
 
-    Args: as in `bonus_binary_cross_entropy_with_logits`.
+    Args and errors: as in `bonus_binary_cross_entropy_with_logits`.
 
     Returns:
         `BinaryScores` shaped like ``target``, detached.
-
-    Raises:
-        As `bonus_binary_cross_entropy_with_logits`.
-
-    Example:
-        >>> import torch
-        >>> from bonus_ops import binary_difficulty_scores
-        >>> binary_difficulty_scores(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.0])).gap
-        tensor([ 2., -1.])
     """
     _check_call(input, target, None, "none", None)
     return _scores(input, target)
@@ -173,6 +137,9 @@ def binary_difficulty_scores(input: Tensor, target: Tensor) -> BinaryScores:
 def _scores(input: Tensor, target: Tensor) -> BinaryScores:
     x, t = input.detach().to(torch.float32), target.detach()
     return BinaryScores(torch.where(t.isnan(), t, torch.where(t > 0.5, x, -x)).to(torch.float32))
+
+
+_KEPT = options_of(bonus_binary_cross_entropy_with_logits, without=("size_average", "reduce"))
 
 
 class BonusBCEWithLogitsLoss(KeepsEpoch):
@@ -221,28 +188,18 @@ class BonusBCEWithLogitsLoss(KeepsEpoch):
                 came = f"{type(x).__name__}.{by_keyword(x)}"
                 raise TypeError(f"BonusBCEWithLogitsLoss: {name} must be a Tensor or None, got {came}")
             self.register_buffer(name, x)
-        _check_bonus(bonus)
+        check_gap_loss(bonus)
         _scales(alpha)
         _check_normalizer(normalizer, reduction)
         check_implementation(implementation)
-        self.bonus = bonus
-        self.alpha = alpha
-        self.normalizer = normalizer
-        self.implementation = implementation
+        self.bonus, self.alpha, self.normalizer, self.implementation = bonus, alpha, normalizer, implementation
 
     def forward(self, input: Tensor, target: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
         """Return the loss of ``input`` against ``target``."""
-        return bonus_binary_cross_entropy_with_logits(
-            input,
-            target,
-            self.weight,
-            reduction=self.reduction,
-            pos_weight=self.pos_weight,
-            bonus=self.bonus,
-            alpha=self.alpha,
-            normalizer=self.normalizer if normalizer is None else normalizer,
-            implementation=self.implementation,
-        )
+        options = {name: getattr(self, name) for name in _KEPT}
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        return bonus_binary_cross_entropy_with_logits(input, target, **options)
 
     def extra_repr(self) -> str:
         """Return the options that differ between instances."""
@@ -304,13 +261,6 @@ class PositiveCount(nn.Module):
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_bonus(bonus: Any) -> None:
-    check_bonus(bonus)
-    if isinstance(bonus, ClassLoss):
-        name = type(bonus).__name__
-        raise TypeError(f"bonus must be a GapLoss such as SquaredError() or AbsoluteError(), or None, not {name}")
-
-
 def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight: Any) -> None:
     """Raise what torch raises for a wrong type, device, dtype or shape, nothing having been computed."""
     check_reduction(reduction)
@@ -323,12 +273,9 @@ def _check_call(input: Any, target: Any, weight: Any, reduction: Any, pos_weight
                 f"binary_cross_entropy_with_logits(): argument '{name}' (position {position}) must be Tensor, not "
                 f"{type(x).__name__}\n{fault}"
             )
-    try:
-        binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
-    except Exception as error:
-        first_line = str(error).split("\n")[0]
-        raise type(error)(f"{first_line}\n{fault}") from None
-    raise RuntimeError(fault)
+    raise_as_torch(
+        fault, binary_cross_entropy_with_logits, input, target, weight, reduction=reduction, pos_weight=pos_weight
+    )
 
 
 def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
@@ -346,17 +293,12 @@ def _fault(input: Any, target: Any, weight: Any, pos_weight: Any) -> str | None:
             return f"Expected {name} on the device of input, {input.device}, got {x.device}."
         if given and x.shape != input.shape:
             return f"Expected target of the shape of input, {list(input.shape)}, got {list(x.shape)}."
-        if not given and not _broadcasts(x.shape, input.shape):
+        spread = (n in (1, m) for n, m in zip(reversed(x.shape), reversed(input.shape), strict=False))
+        if not given and not (x.dim() <= input.dim() and all(spread)):
             return f"Expected {name} to broadcast to the shape of input, {list(input.shape)}, got {list(x.shape)}."
         if not given and x.requires_grad and torch.is_grad_enabled():
             return f"Expected {name} not to require a gradient."
     return None
-
-
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    if len(shape) > len(to):
-        return False
-    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def _on(weight: Tensor | None, input: Tensor) -> Tensor | None:

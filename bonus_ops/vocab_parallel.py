@@ -7,7 +7,7 @@ a row, in one all-gather; no logit does. All ranks must make the same calls with
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from .checks import check_validate
 from .functional import _DEFAULT_BONUS
 from .linear import LinearScores
 from .linear_call import LinearCall
-from .logit_options import LogitOptions, checked_options
+from .logit_options import checked_options
 from .losses import ClassLoss, GapLoss
 from .ops import shards
 from .ops import vocab_parallel as ops
 from .ops.shards import Facts
 from .reference import check_target
 from .scores import Scores
+from .signatures import takes_what
 from .watchers import is_transformed
 
 __all__ = [
@@ -32,27 +33,6 @@ __all__ = [
     "linear_bonus_cross_entropy",
     "linear_bonus_cross_entropy_with_scores",
 ]
-
-
-class _Options(NamedTuple):
-    """What both forms take beside tensors."""
-
-    weight: Tensor | None
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    bonus: Any
-    bonus_smoothing: float | None
-    bonus_weight: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    z_loss: float
-
-    @property
-    def n_weights(self) -> int | None:
-        """How many classes there are, where class weights tell."""
-        given = [x for x in (self.weight, self.bonus_weight) if isinstance(x, Tensor) and x.dim() == 1]
-        return len(given[0]) if given else None
 
 
 def bonus_cross_entropy(
@@ -84,7 +64,7 @@ def bonus_cross_entropy(
     which the ranks know when the first has come: it takes 8 bytes a row more (4 with scores) and a second all-gather of
     8. The loss has the same bits on every rank.
 
-    Args:
+    Args: as in `bonus_ops.bonus_cross_entropy`, but for
         input: logits of this rank's classes, [C_local], [N, C_local] or [N, C_local, d1, ...], float16, bfloat16,
             float32 or float64. A rank may have none. The same rows on every rank.
         target: class indices [N, d1, ...] among all classes, int64 or uint8, the same on every rank.
@@ -93,15 +73,8 @@ def bonus_cross_entropy(
             any order and of any size. None: equal shards in the order of the ranks.
         weight: factor of each class, [C] of all ranks, the same on every rank, dtype of ``input``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; over rows: every rank returns the whole loss.
-        ignore_index: rows with this label cost 0, whatever they hold, and get zero gradient.
-        label_smoothing: as in `bonus_ops.bonus_cross_entropy`, of the bonus too unless ``bonus_smoothing=0``.
-        bonus: the loss of the gap, a `GapLoss`, or a `ClassLoss` of all classes; None is plain cross-entropy. Default
-            ``LogBonus(log_end=0.5)``.
-        bonus_smoothing: as in `bonus_ops.bonus_cross_entropy`; 0 spares the second all-gather.
+        bonus_smoothing: None is ``label_smoothing``; 0 spares the second all-gather.
         bonus_weight: factor of each class's bonus, [C] of all ranks, the same on every rank.
-        logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
-        softcap: see there.
-        z_loss: see there.
         validate: first ask all ranks what their arguments are, by a small all-gather, and raise on all of them where a
             single one is at fault or has other rows; on a GPU also wait, and raise for labels out of range and class
             ranges that do not fit, which otherwise make rows NaN. A CPU always raises for these, on every rank.
@@ -112,7 +85,7 @@ def bonus_cross_entropy(
         the same on every rank.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as `bonus_ops.bonus_cross_entropy`.
+        As `bonus_ops.bonus_cross_entropy`.
         ValueError: the class ranges overlap, leave out a class or do not fit the shards; on every rank.
         IndexError: a label of no class; on every rank.
         NotImplementedError: probabilities as target; `torch.func` and forward mode. RuntimeError for a second
@@ -127,50 +100,24 @@ def bonus_cross_entropy(
     References:
         Shoeybi et al., Megatron-LM, 2019, https://arxiv.org/abs/1909.08053, section 3: parallel cross-entropy.
     """
-    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
-                       logit_scale, softcap, z_loss)  # fmt: skip
-    loss, _ = _of_logits(input, target, group, class_range, options, validate, False)
-    return loss
+    return _of_logits(
+        input, target, False, group=group, class_range=class_range, weight=weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, bonus=bonus, bonus_smoothing=bonus_smoothing,
+        bonus_weight=bonus_weight, logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, validate=validate,
+    )[0]  # fmt: skip
 
 
-def bonus_cross_entropy_with_scores(
-    input: Tensor,
-    target: Tensor,
-    *,
-    group: Any,
-    class_range: tuple[int, int] | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
-    bonus_smoothing: float | None = None,
-    bonus_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    validate: bool = False,
-) -> tuple[Tensor, Scores]:
+@takes_what(bonus_cross_entropy)
+def bonus_cross_entropy_with_scores(input: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Scores]:
     """Compute `bonus_cross_entropy` of spread classes and the difficulty scores of every row, from one all-gather.
 
-    Args: as in `bonus_cross_entropy`.
+    Args and errors: as in `bonus_cross_entropy`.
 
     Returns:
         The loss, and `Scores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN where
         ignored. ``runner_up`` counts classes as ``target`` does.
-
-    Raises:
-        As `bonus_cross_entropy`.
-
-    Example:
-        >>> from bonus_ops import vocab_parallel
-        >>> loss, scores = vocab_parallel.bonus_cross_entropy_with_scores(
-        ...     logits, target, group=None, class_range=(first, stop)
-        ... )  # doctest: +SKIP
     """
-    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
-                       logit_scale, softcap, z_loss)  # fmt: skip
-    loss, scores = _of_logits(input, target, group, class_range, options, validate, True)
+    loss, scores = _of_logits(input, target, True, **options)
     return loss, cast(Scores, scores)
 
 
@@ -204,96 +151,50 @@ def linear_bonus_cross_entropy(
     ``input``: in forward, or in backward for ``reduction="none"``. A smoothed bonus, or a `ClassLoss`, takes a second
     all-gather a chunk, which nothing overlaps.
 
-    Args:
+    Args: as in `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`, but for
         input: what the last layer takes, [..., H], the same on every rank.
         linear_weight: [C_local, H], this rank's classes, dtype of ``input``. A rank may have none.
         target: class indices [...] among all classes, the same on every rank.
-        group: as in `bonus_cross_entropy`.
-        class_range: as in `bonus_cross_entropy`.
         linear_bias: [C_local], or None.
-        weight: factor of each class, [C] of all ranks.
-        reduction: as in `bonus_ops.linear_bonus_cross_entropy`; ``"none"`` makes the logits again in backward.
-        ignore_index: as in `bonus_cross_entropy`.
-        label_smoothing: as in `bonus_cross_entropy`.
-        bonus: as in `bonus_cross_entropy`.
-        bonus_smoothing: as in `bonus_cross_entropy`.
-        bonus_weight: factor of each class's bonus, [C] of all ranks.
-        row_weight: factor of each row's loss, its z-loss included, shaped like ``target``, the same on every rank; the
-            divisor of ``"mean"`` does not know it. Differentiable.
-        logit_scale: as in `bonus_ops.bonus_cross_entropy`, as ``softcap`` and ``z_loss``.
-        softcap: see there.
-        z_loss: see there.
+        row_weight: factor of each row's loss, the same on every rank.
         reduce_input_grad: add up the gradient of ``input`` over the ranks. False leaves each with the share of its
             classes, for a caller who adds up elsewhere, by a reduce-scatter say.
-        budget: as in `bonus_ops.linear_bonus_cross_entropy`, of which two chunks share it. The rank with the least room
-            decides how many rows a chunk has.
+        budget: two chunks share it. The rank with the least room decides how many rows a chunk has.
 
     Returns:
         Loss in nats in the dtype of ``input`` (float32 under autocast), the same bits on every rank: a scalar, or
         shaped like ``target`` for ``"none"``. Gradients are of ``input`` and of this rank's weight and bias.
 
     Raises:
-        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`; where one rank finds a fault in its own
-        arguments, the others raise RuntimeError.
+        As these; where one rank finds a fault in its own arguments, the others raise RuntimeError.
 
     Example:
         >>> from bonus_ops import vocab_parallel
         >>> loss = vocab_parallel.linear_bonus_cross_entropy(
         ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
         ... )  # doctest: +SKIP
-
-    References:
-        As `bonus_cross_entropy` and `bonus_ops.linear_bonus_cross_entropy`.
     """
-    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
-                       logit_scale, softcap, z_loss)  # fmt: skip
-    layer = input, linear_weight, target, linear_bias, row_weight
-    return _of_layer(layer, group, class_range, options, reduce_input_grad, budget, False).loss
+    return of_layer(
+        input, linear_weight, target, group=group, class_range=class_range, linear_bias=linear_bias, weight=weight,
+        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, bonus=bonus,
+        bonus_smoothing=bonus_smoothing, bonus_weight=bonus_weight, row_weight=row_weight, logit_scale=logit_scale,
+        softcap=softcap, z_loss=z_loss, reduce_input_grad=reduce_input_grad, budget=budget,
+    ).loss  # fmt: skip
 
 
+@takes_what(linear_bonus_cross_entropy)
 def linear_bonus_cross_entropy_with_scores(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    group: Any,
-    class_range: tuple[int, int] | None = None,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    bonus: GapLoss | ClassLoss | None = _DEFAULT_BONUS,
-    bonus_smoothing: float | None = None,
-    bonus_weight: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    reduce_input_grad: bool = True,
-    budget: int | None = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
 ) -> tuple[Tensor, LinearScores]:
     """Compute `linear_bonus_cross_entropy` of spread classes and the difficulty scores of every row.
 
-    Args: as in `linear_bonus_cross_entropy`.
+    Args and errors: as in `linear_bonus_cross_entropy`.
 
     Returns:
         The loss, and `LinearScores` shaped like ``target``, of all classes: detached, the same bits on every rank, NaN
         where ignored. Smoothing and softcap cost an all-reduce of a float a row, for ``last_layer_grad_norm``.
-
-    Raises:
-        As `linear_bonus_cross_entropy`.
-
-    Example:
-        >>> from bonus_ops import vocab_parallel
-        >>> loss, scores = vocab_parallel.linear_bonus_cross_entropy_with_scores(
-        ...     hidden, weight_of_this_rank, target, group=None, class_range=(first, stop)
-        ... )  # doctest: +SKIP
     """
-    options = _Options(weight, reduction, ignore_index, label_smoothing, bonus, bonus_smoothing, bonus_weight,
-                       logit_scale, softcap, z_loss)  # fmt: skip
-    layer = input, linear_weight, target, linear_bias, row_weight
-    loss, scores, norm = _of_layer(layer, group, class_range, options, reduce_input_grad, budget, True)
+    loss, scores, norm = of_layer(input, linear_weight, target, scores=True, norm=True, **options)
     return loss, LinearScores(*cast(Scores, scores), target=target, last_layer_grad_norm=cast(Tensor, norm))
 
 
@@ -304,53 +205,52 @@ _Checked = tuple[Any, shards.Shard, Tensor]  # call, shard, facts
 
 
 def _of_logits(
-    input: Any, target: Any, group: Any, class_range: Any, options: _Options, validate: bool, scores: bool
-) -> tuple[Tensor, Scores | None]:
+    input: Any, target: Any, scores: bool, *, group: Any, class_range: Any = None, weight: Any = None,
+    reduction: str = "mean", ignore_index: int = -100, label_smoothing: float = 0.0, bonus: Any = _DEFAULT_BONUS,
+    bonus_smoothing: float | None = None, bonus_weight: Any = None, logit_scale: float = 1.0,
+    softcap: float | None = None, z_loss: float = 0.0, validate: bool = False,
+) -> tuple[Tensor, Scores | None]:  # fmt: skip
     _check_alone()
     check_validate(validate)
     n_ranks = shards.ranks_of(group)
 
     def checked() -> _Checked:
-        kept = _kept(target, options)
+        n_weights = _checked_weights(target, weight, bonus_weight)
         logits, n_local = input, 0
         if isinstance(input, Tensor) and input.dim():
             axis = min(input.dim() - 1, 1)
             n_local = input.shape[axis]
             # what the logits of all ranks would be, as far as checks can see: one number of memory
             shape = list(input.shape)
-            shape[axis] = options.n_weights or n_local * n_ranks
+            shape[axis] = n_weights or n_local * n_ranks
             logits = input.new_empty(()).expand(shape)
         call = Call(
-            logits, target, options.weight, None, options.ignore_index, None, options.reduction,
-            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, kept, "reference",
-            False, scores, False,
+            logits, target, weight, None, ignore_index, None, reduction, label_smoothing, bonus, bonus_smoothing,
+            bonus_weight, checked_options(logit_scale, softcap, z_loss), "reference", False, scores, False,
         )  # fmt: skip
         shard = shards.shard_of(group, class_range, n_local)
         return call, shard, shards.facts_of(shard, n_local, call.target)
 
-    call, shard, _ = _agreed(group, input, options.n_weights, checked)[0] if validate else checked()
+    call, shard, _ = _agreed(group, input, checked)[0] if validate else checked()
     return ops.run(call, input, shard, validate)
 
 
-def _of_layer(
-    layer: tuple[Any, ...], group: Any, class_range: Any, options: _Options, reduce_input_grad: bool,
-    budget: int | None, scores: bool,
+def of_layer(
+    input: Any, linear_weight: Any, target: Any, *, group: Any, class_range: Any = None, weight: Any = None,
+    bonus: Any = _DEFAULT_BONUS, bonus_weight: Any = None, reduce_input_grad: bool = True, **options: Any,
 ) -> ops.LinearResult:  # fmt: skip
+    """Return what `linear_bonus_cross_entropy` and its twin ask for; ``options`` are those of `LinearCall`."""
     _check_alone()
-    input, linear_weight, target, linear_bias, row_weight = layer
     shards.ranks_of(group)
 
     def checked() -> _Checked:
-        kept = _kept(target, options)
-        call = LinearCall(
-            input, linear_weight, target, linear_bias, options.weight, options.reduction, options.ignore_index,
-            options.label_smoothing, options.bonus, options.bonus_smoothing, options.bonus_weight, row_weight, kept,
-            budget, "reference", False, scores, scores, options.n_weights,
-        )  # fmt: skip
+        n_weights = _checked_weights(target, weight, bonus_weight)
+        call = LinearCall(input, linear_weight, target, weight=weight, bonus=bonus, bonus_weight=bonus_weight,
+                          implementation="reference", n_classes=n_weights, **options)  # fmt: skip
         shard = shards.shard_of(group, class_range, len(linear_weight))
         return call, shard, shards.facts_of(shard, len(linear_weight), call.target, ops.chunk_rows(call))
 
-    (call, shard, _), facts = _agreed(group, input, options.n_weights, checked)
+    (call, shard, _), facts = _agreed(group, input, checked)
     n_classes = int((facts.stop - facts.first).sum())
     if call.input.device.type == "cpu":
         check_target(call.target, n_classes, call.ignore_index)
@@ -365,20 +265,21 @@ def _check_alone() -> None:
         raise NotImplementedError("classes spread over ranks: no rule for torch.func, vmap and forward mode")
 
 
-def _kept(target: Any, options: _Options) -> LogitOptions:
-    """Return the checked options of logits; raise for what is not done at all."""
+def _checked_weights(target: Any, weight: Any, bonus_weight: Any) -> int | None:
+    """Return how many classes there are, where class weights tell; raise for what is not done at all."""
     if isinstance(target, Tensor) and target.is_floating_point():
         raise NotImplementedError(
             f"classes spread over ranks: expected class indices as target, got probabilities of {target.dtype}"
         )
-    for name, x in (("weight", options.weight), ("bonus_weight", options.bonus_weight)):
-        if x is not None and not (isinstance(x, Tensor) and x.dim() == 1):
+    given = [(name, x) for name, x in (("weight", weight), ("bonus_weight", bonus_weight)) if x is not None]
+    for name, x in given:
+        if not (isinstance(x, Tensor) and x.dim() == 1):
             came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise RuntimeError(f"expected {name} of shape [C], one number for each class of all ranks, got {came}")
-    return checked_options(options.logit_scale, options.softcap, options.z_loss)
+    return len(given[0][1]) if given else None
 
 
-def _agreed(group: Any, input: Any, n_weights: int | None, checked: Callable[[], _Checked]) -> tuple[_Checked, Facts]:
+def _agreed(group: Any, input: Any, checked: Callable[[], _Checked]) -> tuple[_Checked, Facts]:
     """Return what ``checked`` returns and the facts of all ranks; raise on all where a rank raises."""
     try:
         mine = checked()
@@ -386,5 +287,6 @@ def _agreed(group: Any, input: Any, n_weights: int | None, checked: Callable[[],
         shards.facts_of_all(group, None, input.device if isinstance(input, Tensor) else torch.device("cpu"))
         raise
     facts = shards.facts_of_all(group, mine[2], mine[2].device)
-    shards.check_facts(facts, n_weights)
+    given = [x for x in (mine[0].weight, mine[0].bonus_weight) if x is not None]
+    shards.check_facts(facts, len(given[0]) if given else None)
     return mine, facts

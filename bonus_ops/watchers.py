@@ -29,7 +29,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 def is_plain_eager(*tensors: Tensor | None) -> bool:
     """Return whether only the tape watches: no compiler, transform, batch, dispatch mode or such subclass."""
-    if torch.compiler.is_compiling() or is_transformed() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _is_transformed_eager() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:
         if x is None:
@@ -44,9 +44,13 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
 
 def is_transformed() -> bool:
     """Return whether `torch.func` or forward mode is at work, whether or not the compiler looks on."""
-    if forward_ad._current_level >= 0:  # reading the level makes the compiler guard it
-        return True
-    return _levels() > 0 if torch.compiler.is_compiling() else torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():  # reading the level makes the compiler guard it
+        return forward_ad._current_level >= 0 or _levels() > 0
+    return _is_transformed_eager()
+
+
+def _is_transformed_eager() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def is_deeply_transformed() -> bool:

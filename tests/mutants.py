@@ -198,7 +198,7 @@ FAULTS = (
         seen_in="linkedin/Liger-Kernel #305",
     ),
     Fault(
-        "labels out of range are not refused", "bonus_ops/reference.py", "check_target", (branch, False),
+        "labels out of range are not refused", "bonus_ops/ops/labels.py", "counted", (branch, False),
         "tests/api/test_errors.py::test_class_and_first_line_are_those_of_torch[plain-label C]", (2, 2),
         "pytorch/pytorch #135546, #66872",
     ),
@@ -226,9 +226,8 @@ FAULTS = (
         "DifficultySampler.load_state_dict", (without, "_check_state"), f"{POLICIES}::test_sampler_refuses",
     ),
     Fault(
-        "an unknown threshold flags nothing", "bonus_ops/policies/denoise.py", "noise_mask",
-        (without, "check_threshold_is_known"),
-        f"{POLICIES}::test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge[noise_mask]",
+        "an unknown threshold flags nothing", "bonus_ops/policies/checks.py", "check_threshold", (branch, False),
+        f"{POLICIES}::test_a_threshold_that_is_not_known_raises_where_there_is_something_to_judge[noise_mask]", (5, 5),
     ),
     Fault(
         "accuracy counts what is ignored", "bonus_ops/scores.py", "Scores.accuracy", (name, "isnan", "isinf"),

@@ -5,48 +5,40 @@ Each gate is a function of one build that returns what is wrong, or None.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from .launches import READS_TWO
 from .predict import CHUNK, passes
 
 Build = dict[str, Any]
 MOST_REGISTERS = 64  # 1024 threads a multiprocessor
 MOST_REGISTERS_SHORT = 80  # programs of one warp: 25 warps, of the 32 that are allowed
-MOST_REGISTERS_SHORT_FLOAT32 = 100  # 20 warps, with twice the bytes in flight each
+MOST_REGISTERS_SHARES = 104  # soft targets: 16 warps in programs of 8
+MOST_REGISTERS_ELEMENTS = 128  # 16 warps
 MOST_REGISTERS_FEW_CLASSES = 255  # a lane that holds whole rows: a chunk and an edge, 24 logits each
 MOST_INSTRUCTIONS = 13.2  # a logit in the full-tile loop, bf16, sm_90; an H200 issues 15 while it reads one
-LEAST_AHEAD = 70  # instructions from a load to its use; 80 are wanted, and kept but by rows that share a warp
 MOST_INSTRUCTIONS_MASKED = 17.3  # where rows share a warp and every tile is masked
+MOST_INSTRUCTIONS_OF = {"soft_forward_kernel": 28.5, "soft_backward_kernel": 21.0}  # a sweep: to keep it from growing
+MOST_EXPONENTIALS = 20  # outside the loops: of the edge, the merge of lanes and the functions of the gap
+LEAST_AHEAD = 70  # instructions from a load to its use; 80 are wanted, and kept but by rows that share a warp
 LEAST_AHEAD_LOSS_ALONE = 40  # not met: of several rows without scores the compiler sinks the load to 44 before its use
-# Soft targets, elements: what they take, to keep it from growing. Shares and the sigmoid family
-# are bound by the instructions that they issue; `above` says so.
-MOST_REGISTERS_SHARES = 104  # 16 warps in programs of 8
-MOST_REGISTERS_ELEMENTS = 128  # 16 warps
-MOST_INSTRUCTIONS_OF = {
-    "soft_forward_kernel": 28.5,  # a sweep
-    "soft_backward_kernel": 21.0,
-}
-# bytes of stack, outside the loops or not: not met yet, and printed as such
-STACK_OF = {("soft_forward_kernel", "sm_100"): 16}
-MERGED = 2 * (CHUNK + 3) + 12  # exponentials of the edge, the merge of lanes and the scalar functions of the gap
 
 
 def label(build: Build) -> str:
-    misaligned = " misaligned" if build["misaligned"] else ""
+    misaligned = " misaligned" if build["offset"] else ""
     return f"{build['kernel']} ({build['call']}) {build['dtype']} {build['n_classes']} {build['target']}{misaligned}"
 
 
-def streams(build: Build) -> bool:
-    """Return whether rows are long enough to matter; float64 is not what the gates are for."""
-    # on AMD the branch around the edge of several rows reads like one more loop
-    fewest = 32 if build["target"].startswith("gfx") else 8
-    return build["constants"].get("LANES", 0) >= fewest and build["dtype"] != "fp64"
-
-
 def by_vectors(build: Build) -> bool:
-    merges = build["kernel"] == "merge_kernel"
-    return streams(build) and not merges and build["constants"].get("VECTOR", 1) > 1
+    """Return whether logits are read by whole vectors, of rows long enough to matter."""
+    merges, constants = build["kernel"] == "merge_kernel", build["constants"]
+    return constants.get("LANES", 0) >= 8 and constants["VECTOR"] > 1 and build["dtype"] != "fp64" and not merges
+
+
+def on_amd(build: Build) -> bool:
+    """Return whether nothing is known of loops."""
+    return build["target"].startswith("gfx")
 
 
 def shares_a_warp(build: Build) -> bool:
@@ -65,7 +57,12 @@ def chunks(build: Build) -> int:
 
 def arrays(build: Build) -> int:
     """Return how many arrays like the logits a turn reads."""
-    return 2 if by_elements(build) or build["call"].startswith("probabilities") else 1
+    return 1 + build["call"].startswith(READS_TWO)
+
+
+def loops(build: Build) -> list[dict[str, Any]]:
+    """Return the loops over whole vectors."""
+    return build["loops"] if by_vectors(build) else []
 
 
 def streaming(build: Build) -> list[dict[str, Any]]:
@@ -75,84 +72,65 @@ def streaming(build: Build) -> list[dict[str, Any]]:
     return [loop for name, loop in zip(names, build["loops"], strict=True) if name == most]
 
 
+def timed(build: Build) -> bool:
+    """Return whether instructions are bounded: where times are predicted."""
+    return by_vectors(build) and (build["target"], build["dtype"]) == ("sm_90", "bf16")
+
+
 def no_spill(build: Build) -> str | None:
-    bad = build["stack"] > STACK_OF.get((build["kernel"], build["target"]), 0) or build["spills"] and not build["stack"]
+    bad = build["stack"] or build["spills"]
     return f"{build['stack']} bytes of stack, {build['spills']} spills" if bad else None
 
 
 def registers(build: Build) -> str | None:
     most = MOST_REGISTERS_SHORT if shares_a_warp(build) or build["threads"] == 32 else MOST_REGISTERS
-    if build["dtype"] == "fp32" and shares_a_warp(build):
-        most = MOST_REGISTERS_SHORT_FLOAT32
     if build["kernel"].startswith("soft"):
         most = MOST_REGISTERS_SHARES
     if not by_vectors(build):
         most = MOST_REGISTERS_ELEMENTS if by_elements(build) else MOST_REGISTERS_FEW_CLASSES
-    # a float64 counts twice, and a wave of 64 on AMD has 512 registers a lane
-    most *= 2 if build["dtype"] == "fp64" or build["target"].startswith("gfx") else 1
+    most *= 1 + on_amd(build)  # a wave of 64 has 512 registers a lane
     return f"{build['registers']} registers, at most {most}" if build["registers"] > most else None
 
 
 def loads_of_128_bits(build: Build) -> str | None:
-    if by_elements(build):  # a whole tile and one that a mask cuts, each once
+    if by_elements(build) or on_amd(build) and by_vectors(build):  # of long rows ahead of the loop and in it
         wide = sum(code["loads"].get("128", 0) for code in build["loops"] or [build])
-        return None if wide == arrays(build) else f"{wide} loads of 128 bits, not {arrays(build)}"
-    if not by_vectors(build):
-        return None
-    narrow = [loop["loads"] for loop in build["loops"] if set(loop["loads"]) != {"128"}]
+        fewest = arrays(build) * chunks(build) * (1 if by_elements(build) or shares_a_warp(build) else 2)
+        return f"{wide} loads of 128 bits, at least {fewest}" if wide < fewest else None
+    narrow = [loop["loads"] for loop in loops(build) if set(loop["loads"]) != {"128"}]
     return f"loads {narrow}" if narrow else None
 
 
 def stores_of_128_bits(build: Build) -> str | None:
-    if not by_vectors(build):
-        return None
-    bad = [
-        loop["stores"]
-        for loop in build["loops"]
-        if loop["stores"] and loop["stores"] != {"128": loop["loads"].get("128", 0) // arrays(build)}
-    ]
+    bad = [loop["stores"] for loop in loops(build)
+           if loop["stores"] and loop["stores"] != {"128": loop["loads"].get("128", 0) // arrays(build)}]  # fmt: skip
     return f"stores {bad}" if bad else None
 
 
 def each_logit_once(build: Build) -> str | None:
-    if not by_vectors(build):
-        return None
     most = CHUNK * arrays(build) * chunks(build)
-    bad = [loop["logits"] for loop in build["loops"] if loop["logits"] != most]
+    bad = [loop["logits"] for loop in loops(build) if loop["logits"] != most]
     return f"a turn reads {bad} logits, not {most}" if bad else None
 
 
 def one_exponential_a_logit(build: Build) -> str | None:
-    """One a logit and, where the max moves, one a lane to rescale; the same where a loop writes, without the second.
-
-    The power bonus of shares in one sweep takes as many again; their second sweep is checked as a first.
-    """
-    if not by_vectors(build):
-        return None
-    each = CHUNK * chunks(build)
-    first_most = each if build["kernel"].endswith("backward_kernel") else each + 1
-    if build["constants"].get("POWER"):
-        first_most *= 2
-    for number, loop in enumerate(build["loops"]):
-        most = each if loop["stores"] else first_most
-        checked = number == 0 or loop["stores"] or build["kernel"].startswith("soft")
-        if checked and loop["exp"] > most:
+    """One a logit and, where nothing is written, one a lane to rescale; the power bonus of shares takes twice that."""
+    for loop in loops(build):
+        most = (CHUNK * chunks(build) + (not loop["stores"])) * (1 + build["constants"].get("POWER", False))
+        if loop["exp"] > most:
             return f"{loop['exp']} exponentials a turn, at most {most}"
-    inside = sum(loop["exp"] for loop in build["loops"])
-    if build["kernel"].startswith("soft"):
-        return None  # more functions of the gap
-    return f"{build['exp']} exponentials in all" if build["exp"] > inside + MERGED + CHUNK + 1 else None
+    outside = build["exp"] - sum(loop["exp"] for loop in build["loops"])
+    return f"{outside} outside the loops" if by_vectors(build) and outside > MOST_EXPONENTIALS else None
 
 
 def no_barrier_in_a_loop(build: Build) -> str | None:
-    if not by_vectors(build) and build["kernel"] != "sigmoid_sum_kernel":
-        return None
-    waits = [(loop["barriers"], loop["shuffles"]) for loop in build["loops"]]
+    of = build["loops"] if build["kernel"] == "sigmoid_sum_kernel" else loops(build)
+    waits = [(loop["barriers"], loop["shuffles"]) for loop in of]
     return f"barriers, shuffles {waits}" if any(map(any, waits)) else None
 
 
 def instructions_keep_up(build: Build) -> str | None:
-    if not by_vectors(build) or build["target"] != "sm_90" or build["dtype"] != "bf16":
+    if not timed(build):
         return None
     each = max(loop["instructions"] for loop in streaming(build)) / CHUNK / chunks(build)
     most = MOST_INSTRUCTIONS_OF.get(build["kernel"], MOST_INSTRUCTIONS)
@@ -162,8 +140,7 @@ def instructions_keep_up(build: Build) -> str | None:
 
 def loads_run_ahead(build: Build) -> str | None:
     """What a turn loads is used in the next: 80 instructions are some 300 ns of a multiprocessor that is kept busy."""
-    from_memory = build["kernel"] in ("forward_kernel", "partial_kernel", "backward_kernel")
-    if not by_vectors(build) or not from_memory or build["target"] != "sm_90" or build["dtype"] != "bf16":
+    if not timed(build) or build["kernel"] not in ("forward_kernel", "partial_kernel", "backward_kernel"):
         return None
     fewest = min(loop["ahead"] for loop in streaming(build))
     least = LEAST_AHEAD_LOSS_ALONE if build["call"] == "loss only" and shares_a_warp(build) else LEAST_AHEAD
@@ -171,34 +148,13 @@ def loads_run_ahead(build: Build) -> str | None:
 
 
 GATES: tuple[Callable[[Build], str | None], ...] = (
-    no_spill,
-    registers,
-    loads_of_128_bits,
-    stores_of_128_bits,
-    each_logit_once,
-    one_exponential_a_logit,
-    no_barrier_in_a_loop,
-    instructions_keep_up,
-    loads_run_ahead,
-)
+    no_spill, registers, loads_of_128_bits, stores_of_128_bits, each_logit_once, one_exponential_a_logit,
+    no_barrier_in_a_loop, instructions_keep_up, loads_run_ahead,
+)  # fmt: skip
 
 
-def failures(builds: list[Build]) -> Iterator[str]:
-    for gate in GATES:
-        for build in builds:
+def failures(builds: Iterable[Build]) -> Iterator[str]:
+    for build in builds:
+        for gate in GATES:
             if wrong := gate(build):
                 yield f"{gate.__name__}: {label(build)}: {wrong}"
-
-
-def above(builds: list[Build]) -> Iterator[tuple[str, float]]:
-    """Yield what takes more than MOST_INSTRUCTIONS in its streaming loops together, sm_90, bf16."""
-    for build in builds:
-        here = (build["target"], build["dtype"]) == ("sm_90", "bf16")
-        if here and not build["misaligned"] and not shares_a_warp(build):
-            loops = [loop for loop in streaming(build) if loop["logits"] == CHUNK * arrays(build)]
-            name = f"{build['kernel']}, {build['call']}, {build['n_classes']} classes"
-            each, least = (sum(loop[key] for loop in loops) / CHUNK for key in ("instructions", "shortest"))
-            if each > MOST_INSTRUCTIONS:
-                yield name, each
-            if least < each and by_elements(build):
-                yield f"{name}, hard targets alone", least

@@ -13,15 +13,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .launches import BYTES
+from .launches import BYTES, READS_TWO
 
 CHUNK = 8
 LATENCY_NS = 650.0  # of a load from memory under load; public microbenchmarks say 400 to 700
 LAUNCH_US = 2.0  # a kernel's start and end in a stream or replayed graph; an assumption
 REACHABLE = 0.9  # of the table's bandwidth that a large copy reaches: an H200 copies at 4.3 of 4.8 TB/s
-SCHEDULERS, LANES_A_CLOCK = 4, 128  # of a multiprocessor: each issues one instruction of 32 lanes (Hopper tuning guide)
+SCHEDULERS = 4  # of a multiprocessor: each issues an instruction of 32 lanes a clock (Hopper tuning guide)
 BYTES_A_ROW = {"forward": 48, "loss only": 24, "softmax": 48, "backward": 24}  # of targets and columns
-READS_TWO = ("probabilities", "sigmoid")  # targets are one more
 WRITES = ("softmax", "sigmoid, losses")  # and every backward: calls that write an array like the logits
 
 
@@ -30,14 +29,10 @@ class Machine(NamedTuple):
 
     multiprocessors: int
     clock_ghz: float
-    tb_per_s: float
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.tb_per_s * 1e12 * REACHABLE
+    bytes_per_s: float
 
 
-MACHINES = {"H100": Machine(132, 1.98, 3.35), "H200": Machine(132, 1.98, 4.8)}  # SXM
+MACHINES = {"H100": Machine(132, 1.98, 3.35e12 * REACHABLE), "H200": Machine(132, 1.98, 4.8e12 * REACHABLE)}  # SXM
 
 
 def passes(build: dict[str, Any]) -> list[str]:
@@ -92,12 +87,12 @@ class Predicted(NamedTuple):
     instructions: float  # a logit
 
 
-def predict(case: dict[str, Any], builds: list[dict[str, Any]], machine: Machine) -> Predicted:
+def predict(case: dict[str, Any], builds: dict[str, dict[str, Any]], machine: Machine) -> Predicted:
     n_rows, n_classes, call = case["n_rows"], case["n_classes"], case["call"]
     n_bytes, n_logits = BYTES[case["dtype"]], n_rows * n_classes
     launch = max(case["launches"], key=lambda x: x["programs"] * x["threads"])
-    build = builds[launch["build"]]
-    each = sum(instructions(builds[x["build"]], x, n_rows, n_classes) for x in case["launches"]) / n_logits
+    build = builds[launch["key"]]
+    each = sum(instructions(builds[x["key"]], x, n_rows, n_classes) for x in case["launches"]) / n_logits
     once = 1e3 * n_logits * n_bytes / machine.bytes_per_s
     reads = 1 + call.startswith(READS_TWO)
     arrays = reads + (call in WRITES or call.endswith("backward"))

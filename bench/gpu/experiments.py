@@ -8,8 +8,8 @@ registers, R + W; "from L2" reads it a second time while the cache has it, hence
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -102,24 +102,13 @@ class Deep:
         return lambda **options: deep_partial_kernel[grid](**options, DEPTH=self.depth)
 
 
-@contextlib.contextmanager
-def instead(module: Any, **others: Any) -> Iterator[None]:
-    """Let names of a module be ``others`` while the context lasts."""
-    own = {name: getattr(module, name) for name in others}
-    vars(module).update(others)
-    try:
-        yield
-    finally:
-        vars(module).update(own)
+def with_depth(depth: int) -> contextlib.AbstractContextManager[object]:
+    return mock.patch.object(labels, "partial_kernel", Deep(depth))
 
 
-def with_depth(depth: int) -> contextlib.AbstractContextManager[None]:
-    return instead(labels, partial_kernel=Deep(depth))
-
-
-def with_launch(kernel: str, shape: launch.Launch) -> contextlib.AbstractContextManager[None]:
+def with_launch(kernel: str, shape: launch.Launch) -> contextlib.AbstractContextManager[object]:
     """Launch "forward" or "backward" in another shape than `launch` says."""
-    return instead(launch, **{kernel: lambda *_, **__: shape})
+    return mock.patch.object(launch, kernel, lambda *_, **__: shape)
 
 
 # --- the gradient in the forward visit --------------------------------------------------------------------------------

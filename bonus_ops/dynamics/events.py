@@ -20,19 +20,12 @@ NEVER_LEARNED, FORGOTTEN, KNOWN = 0, 1, 2
 class Correctness(Field):
     """Share of an example's observations whose prediction was its label. Memory: 4 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "correctness"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("correct_count", torch.int32, 0, "sum"),)
+    name = "correctness"
+    columns = (Column("correct_count", torch.int32, 0, "sum"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        return (
-            Statistic("correctness", "correct / observed", "1", "[0, 1]", -1, "arXiv 2009.10795", self._read),
-        )  # fmt: skip
+        return (Statistic(self.name, "correct / observed", "1", "[0, 1]", -1, "arXiv 2009.10795", self._read),)
 
     def update(self, state: State, batch: Batch) -> None:
         state["correct_count"].index_add_(0, batch.labelled, batch.correct.to(torch.int32))
@@ -50,16 +43,11 @@ class Forgetting(Field):
     ``first_learned``. The plain number does not find mislabelled examples, of which many are never learned at all.
     """
 
-    @property
-    def name(self) -> str:
-        return "forgetting"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("forgetting_count", torch.int32, 0, "sum"),
-            Column("memory", torch.uint8, NEVER_LEARNED, "last"),
-        )
+    name = "forgetting"
+    columns = (
+        Column("forgetting_count", torch.int32, 0, "sum"),
+        Column("memory", torch.uint8, NEVER_LEARNED, "last"),
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -90,13 +78,8 @@ class Forgetting(Field):
 class FirstLearned(Field):
     """First epoch with a right prediction, infinity if there was none. Memory: 2 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "first_learned"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("first_correct", torch.int16, NEVER, "min"),)
+    name = "first_learned"
+    columns = (Column("first_correct", torch.int16, NEVER, "min"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -111,29 +94,32 @@ class FirstLearned(Field):
         return seen_only(_or_never(state["first_correct"]), state["label_count"])
 
 
-@dataclass(frozen=True)
-class LearnedForever(Field):
-    """First epoch from which on no prediction was wrong: last wrong epoch + 1. Memory: 2 bytes an example."""
+class _LastEpoch(Field):
+    """Last epoch with a right, or with a wrong, prediction, + 1. Memory: 2 bytes an example."""
 
-    @property
-    def name(self) -> str:
-        return "learned_forever"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("last_wrong", torch.int16, 0, "max"),)
+    right: bool
+    about: tuple[str, str, str, int, str]  # of the `Statistic`
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        formula, paper = "last epoch wrong + 1", "arXiv 2210.15031"
-        return (Statistic("learned_forever", formula, "epochs", "[1, T + 1]", +1, paper, self._read),)
+        return (Statistic(self.name, *self.about, self._read),)
 
     def update(self, state: State, batch: Batch) -> None:
-        epoch = torch.where(batch.correct, 0, batch.epoch).to(torch.int16)
-        state["last_wrong"].scatter_reduce_(0, batch.labelled, epoch, "amax")
+        epoch = torch.where(batch.correct == self.right, batch.epoch, 0).to(torch.int16)
+        state[self.columns[0].name].scatter_reduce_(0, batch.labelled, epoch, "amax")
 
     def _read(self, state: State) -> Tensor:
-        return seen_only(state["last_wrong"] + 1, state["label_count"])
+        return seen_only(state[self.columns[0].name] + 1, state["label_count"])
+
+
+@dataclass(frozen=True)
+class LearnedForever(_LastEpoch):
+    """First epoch from which on no prediction was wrong: last wrong epoch + 1. Memory: 2 bytes an example."""
+
+    name = "learned_forever"
+    columns = (Column("last_wrong", torch.int16, 0, "max"),)
+    right = False
+    about = "last epoch wrong + 1", "epochs", "[1, T + 1]", +1, "arXiv 2210.15031"
 
 
 @dataclass(frozen=True)
@@ -182,7 +168,7 @@ class LearnedFor(Field):
 
 
 @dataclass(frozen=True)
-class SecondSplit(Field):
+class SecondSplit(_LastEpoch):
     """Second-split forgetting time: last epoch of training on other data at which the example was still right, + 1.
 
     Train on one half of the data, then give the first half a tracker of its own, train on the second half, and after
@@ -190,25 +176,10 @@ class SecondSplit(Field):
     a mislabelled example; T + 1 means not forgotten in T epochs. Memory: 2 bytes an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "second_split_forgetting"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("last_correct", torch.int16, 0, "max"),)
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        formula, paper = "last epoch right + 1", "SSFT, arXiv 2210.15031"
-        return (Statistic(self.name, formula, "epochs", "[1, T + 1]", -1, paper, self._read),)
-
-    def update(self, state: State, batch: Batch) -> None:
-        epoch = torch.where(batch.correct, batch.epoch, 0).to(torch.int16)
-        state["last_correct"].scatter_reduce_(0, batch.labelled, epoch, "amax")
-
-    def _read(self, state: State) -> Tensor:
-        return seen_only(state["last_correct"] + 1, state["label_count"])
+    name = "second_split_forgetting"
+    columns = (Column("last_correct", torch.int16, 0, "max"),)
+    right = True
+    about = "last epoch right + 1", "epochs", "[1, T + 1]", -1, "SSFT, arXiv 2210.15031"
 
 
 def _or_never(epoch: Tensor) -> Tensor:

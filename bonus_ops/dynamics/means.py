@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..number_checks import check_integer
-from ..scores import SCORES, Scores
+from ..scores import SCORES
 from .field import Batch, Column, Field, State, Statistic, seen_only
 
 __all__ = ["Confidence", "Mean"]
@@ -78,7 +78,7 @@ class Mean(Field):
         if self.epochs is not None and not self.epochs[0] <= batch.epoch <= self.epochs[1]:
             return
         rows = batch.labelled if SCORES[self.score].needs_label else batch.rows
-        state[f"{self.name}_sum"].index_add_(0, rows, _column(batch.scores, self.score))
+        state[f"{self.name}_sum"].index_add_(0, rows, getattr(batch.scores, self.score))
         if self.epochs is not None:
             state[self._count].index_add_(0, rows, torch.ones_like(rows, dtype=torch.int16))
 
@@ -94,16 +94,11 @@ class Confidence(Field):
     Memory: 8 bytes an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "confidence"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("confidence_mean", torch.float32, 0, "own"),
-            Column("confidence_deviation", torch.float32, 0, "own"),
-        )
+    name = "confidence"
+    columns = (
+        Column("confidence_mean", torch.float32, 0, "own"),
+        Column("confidence_deviation", torch.float32, 0, "own"),
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -139,8 +134,3 @@ class Confidence(Field):
 
     def _variability(self, state: State) -> Tensor:
         return (state["confidence_deviation"].clamp(min=0) / state["label_count"]).sqrt()
-
-
-def _column(scores: Scores, name: str) -> Tensor:
-    column: Tensor = getattr(scores, name)
-    return column

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..scores import Scores
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State
 
 __all__ = ["RandomLabelLosses", "random_label_loss"]
 
@@ -80,20 +80,12 @@ class RandomLabelLosses(Field):
     Bins are even in log(1 + loss), so a quantile is exact to 0.3 % of (1 + loss). Memory: 32 KiB, none an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "random_label_loss"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("random_label_counts", torch.int32, 0, "sum", BINS),
-            Column("random_label_counts_before", torch.int32, 0, "sum", BINS),
-        )
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        return ()
+    name = "random_label_loss"
+    columns = (
+        Column("random_label_counts", torch.int32, 0, "sum", BINS),
+        Column("random_label_counts_before", torch.int32, 0, "sum", BINS),
+    )
+    statistics = ()
 
     def update(self, state: State, batch: Batch) -> None:
         if batch.random_label_loss is None:

@@ -39,13 +39,8 @@ class RecentLosses(Field):
     def __post_init__(self) -> None:
         check_integer("RecentLosses", "window", self.window, 1, KEPT)
 
-    @property
-    def name(self) -> str:
-        return "recent_losses"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return tuple(Column(name, torch.float32, torch.nan, "last") for name in NAMES)
+    name = "recent_losses"
+    columns = tuple(Column(name, torch.float32, torch.nan, "last") for name in NAMES)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -103,9 +103,7 @@ class Report:
     @property
     def suspects(self) -> Tensor:
         """Examples to look at first, of either kind, worst first: int64 indices by falling mean EL2N."""
-        return self._worst_first(
-            (self.kind == KINDS.index("suspect_label")) | (self.kind == KINDS.index("suspect_input"))
-        )
+        return self._worst_first((self.kind == 2) | (self.kind == 3))  # of `KINDS`
 
     def of_kind(self, kind: str) -> Tensor:
         """Return the indices of the examples of a kind, by falling mean EL2N, int64.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .field import Batch, Column, Field, State, Statistic
+from .field import Batch, Column, Field, State
 
 __all__ = ["Labels", "SuggestedLabel", "labels"]
 
@@ -46,23 +46,15 @@ class SuggestedLabel(Field):
     Memory: 18 bytes an example.
     """
 
-    @property
-    def name(self) -> str:
-        return "suggested_label"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("given", torch.int32, UNKNOWN, "last"),
-            Column("suggested", torch.int32, UNKNOWN, "last"),
-            Column("lead", torch.int16, 0, "last"),
-            Column("given_prob", torch.float32, 0, "last"),
-            Column("suggested_prob", torch.float32, 0, "last"),
-        )
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        return ()
+    name = "suggested_label"
+    columns = (
+        Column("given", torch.int32, UNKNOWN, "last"),
+        Column("suggested", torch.int32, UNKNOWN, "last"),
+        Column("lead", torch.int16, 0, "last"),
+        Column("given_prob", torch.float32, 0, "last"),
+        Column("suggested_prob", torch.float32, 0, "last"),
+    )
+    statistics = ()
 
     def update(self, state: State, batch: Batch) -> None:
         if batch.target is None:

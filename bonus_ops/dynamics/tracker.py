@@ -52,13 +52,12 @@ class ExampleTracker:
     - A row whose ``loss`` alone is NaN has no label (`label_free_scores`): only label-free statistics take it.
     - Rows are otherwise observed in the order of the updates. The order of examples within an epoch changes nothing
       but rounding; the order of the epochs does where a statistic is about order (forgetting, streaks, last losses).
-    - Scores are of the model before the step, in training mode, on augmented input. Give forward-only passes (an
-      evaluation, a second split) a tracker of their own.
+    - Give forward-only passes (an evaluation, a second split) a tracker of their own.
     - Epochs are counted by `end_epoch`, on the host: a CUDA graph that holds an update goes on in the epoch it was
       captured in.
     - Token-level scores: reduce them by `Scores.to_sequences` first; an index repeated over tokens counts the last one.
-    - With `torch.compile`, let the compiled step return its scores and call `update` after it. Inside, it is run as it
-      is, between two graphs, and ``fullgraph=True`` refuses it: its count of steps would be compiled anew at each.
+    - With `torch.compile`, let the compiled step return its scores and call `update` after it: inside, it breaks the
+      graph, and ``fullgraph=True`` refuses it.
 
     Not an `nn.Module` on purpose: as part of a model its state would be broadcast from rank 0 at each forward of
     `DistributedDataParallel`, and turned to half precision by ``model.half()``.
@@ -73,8 +72,7 @@ class ExampleTracker:
     state and merging processes keep one copy of what is summed.
 
     Attributes:
-        num_examples: size of the data set.
-        fields: the fields kept.
+        num_examples, fields: as given; names of fields are resolved.
         statistics: name to `Statistic`, all that can be read.
         epoch: the epoch now, from 1.
         step: updates so far, on the rank that made most.
@@ -225,11 +223,10 @@ class ExampleTracker:
     def merge(self, group: ProcessGroup | None = None) -> None:
         """Make the state of every process the one that a single process would have; collective, at each epoch's end.
 
-        What each process has added since the last merge is summed, so calling it again, or as often as wanted, counts
-        nothing twice; see `Column` for the rules. An example that several processes observed between two merges keeps
-        the streak, the last losses and the learning state of the one that did so at the latest step. Every process
-        needs its own rows: `DistributedSampler` repeats a few examples to even out the ranks, and those are observed
-        twice in that epoch; pad with index -1 where that matters. Without `torch.distributed` this does nothing.
+        What each process has added since the last merge is summed, so that nothing counts twice; see `Column` for the
+        rules. Every process needs its own rows: `DistributedSampler` repeats a few examples to even out the ranks, and
+        those are observed twice in that epoch; pad with index -1 where that matters. Without `torch.distributed` this
+        does nothing.
 
         Args:
             group: of the processes that share the tracker; None is all.
@@ -311,14 +308,7 @@ class ExampleTracker:
         epoch 6: a shorter training needs a window of its own, given to the tracker before it,
         ``fields=("mean_el2n", Mean("entropy", (first, last)))``.
 
-        Args:
-            suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1]; about the share of damage
-                expected, or of what there is time to look at.
-            uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
-
-        Raises:
-            TypeError: a share is no number.
-            ValueError: a share is out of range, a field is missing, or no example was observed in the early window.
+        Args and errors: as in `Report.of`.
         """
         columns = {name: self.statistic(name).cpu() for name in self.statistics}
         labels = Labels._make(x.cpu() for x in self.labels()) if "suggested" in self._state else None

@@ -38,13 +38,8 @@ class ExponentiatedGradient(Field):
         check_number("ExponentiatedGradient", "eta", self.eta, "(0, inf)")
         check_number("ExponentiatedGradient", "max_loss", self.max_loss, "(0, inf)")
 
-    @property
-    def name(self) -> str:
-        return "log_weight"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (Column("log_weight", torch.float32, 0, "sum"),)
+    name = "log_weight"
+    columns = (Column("log_weight", torch.float32, 0, "sum"),)
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

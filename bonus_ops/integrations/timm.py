@@ -8,12 +8,11 @@ from timm.data.mixup import one_hot
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor
 
-from ..losses import GapLoss, LogBonus
+from ..functional import _DEFAULT_BONUS
+from ..losses import GapLoss
 from ..sigmoid import bonus_binary_cross_entropy_with_logits
 
 __all__ = ["BonusBinaryCrossEntropy"]
-
-_DEFAULT_BONUS = LogBonus()
 
 
 class BonusBinaryCrossEntropy(BinaryCrossEntropy):

@@ -23,9 +23,9 @@ from ..losses import GapLoss, decode, encode
 from ..scores import Scores
 from ..watchers import is_plain_eager
 from . import room
-from .made import MadeInForward, Tensors, Visited
+from .made import MadeInForward, Tensors
 
-__all__ = ["Result", "run", "softmax"]
+__all__ = ["WAYS", "Result", "counted", "softmax"]
 
 
 class Result(NamedTuple):
@@ -34,11 +34,6 @@ class Result(NamedTuple):
     loss: Tensor
     scores: Scores | None
     softmax: Tensor | None
-
-
-def run(call: Call) -> Result:
-    """Return loss, scores and probabilities of a call."""
-    return _WAYS[call.implementation](call)
 
 
 def _by_formula(call: Call) -> Result:
@@ -60,8 +55,8 @@ def _by_loops(call: Call) -> Result:
         return _by_rows(call)
     weight = call.row_weight()
     loss = cast(GapLoss, call.loss).current
-    visit = _Visit(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options)
-    total, *columns = MadeInForward.apply(call.input, visit, call.target, weight)  # type: ignore[no-untyped-call]
+    of = _Labels(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options, call.dtype)
+    total, *columns = _ReducedByLoops.apply(call.input, of, call.target, weight)  # type: ignore[no-untyped-call]
     return _result(call, total, (*columns[0].unbind(), columns[1]) if columns else None, None)
 
 
@@ -76,7 +71,7 @@ def _by_kernels(call: Call) -> Result:
     return Result(loss, call.scores_of((*columns[0].unbind(), columns[1])) if columns else None, None)
 
 
-_WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
+WAYS = {"triton": _by_kernels, "numba": _by_loops, "reference": _by_formula}
 
 
 def _by_rows(call: Call) -> Result:
@@ -137,48 +132,27 @@ def _result(call: Call, loss: Tensor, columns: Any, probabilities: Tensor | None
 # --- eager on a CPU ---------------------------------------------------------------------------------------------------
 
 
-class _Visit(NamedTuple):
-    """A reduced loss of labels for `MadeInForward`; operands are the target [N] and weights of rows [N] or None."""
+def counted(target: Tensor, n_classes: int, ignore_index: int) -> int:
+    """Return how many labels count, or raise torch's IndexError where one is out of range."""
+    found: tuple[int, int, int] = room("numba", "labels").count(target, n_classes, ignore_index)
+    n, n_bad, bad = found
+    if n_bad:
+        raise reference.out_of_bounds(bad, n_bad, n_classes, ignore_index)
+    return n
+
+
+class _Labels(NamedTuple):
+    """The options of a reduced loss."""
 
     ignore_index: int
     loss: GapLoss
     scores: bool
     mean: bool
     options: LogitOptions
-
-    def visit(self, input: Tensor, operands: Tensors) -> Visited:
-        logits, (target, weight) = as_rows(input), operands
-        assert target is not None
-        loops, n_classes = room("numba", "labels"), logits.shape[2]
-        n, n_bad, bad = loops.count(target, n_classes, self.ignore_index)
-        if n_bad:
-            raise reference.out_of_bounds(bad, n_bad, n_classes, self.ignore_index)
-        halves = logits.dtype.itemsize == 2
-        upstream: Any = (1 / n if n else 0.0) if self.mean else 1.0
-        if weight is not None:
-            upstream = weight / weight.sum() if self.mean else weight
-            upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
-        z_factor = self.options.z_loss / max(n, 1) if self.mean else self.options.z_loss
-        save = halves or z_factor != 0
-        out = loops.visit(
-            logits, target, self.ignore_index, self.loss, self.scores, upstream, save, self.options, z_factor
-        )
-        if weight is not None:
-            total = (out.loss * weight).sum()
-            total = total / weight.sum() if self.mean else total
-        elif self.mean:
-            total = out.loss.mean() if n == out.loss.numel() else out.loss.sum() / n
-        else:
-            total = out.loss.sum()
-        if out.lse is not None:
-            total = total + out.lse.square().sum() * z_factor
-        others = (out.scores, out.runner_up) if self.scores else ()
-        kept = (None if weight is None else upstream, out.saved, out.lse)
-        scales = (upstream if weight is None else 1.0, z_factor)
-        return Visited(total, others, as_input(out.grad, input), kept, scales)
+    dtype: torch.dtype  # of the loss, which is rounded last
 
     def again(self, input: Tensor, operands: Tensors, kept: Tensors, scales: Any, factor: Tensor) -> Tensor:
-        logits, target, (upstream, saved, lse) = as_rows(input), operands[0], kept
+        logits, target, (upstream, saved, lse) = _rows(input), operands[0], kept
         assert target is not None
         loops, (scale, z_factor) = room("numba", "labels"), scales
         factor = factor.to(reference.accumulation_dtype(logits.dtype))
@@ -189,7 +163,7 @@ class _Visit(NamedTuple):
         else:
             grad_lse = None if lse is None else lse * (2 * z_factor * factor)
             grad = loops.backward(logits, target, saved, upstream, grad_lse, *row, self.options)
-        return as_input(grad, input)
+        return _undone(grad, input)
 
     def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scales: Any, factor: Tensor) -> Tensor:
         logits, target, upstream = as_rows(input), operands[0], kept[0]
@@ -204,6 +178,43 @@ class _Visit(NamedTuple):
         return as_input(
             _gradient(logits, target, upstream, grad_lse, self.ignore_index, self.loss, self.options), input
         )
+
+
+class _ReducedByLoops(MadeInForward):
+    """Reduced loss of labels [N] with weights of rows [N] or None; with ``of.scores`` also scores and runner-up."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, of: _Labels, target: Tensor, weight: Tensor | None) -> Any:
+        logits, loops = _rows(input), room("numba", "labels")
+        n = counted(target, logits.shape[-1], of.ignore_index)
+        upstream: Any = (1 / n if n else 0.0) if of.mean else 1.0
+        if weight is not None:
+            upstream = weight / weight.sum() if of.mean else weight
+            upstream = upstream.to(reference.accumulation_dtype(logits.dtype))
+        z_factor = of.options.z_loss / max(n, 1) if of.mean else of.options.z_loss
+        save = logits.dtype.itemsize == 2 or z_factor != 0
+        out = loops.visit(logits, target, of.ignore_index, of.loss, of.scores, upstream, save, of.options, z_factor)
+        if weight is not None:
+            total = (out.loss * weight).sum()
+            total = total / weight.sum() if of.mean else total
+        else:
+            total = loops.total(out.loss, n if of.mean else 1, of.dtype if out.lse is None else out.loss.dtype)
+        if out.lse is not None:
+            total = total + out.lse.square().sum() * z_factor
+        others = (out.scores, out.runner_up) if of.scores else ()
+        kept = (None if weight is None else upstream, out.saved, out.lse)
+        scale = (upstream if weight is None else 1.0, z_factor)
+        _ReducedByLoops.keep(ctx, input, of, (target, weight), _undone(out.grad, input), kept, scale, others)
+        return total, *others
+
+
+def _rows(input: Tensor) -> Tensor:
+    """Return rows as loops take them: without a view where they lie so already."""
+    return input if input.dim() == 2 else as_rows(input)
+
+
+def _undone(rows: Tensor, input: Tensor) -> Tensor:
+    return rows if input.dim() == 2 else as_input(rows, input)
 
 
 def _gradient(
@@ -271,11 +282,14 @@ def _visited(
     options: LogitOptions, implementation: str,
 ) -> LabelResult:  # fmt: skip
     if logits.device.type == "cpu":
-        reference.check_target(target, logits.shape[2], ignore_index)
+        _CHECKS[implementation](target, logits.shape[2], ignore_index)
     out: LabelResult = room(implementation, "labels").forward(
         logits, target, ignore_index, loss, scores, softmax, options
     )
     return out
+
+
+_CHECKS = {"triton": reference.check_target, "numba": counted}
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

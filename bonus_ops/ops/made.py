@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..watchers import is_plain_eager
 
-__all__ = ["MadeInForward", "Visit", "Visited"]
+__all__ = ["Kind", "MadeInForward", "Tensors"]
 
 Tensors = tuple[Tensor | None, ...]
 
 
-class Visited(NamedTuple):
-    """What a visit leaves behind."""
-
-    total: Tensor  # the reduced loss
-    others: tuple[Tensor, ...]  # outputs without a gradient
-    grad: Tensor
-    kept: Tensors  # what `Visit.again` needs beside the operands
-    scale: Any  # of the upstream gradient: numbers that no graph needs to see
-
-
-class Visit(Protocol):
-    """A kind of call: its options, without a tensor that autograd should see."""
-
-    def visit(self, input: Tensor, operands: Tensors) -> Visited:
-        """Return loss and gradient."""
+class Kind(Protocol):
+    """The options of a call, without a tensor that autograd should see; ``kept`` and ``scale`` are what `keep` got."""
 
     def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: Any, factor: Tensor) -> Tensor:
         """Return the gradient for another upstream gradient than 1."""
@@ -39,17 +26,19 @@ class Visit(Protocol):
 
 
 class MadeInForward(torch.autograd.Function):
-    """``apply(input, visit, *operands) -> (total, *others)``."""
+    """``apply(input, kind, *operands)``; a file of this folder gives the forward visit, which ends with `keep`."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, visit: Visit, *operands: Tensor | None) -> Any:
-        visited = visit.visit(input, operands)
+    def keep(
+        ctx: Any, input: Tensor, kind: Kind, operands: Tensors, grad: Tensor, kept: Tensors, scale: Any,
+        others: tuple[Tensor, ...] = (),
+    ) -> None:  # fmt: skip
+        """Save the gradient and what another one is made of; ``others`` are outputs without a gradient."""
         # all of it saved, also the gradient: what checkpoints and offloading know nothing of would never be freed
-        ctx.save_for_backward(input, visited.grad, *visited.kept, *operands)
-        ctx.visit, ctx.n_operands, ctx.scale = visit, len(operands), visited.scale
+        ctx.save_for_backward(input, grad, *kept, *operands)
+        ctx.kind, ctx.n_operands, ctx.scale = kind, len(operands), scale
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*visited.others)
-        return visited.total, *visited.others
+        ctx.mark_non_differentiable(*others)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
@@ -59,11 +48,11 @@ class MadeInForward(torch.autograd.Function):
         input, grad, *rest = ctx.saved_tensors
         kept, operands = rest[: len(rest) - ctx.n_operands], rest[len(rest) - ctx.n_operands :]
         if torch.is_grad_enabled() or not is_plain_eager(grad_loss):
-            return ctx.visit.formula(input, operands, kept, ctx.scale, grad_loss), *nothing
+            return ctx.kind.formula(input, operands, kept, ctx.scale, grad_loss), *nothing
         factor = grad_loss.item()  # of a CPU: nothing waits
         # a half is rounded after it is scaled, or a gradient scaler would find what has underflowed
         if factor != 1 and (grad.dtype.itemsize == 2 or not math.isfinite(factor)):
-            return ctx.visit.again(input, operands, kept, ctx.scale, grad_loss), *nothing
+            return ctx.kind.again(input, operands, kept, ctx.scale, grad_loss), *nothing
         if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
             return grad * factor if factor != 1 else grad.clone(), *nothing
         return grad.mul_(factor) if factor != 1 else grad, *nothing

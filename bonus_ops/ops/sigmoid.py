@@ -5,7 +5,7 @@ First derivatives run the operators. Derivatives that are differentiated again f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..kernels.elements import Elements
 from ..losses import GapLoss, decode, encode
 from ..watchers import is_plain_eager
 from . import room
-from .made import MadeInForward, Tensors, Visited
+from .made import MadeInForward, Tensors
 
 __all__ = ["losses", "total"]
 
@@ -52,8 +52,8 @@ def _total_by_loops(of: Elements, divisor: float | Tensor, implementation: str) 
     known = not isinstance(divisor, Tensor) and divisor > 0  # 0 for a mean of nothing
     if not (known and of.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*of[:4])):
         return _total_by_operators(of, divisor, implementation)
-    visit = _Visit(of.loss.current, of.scales, float(divisor))
-    out: Tensor = MadeInForward.apply(of.input, visit, *of[1:4])[0]  # type: ignore[no-untyped-call]
+    options = _Sum(of.loss.current, of.scales, float(divisor))
+    out: Tensor = _SumByLoops.apply(of.input, options, *of[1:4])  # type: ignore[no-untyped-call]
     return out
 
 
@@ -64,31 +64,37 @@ _TOTALS = {"triton": _total_by_operators, "numba": _total_by_loops, "reference":
 # --- eager on a CPU ---------------------------------------------------------------------------------------------------
 
 
-class _Visit(NamedTuple):
-    """A sum over a divisor for `MadeInForward`; operands are target, weight and pos_weight."""
+class _Sum(NamedTuple):
+    """The options of a sum over a divisor."""
 
     loss: GapLoss
     scales: tuple[float, float]
     divisor: float
 
-    def visit(self, input: Tensor, operands: Tensors) -> Visited:
-        of = self._elements(input, operands)
-        upstream = torch.tensor(1 / self.divisor, dtype=of.dtype, device="cpu")
-        value, grad = room("numba", "sigmoid").visit(of, upstream)
-        return Visited(value / self.divisor, (), grad, (), 1.0)
-
     def again(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
-        of = self._elements(input, operands)
+        of = self.elements(input, operands)
         grad: Tensor = room("numba", "sigmoid").backward(of, factor.to(of.dtype) / self.divisor)
         return grad
 
     def formula(self, input: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
-        return reference.elements_gradient(*self._elements(input, operands), factor / self.divisor)
+        return reference.elements_gradient(*self.elements(input, operands), factor / self.divisor)
 
-    def _elements(self, input: Tensor, operands: Tensors) -> Elements:
+    def elements(self, input: Tensor, operands: Tensors) -> Elements:
         target, weight, pos_weight = operands
         assert target is not None
         return Elements(input, target, weight, pos_weight, self.loss, self.scales)
+
+
+class _SumByLoops(MadeInForward):
+    """The sum; operands are target, weight and pos_weight."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, options: _Sum, *operands: Tensor | None) -> Tensor:
+        of = options.elements(input, operands)
+        upstream = torch.tensor(1 / options.divisor, dtype=of.dtype, device="cpu")
+        value, grad = room("numba", "sigmoid").visit(of, upstream)
+        _SumByLoops.keep(ctx, input, options, operands, grad, (), None)
+        return cast(Tensor, value / options.divisor)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

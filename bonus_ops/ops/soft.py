@@ -19,14 +19,9 @@ from ..soft_targets import SoftTargets
 from ..watchers import is_plain_eager
 from . import labels, room
 from .labels import Result
-from .made import MadeInForward, Tensors, Visited
+from .made import MadeInForward, Tensors
 
-__all__ = ["run"]
-
-
-def run(call: Call) -> Result:
-    """Return loss, scores and probabilities of a call."""
-    return _WAYS[call.implementation](call)
+__all__ = ["WAYS"]
 
 
 class _Rows(NamedTuple):
@@ -74,12 +69,12 @@ def _by_loops(call: Call) -> Result:
         return _by_rows(call)
     of = _rows(call, largest=False)  # loops find it on their way
     given = of.targets.probabilities
-    options = (call.options, _z_factor(call))
-    visit = _Visit(
-        call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:], *options
-    )
+    options = _Soft(
+        call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", *of.targets[3:], call.options,
+        _z_factor(call),
+    )  # fmt: skip
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)
-    loss, *columns = MadeInForward.apply(of.logits, visit, *operands)  # type: ignore[no-untyped-call]
+    loss, *columns = _ReducedByLoops.apply(of.logits, options, *operands)  # type: ignore[no-untyped-call]
     loss = loss if call.reduction == "mean" else loss / _classes_of_mean(call)
     return _result(call, of, loss, (*columns[0], columns[1]) if columns else None)
 
@@ -97,7 +92,7 @@ def _by_rows(call: Call) -> Result:
     return _result(call, of, loss, (*columns, runner_up) if call.scores else None)
 
 
-_WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
+WAYS = {"triton": _by_rows, "numba": _by_loops, "reference": _by_formula}
 
 
 def _classes_of_mean(call: Call) -> int:
@@ -135,12 +130,8 @@ def _result(call: Call, of: _Rows, loss: Tensor, columns: Any) -> Result:
 # --- eager on a CPU ---------------------------------------------------------------------------------------------------
 
 
-class _Visit(NamedTuple):
-    """A reduced loss of soft targets for `MadeInForward`.
-
-    Operands are label, probabilities, weight, bonus weight, divisor, and the target, so that a change of it in place
-    is noticed.
-    """
+class _Soft(NamedTuple):
+    """The options of a reduced loss."""
 
     ignore_index: int
     loss: Loss
@@ -151,22 +142,11 @@ class _Visit(NamedTuple):
     options: LogitOptions
     z_factor: float  # of the squared logsumexp of every row
 
-    def visit(self, logits: Tensor, operands: Tensors) -> Visited:
-        divisor = operands[4]
-        assert divisor is not None
-        upstream = logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype))
-        upstream = upstream / divisor if self.mean else upstream
-        out, grad = self._visited(logits, operands, self.scores, upstream, self.z_factor)
-        total = out.loss.sum() / divisor if self.mean else out.loss.sum()
-        if self.z_factor:
-            total = total + out.lse.square().sum() * self.z_factor
-        return Visited(total, (out.scores, out.runner_up) if self.scores else (), grad, (upstream,), 1.0)
-
     def again(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         (upstream,) = kept
         assert upstream is not None
         z_factor = self.z_factor and self.z_factor * factor.item()  # of a CPU: nothing waits
-        return self._visited(logits, operands, False, upstream * factor.to(upstream.dtype), z_factor)[1]
+        return self.visited(logits, operands, False, upstream * factor.to(upstream.dtype), z_factor)[1]
 
     def formula(self, logits: Tensor, operands: Tensors, kept: Tensors, scale: float, factor: Tensor) -> Tensor:
         label, upstream = operands[0], kept[0]
@@ -184,23 +164,39 @@ class _Visit(NamedTuple):
         _, probabilities, weight, bonus_weight, *_ = operands
         return SoftTargets(probabilities, weight, bonus_weight, self.smoothing, self.bonus_smoothing)
 
-    def _visited(
+    def visited(
         self, logits: Tensor, operands: Tensors, scores: bool, upstream: Tensor, z_factor: float
     ) -> tuple[SoftResult, Tensor]:
         label, targets, loops = operands[0], self._targets(operands), room("numba", "soft")
         assert label is not None
         if targets.probabilities is None:
-            _check_labels(label, logits.shape[2], self.ignore_index)
+            labels.counted(label, logits.shape[2], self.ignore_index)
         out: tuple[SoftResult, Tensor] = loops.visit(
             logits, label, targets, self.ignore_index, self.loss, scores, upstream, self.options, z_factor
         )
         return out
 
 
-def _check_labels(label: Tensor, n_classes: int, ignore_index: int) -> None:
-    _, n_bad, bad = room("numba", "labels").count(label, n_classes, ignore_index)
-    if n_bad:
-        raise reference.out_of_bounds(bad, n_bad, n_classes, ignore_index)
+class _ReducedByLoops(MadeInForward):
+    """Reduced loss of rows; with ``of.scores`` also scores and runner-up.
+
+    Operands are label, probabilities, weight, bonus weight, divisor, and the target, so that a change of it in place
+    is noticed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, of: _Soft, *operands: Tensor | None) -> Any:
+        divisor = operands[4]
+        assert divisor is not None
+        upstream = logits.new_ones(1, dtype=reference.accumulation_dtype(logits.dtype))
+        upstream = upstream / divisor if of.mean else upstream
+        out, grad = of.visited(logits, operands, of.scores, upstream, of.z_factor)
+        total = out.loss.sum() / divisor if of.mean else out.loss.sum()
+        if of.z_factor:
+            total = total + out.lse.square().sum() * of.z_factor
+        others = (out.scores, out.runner_up) if of.scores else ()
+        _ReducedByLoops.keep(ctx, logits, of, operands, grad, (upstream,), None, others)
+        return total, *others
 
 
 def _gradient(

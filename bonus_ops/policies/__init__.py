@@ -4,7 +4,9 @@ Pure functions of tensors, on their device, without a host sync; randomness come
 policy ranks it takes a *difficulty*, higher is harder: ``scores.difficulty(name)``. NaN (an ignored row, an example not
 seen) and -inf (`TAKEN_OUT`: a suspect that `guarded` took out; also a row with one class left, which teaches nothing)
 take no part in any of them: they are not chosen and weigh 0. Only `DifficultySampler`, which decides over whole epochs,
-visits NaN, so that what was not seen gets seen.
+visits NaN, so that what was not seen gets seen. A *loss* is the plain cross-entropy, ``scores.loss``, not the training
+loss with a bonus; higher is harder. All raise TypeError, ValueError or RuntimeError for an argument of a wrong type,
+range or shape.
 """
 
 from .checks import TAKEN_OUT

@@ -15,11 +15,9 @@ __all__ = [
     "check_generator",
     "check_index",
     "check_integer",
-    "check_mask",
     "check_number",
     "check_shape",
     "check_threshold",
-    "check_threshold_is_known",
     "check_vector",
     "checked_difficulty",
 ]
@@ -43,13 +41,6 @@ def checked_difficulty(function: str, name: str, x: Any) -> Tensor:
     return difficulty.masked_fill(difficulty == TAKEN_OUT, math.nan)
 
 
-def check_mask(function: str, name: str, x: Any) -> None:
-    """Raise unless ``x`` is a bool tensor."""
-    _check_tensor(function, name, x)
-    if x.dtype != torch.bool:
-        raise TypeError(f"{function}: {name} must be a bool tensor, got {x.dtype}")
-
-
 def check_shape(function: str, name: str, x: Any, like: Tensor, integer: bool = False) -> None:
     """Raise unless ``x`` is a tensor shaped as ``like``, and of an integer type where ``integer``."""
     _check_tensor(function, name, x)
@@ -69,17 +60,16 @@ def check_index(function: str, name: str, index: Any, like: Tensor, size: int) -
             raise IndexError(f"{function}: {name} must be in [0, {size}), got {extreme}")
 
 
-def check_threshold(function: str, name: str, value: Any, interval: str) -> None:
-    """Raise unless ``value`` is a number in ``interval`` or a tensor of one: another shape would broadcast."""
+def check_threshold(function: str, name: str, value: Any, interval: str, compared: Tensor | None) -> None:
+    """Raise unless ``value`` is a number in ``interval`` or a tensor of one: another shape would broadcast.
+
+    Raise also, where that needs no wait, if it is a NaN that something is ``compared`` with: nothing is above it.
+    """
     if not isinstance(value, Tensor):
-        check_number(function, name, value, interval)
-    elif value.dim() > 0:
+        return check_number(function, name, value, interval)
+    if value.dim() > 0:
         raise RuntimeError(f"{function}: {name} must be a number or a scalar tensor, got shape {list(value.shape)}")
-
-
-def check_threshold_is_known(function: str, name: str, value: Tensor | float, compared: Tensor) -> None:
-    """Raise, where that needs no wait, if ``value`` is a NaN that something is compared with: nothing is above it."""
-    if not isinstance(value, Tensor) or value.device.type != "cpu" or torch.compiler.is_compiling():
+    if compared is None or value.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if torch._C._functorch.is_batchedtensor(value) or not value.isnan():
         return

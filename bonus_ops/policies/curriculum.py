@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_threshold, check_threshold_is_known, checked_difficulty
+from .checks import check_integer, check_number, check_threshold, checked_difficulty
 
 __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "small_loss"]
 
@@ -15,16 +15,14 @@ __all__ = ["co_teaching_keep", "self_paced_threshold", "self_paced_weight", "sma
 def co_teaching_keep(epoch: int, *, noise_rate: float = 0.2, warmup_epochs: int = 10, exponent: float = 1.0) -> float:
     """Return ``R(t) = 1 - noise_rate * min(t ** exponent / warmup_epochs, 1)``, the share `small_loss` keeps.
 
-    The authors' code differs: its exponent acts on the noise rate during the warm-up, which jumps where it ends.
+    The authors' code differs: its exponent acts on the noise rate during the warm-up, which jumps where it ends. Raises
+    as all policies.
 
     Args:
         epoch: t >= 0, counted from 0.
         noise_rate: tau in [0, 1], which the user must know; default 0.2.
         warmup_epochs: T_k >= 1, default 10.
         exponent: c > 0, default 1.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or range.
 
     References:
         Han et al., Co-teaching, NeurIPS 2018, arXiv 1804.06872, section 3.
@@ -49,10 +47,7 @@ def small_loss(difficulty: Tensor, keep: float) -> Tensor:
         keep: share in [0, 1], e.g. `co_teaching_keep`.
 
     Returns:
-        bool [N], True where kept, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where kept, on the device; no host sync. Raises as all policies.
 
     References:
         arXiv 1804.06872, Algorithm 1.
@@ -72,23 +67,18 @@ def self_paced_weight(loss: Tensor, threshold: Tensor | float, *, gamma: float |
     1)``: 1 up to the threshold, 0 from ``threshold + gamma`` on.
 
     Args:
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN weighs 0.
         threshold: lambda, a number or a scalar tensor, e.g. `self_paced_threshold`; grows over training.
         gamma: > 0, width of the slope; MentorNet uses 1.
 
     Returns:
-        Weights [N] in [0, 1] of the dtype of ``loss``, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, 1] of the dtype of ``loss``, on the device; no host sync. Raises as all policies.
 
     References:
         Kumar et al., Self-Paced Learning, NeurIPS 2010; Jiang et al., MentorNet, ICML 2018, arXiv 1712.05055.
     """
     loss = checked_difficulty("self_paced_weight", "loss", loss)
-    check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]")
-    check_threshold_is_known("self_paced_weight", "threshold", threshold, loss)
+    check_threshold("self_paced_weight", "threshold", threshold, "[-inf, inf]", loss)
     if gamma is None:
         return (loss < threshold).to(loss.dtype)
     check_number("self_paced_weight", "gamma", gamma, "(0, inf)")
@@ -102,17 +92,13 @@ def self_paced_threshold(
 
     Args:
         previous: the last threshold, a scalar tensor, or None at the start.
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            NaN takes no part (a batch of NaN alone, or of nothing, leaves the threshold; at the start it gives NaN,
-            which the next batch that has a loss replaces).
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN takes no part (a batch of NaN alone, or of nothing,
+            leaves the threshold; at the start it gives NaN, which the next batch that has a loss replaces).
         percentile: in [0, 1], default 0.7.
         momentum: in [0, 1), default 0.9. (The flags of the authors' code say 0.5, its functions 0.9.)
 
     Returns:
-        A scalar tensor on the device of ``loss``; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        A scalar tensor on the device of ``loss``; no host sync. Raises as all policies.
 
     References:
         arXiv 1712.05055, section 3.2; google/mentornet.
@@ -124,6 +110,6 @@ def self_paced_threshold(
     now = loss.nanquantile(percentile) if len(loss) else loss.new_full((), math.nan)
     if previous is None:
         return now
-    check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]")
+    check_threshold("self_paced_threshold", "previous", previous, "[-inf, inf]", None)
     mean = momentum * previous + (1 - momentum) * now
     return torch.where(now.isnan(), previous, torch.where(torch.as_tensor(previous).isnan(), now, mean))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .checks import (
     TAKEN_OUT,
     check_integer,
-    check_mask,
     check_number,
     check_shape,
     check_threshold,
-    check_threshold_is_known,
     check_vector,
     checked_difficulty,
 )
@@ -44,18 +43,14 @@ def noise_mask(
 
     Returns:
         bool [N], True where suspect; no host sync. It finds wrong labels, not damaged inputs, and flags some hard
-        clean examples too.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        clean examples too. Raises as all policies.
 
     References:
         arXiv 2003.10647.
     """
     check_vector("noise_mask", "recent_loss", recent_loss)
     check_integer("noise_mask", "min_observations", min_observations, 0)
-    check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]")
-    check_threshold_is_known("noise_mask", "threshold", threshold, recent_loss)
+    check_threshold("noise_mask", "threshold", threshold, "[-inf, inf]", recent_loss)
     suspect = recent_loss.detach() > threshold
     if observations is None:
         return suspect
@@ -75,14 +70,12 @@ def guarded(difficulty: Tensor, noisy: Tensor) -> Tensor:
         noisy: bool [N], True where suspect: `noise_mask`, `late_stopping_mask`.
 
     Returns:
-        [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync.
-
-    Raises:
-        TypeError, RuntimeError: an argument of a wrong type or shape.
+        [N] of the dtype of ``difficulty``, -inf where noisy; detached, no host sync. Raises as all policies.
     """
     check_vector("guarded", "difficulty", difficulty)
-    check_mask("guarded", "noisy", noisy)
     check_shape("guarded", "noisy", noisy, difficulty)
+    if noisy.dtype != torch.bool:
+        raise TypeError(f"guarded: noisy must be a bool tensor, got {noisy.dtype}")
     return difficulty.detach().masked_fill(noisy, TAKEN_OUT)
 
 
@@ -110,10 +103,7 @@ def mastered_mask(
         readmit_every: >= 1, default 5.
 
     Returns:
-        bool [N], True where mastered; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where mastered; no host sync. Raises as all policies.
 
     References:
         Instance-dependent Early Stopping, ICLR 2025, arXiv 2502.07547, Eq. 3.
@@ -144,10 +134,7 @@ def late_stopping_mask(learned_epoch: Tensor, learned_share: float) -> Tensor:
             noise rate has to be known, roughly.
 
     Returns:
-        bool [N], True where suspect; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        bool [N], True where suspect; no host sync. Raises as all policies.
 
     References:
         Yuan et al., Late Stopping, ICCV 2023, arXiv 2308.13862.

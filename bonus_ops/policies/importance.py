@@ -71,7 +71,7 @@ def importance_draw(
     level = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, level, right=True).clamp(max=len(score) - 1)  # all NaN: past the end
     weight = torch.where(total > 0, total / (valid.sum() * score[index]), 0.0)
-    return Draw(index, weight.to(_weight_dtype(difficulty)))
+    return Draw(index, weight.to(torch.promote_types(difficulty.dtype, torch.float32)))
 
 
 def poisson_selection(
@@ -89,10 +89,7 @@ def poisson_selection(
         generator: of the device of ``difficulty``.
 
     Returns:
-        `Selection`, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        `Selection`, on the device; no host sync. Raises as all policies.
 
     References:
         Poisson (Bernoulli) sampling of the scores of arXiv 1803.00942.
@@ -102,7 +99,7 @@ def poisson_selection(
     score, _ = _scores("poisson_selection", difficulty, smoothing)
     probability = (size * score / score.sum()).clamp(max=1).nan_to_num(nan=0.0)  # 0 / 0: all NaN
     uniform = torch.rand(score.shape, dtype=torch.float64, generator=generator, device=score.device)
-    return Selection(uniform < probability, probability.to(_weight_dtype(difficulty)))
+    return Selection(uniform < probability, probability.to(torch.promote_types(difficulty.dtype, torch.float32)))
 
 
 def importance_gain(difficulty: Tensor) -> Tensor:
@@ -110,10 +107,7 @@ def importance_gain(difficulty: Tensor) -> Tensor:
 
     Drawing by s has the variance of a uniform draw of ``tau^2`` times the examples (to first order in the paper's
     bound). Smooth it over steps: ``tau = 0.9 * tau + 0.1 * importance_gain(el2n)``. NaN takes no part; all 0 gives 1,
-    all NaN (or nothing) NaN.
-
-    Raises:
-        TypeError, RuntimeError: an argument of a wrong type or shape.
+    all NaN (or nothing) NaN. Raises as all policies.
 
     References:
         arXiv 1803.00942, Eq. 26, simplified: ``1 - ||g - u||^2 / ||g||^2 = 1 / tau^2``.
@@ -128,10 +122,7 @@ def importance_pays(gain: Tensor, presample: int, size: int) -> Tensor:
     Args:
         gain: tau, best a running mean of `importance_gain`.
         presample: B, examples scored by a forward pass; the paper's 3 b makes the bar 2.
-        size: b, examples drawn for forward and backward (a backward costs two forwards).
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or range.
+        size: b, examples drawn for forward and backward (a backward costs two forwards). Raises as all policies.
 
     References:
         arXiv 1803.00942, section 3.3.
@@ -141,10 +132,6 @@ def importance_pays(gain: Tensor, presample: int, size: int) -> Tensor:
     check_integer("importance_pays", "size", size, 1)
     check_integer("importance_pays", "presample", presample, size)
     return gain > (presample + 3 * size) / (3 * size)
-
-
-def _weight_dtype(difficulty: Tensor) -> torch.dtype:
-    return torch.promote_types(difficulty.dtype, torch.float32)
 
 
 def _scores(function: str, difficulty: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

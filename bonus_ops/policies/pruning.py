@@ -34,10 +34,8 @@ def infobatch(
         generator: of the device of ``difficulty``.
 
     Returns:
-        Weights [N], each 0, 1 or ``1 / (1 - ratio)``, at least float32, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N], each 0, 1 or ``1 / (1 - ratio)``, at least float32, on the device; no host sync. Raises as all
+        policies.
 
     References:
         Qin et al., InfoBatch, ICLR 2024, arXiv 2303.04947.

@@ -33,9 +33,7 @@ def kl_to_reference(logits: Tensor, reference_logits: Tensor, *, temperature: fl
     Returns:
         The penalty of each row in nats, [0, inf), shaped like ``logits`` without C and of its dtype; inf where p is 0
         and p_ref is not. Differentiable twice in ``logits``, in reverse mode, `torch.func` and ``vmap`` included.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Raises as all policies.
 
     Example:
         >>> import torch

@@ -13,7 +13,6 @@ from .checks import (
     check_number,
     check_shape,
     check_threshold,
-    check_threshold_is_known,
     check_vector,
     checked_difficulty,
 )
@@ -36,15 +35,12 @@ def focal_weight(loss: Tensor, *, gamma: float = 2.0) -> Tensor:
     loss, ``p = exp(-loss)``. (As a loss of its own the package has `bonus_ops.Focal`.)
 
     Args:
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus
-            (a negative value counts as 0); higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss`` in nats, higher is harder (a negative value counts as 0); NaN weighs 0.
         gamma: 0 (no change) or >= 1, default 2.
 
     Returns:
-        Weights [N], in [0, 1.23] for gamma = 2: 0 where p = 1, the most at p = 0.10, 1 where p = 0; detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N], in [0, 1.23] for gamma = 2: 0 where p = 1, the most at p = 0.10, 1 where p = 0; detached. Raises
+        as all policies.
 
     References:
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002.
@@ -68,24 +64,20 @@ def superloss_weight(loss: Tensor, *, threshold: float | Tensor, regularization:
     the device by Halley's method.
 
     Args:
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN weighs 0.
         threshold: tau, number or scalar tensor: log C for classification, or a running mean of the loss.
         regularization: lam > 0; 1 for CIFAR-10, 0.25 for CIFAR-100 in the paper. Larger is closer to no weighting.
 
     Returns:
-        Weights [N] in [0, e]: 1 at the threshold, more below (easy), less above (hard); detached.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, e]: 1 at the threshold, more below (easy), less above (hard); detached. Raises as all
+        policies.
 
     References:
         Castells et al., SuperLoss, NeurIPS 2020, Eq. 5.
     """
     loss = checked_difficulty("superloss_weight", "loss", loss)
     check_number("superloss_weight", "regularization", regularization, "(0, inf)")
-    check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)")
-    check_threshold_is_known("superloss_weight", "threshold", threshold, loss)
+    check_threshold("superloss_weight", "threshold", threshold, "(-inf, inf)", loss)
     beta = (loss - threshold) / regularization
     weight = torch.exp(-_lambert_w(beta.clamp(min=-2 / math.e) / 2))
     return torch.where(beta.isnan(), 0.0, weight)
@@ -114,17 +106,14 @@ def flow_weight(loss: Tensor, *, temperature: float | None = None, normalize: bo
     and minimise ``(weight * loss).mean()``. They solve ``min_w sum w loss + tau sum w log w``.
 
     Args:
-        loss: [N] at the pre-trained model, ``scores.loss``, the plain cross-entropy in nats,
-            not the training loss with a bonus (a negative value counts as 0); higher is harder; NaN weighs 0.
+        loss: [N], ``scores.loss`` of the pre-trained model in nats, higher is harder (a negative value counts as 0);
+            NaN weighs 0.
         temperature: tau > 0 in nats; default the median of ``loss`` (the paper; the 1.0 of its command line is a
             placeholder). A median of 0 gives weight 1 to losses of 0 and none to others.
         normalize: divide by the mean of the weights; default False, as the paper.
 
     Returns:
-        Weights [N] in [0, 1], larger is easier; detached, no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        Weights [N] in [0, 1], larger is easier; detached, no host sync. Raises as all policies.
 
     References:
         Sanyal et al., Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting, 2025, arXiv 2502.02797.
@@ -166,19 +155,14 @@ def exponentiated_gradient(
 
     Args:
         log_weight: [M], the state, not written; start from zeros.
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            higher is harder; NaN changes nothing.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN changes nothing.
         eta: >= 0, per nat.
         index: integers [N], the entry each loss belongs to, duplicates add up; None where loss i belongs to entry i.
         ascent: raise the weight of what is hard instead of lowering it.
         max_loss: losses are capped here, > 0; default no cap. (Not of the paper.)
 
     Returns:
-        The next state, [M], on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-        IndexError: an index out of range, on the CPU.
+        The next state, [M], on the device; no host sync. Raises as all policies, IndexError on the CPU too.
 
     References:
         Majidi et al., Exponentiated Gradient Reweighting for Robust Training Under Label Noise and Beyond, 2021,
@@ -199,10 +183,9 @@ def exponentiated_gradient(
 
 
 def exponentiated_weight(log_weight: Tensor) -> Tensor:
-    """Return ``M softmax(log_weight)`` [M]: positive, of mean 1, of the dtype of ``log_weight`` [M].
+    """Return ``M softmax(log_weight)`` [M], positive and of mean 1, of the dtype of ``log_weight`` [M].
 
-    Raises:
-        TypeError, RuntimeError: ``log_weight`` is no floating point tensor, or has another shape.
+    Raises as all policies.
     """
     check_vector("exponentiated_weight", "log_weight", log_weight)
     return len(log_weight) * torch.softmax(log_weight, 0)
@@ -212,14 +195,12 @@ def group_mean_loss(loss: Tensor, group: Tensor, n_groups: int) -> Tensor:
     """Return the mean loss of each group in the batch, [n_groups], at least float32; NaN for a group not in it.
 
     Args:
-        loss: [N], ``scores.loss``, the plain cross-entropy in nats, not the training loss with a bonus;
-            NaN takes no part.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN takes no part.
         group: integers [N] in [0, n_groups).
         n_groups: >= 1.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-        IndexError: a group out of range, on the CPU.
+        As all policies; on the CPU an IndexError for a group out of range.
     """
     total, count = _group_sums("group_mean_loss", loss, group, n_groups)
     return total / count
@@ -230,16 +211,13 @@ def group_weight(log_weight: Tensor, loss: Tensor, group: Tensor) -> Tensor:
 
     Args:
         log_weight: [G], the state of `exponentiated_gradient` over groups.
-        loss: [N], ``scores.loss``, the plain cross-entropy; NaN weighs 0 and does not count in
-            n_g, the number of the group's examples in the batch.
+        loss: [N], ``scores.loss`` in nats, higher is harder; NaN weighs 0 and does not count in n_g, the number of the
+            group's examples in the batch.
         group: integers [N] in [0, G).
 
     Returns:
-        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
-        IndexError: a group out of range, on the CPU.
+        Weights [N], at least float32, detached; they sum to the share of the groups that are in the batch. Raises as
+        all policies, IndexError on the CPU too.
 
     References:
         arXiv 1911.08731, Algorithm 1; arXiv 2306.12070.

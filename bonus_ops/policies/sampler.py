@@ -72,7 +72,6 @@ class DifficultySampler(Sampler[int]):
 
     Attributes:
         epoch: the epoch last begun, or the one set since.
-        weight: float [num_examples] on the CPU, of the epoch last begun; before the first, of that to come.
 
     **DataLoader.** ``DataLoader(data, batch_size, sampler=sampler)``, without ``shuffle``. It gives examples and is no
     ``batch_sampler``: `torch.utils.data.BatchSampler` makes one of it.
@@ -87,8 +86,8 @@ class DifficultySampler(Sampler[int]):
     by ``state_dict(position=...)``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape; a policy whose weights have
-            a wrong shape, are negative or not finite, or leave this process no example to visit.
+        As all policies; also where the weights have a wrong shape, are negative or not finite, or leave this process no
+            example to visit.
 
     Example:
         >>> import math, torch
@@ -98,37 +97,12 @@ class DifficultySampler(Sampler[int]):
         >>> sorted(DifficultySampler(loss, lambda d, g: small_loss(d, keep=0.7)))
         [0, 2, 4]
 
-        What was seen last, the suspects left out, with each policy that draws:
+        With a tracker, ``difficulty`` may be a function of no arguments, and a `Selection` gives what it keeps:
 
-        >>> from bonus_ops import difficulty_scores
-        >>> from bonus_ops.dynamics import ExampleTracker
-        >>> tracker = ExampleTracker(100, fields="all")
-        >>> def difficulty():
-        ...     recent = tracker.difficulty("recent_loss")
-        ...     return guarded(recent, noise_mask(recent, 4.0))
         >>> def selective(d, g):
         ...     return selective_backprop(d, History.empty(len(d)).push(d), generator=g).keep
-        >>> pruned = DifficultySampler(difficulty, lambda d, g: infobatch(d, generator=g))
-        >>> drawn = DifficultySampler(difficulty, lambda d, g: poisson_selection(d, 50, generator=g).unbiased_weight)
-        >>> chosen = DifficultySampler(difficulty, selective)
-        >>> len(pruned), len(drawn), len(chosen)  # nothing was seen yet
-        (100, 100, 100)
-        >>> logits = torch.zeros(90, 10).index_fill(1, torch.tensor(0), 3.0)
-        >>> logits[:5, 0] = -9  # suspects
-        >>> logits[5:50, 0] = 0
-        >>> target = torch.zeros(90, dtype=torch.long)
-        >>> for _ in range(2):  # the recent loss is known after two epochs
-        ...     tracker.update(difficulty_scores(logits, target), torch.arange(90), target)
-        ...     tracker.end_epoch()
-        >>> for sampler in (pruned, drawn, chosen):
-        ...     sampler.set_epoch(1)
-        ...     visited = set(sampler)
-        ...     print(visited.isdisjoint(range(5)), visited.issuperset(range(90, 100)), len(visited) < 95)
-        True True True
-        True True True
-        True True True
-        >>> pruned
-        DifficultySampler(num_examples=100, epoch=1, seed=0, rank=0, world_size=1)
+        >>> 4 in DifficultySampler(lambda: loss, selective)  # what was never seen is visited
+        True
     """
 
     def __init__(
@@ -173,7 +147,7 @@ class DifficultySampler(Sampler[int]):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of every example in the epoch last begun (before: to come), float [num_examples]; 0 where skipped."""
+        """Weight of each example in the epoch last begun, or to come: float [num_examples] on the CPU, 0 if skipped."""
         return (self._begun or self._planned()).weight
 
     def __len__(self) -> int:

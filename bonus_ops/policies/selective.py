@@ -38,8 +38,7 @@ class Selection(NamedTuple):
 def selective_beta(keep: float) -> float:
     """Return the ``beta`` that keeps the share ``keep`` in (0, 1] of examples on average: ``1 / keep - 1``.
 
-    Raises:
-        TypeError, ValueError: ``keep`` is no number, or out of range.
+    Raises as all policies.
     """
     check_number("selective_beta", "keep", keep, "(0, 1]")
     return 1 / keep - 1
@@ -71,10 +70,7 @@ def selective_backprop(
         generator: of the device of ``difficulty``.
 
     Returns:
-        `Selection`, detached, on the device; no host sync.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        `Selection`, detached, on the device; no host sync. Raises as all policies.
 
     Example:
         >>> import torch
@@ -114,10 +110,7 @@ def rank_selection(difficulty: Tensor, *, keep: float = 0.5, generator: torch.Ge
         generator: of the device of ``difficulty``.
 
     Returns:
-        int64 [max(1, int(keep * N))], distinct indices (empty for an empty batch).
-
-    Raises:
-        TypeError, ValueError, RuntimeError: an argument of a wrong type, range or shape.
+        int64 [max(1, int(keep * N))], distinct indices (empty for an empty batch). Raises as all policies.
 
     References:
         MosaicML Composer, Selective Backprop (after arXiv 1910.00762). When: `rank_selection_is_due`.
@@ -143,10 +136,7 @@ def rank_selection_is_due(progress: float, step: int, *, start: float = 0.5, end
         step: index of the batch in the epoch, from 0.
         start: default 0.5.
         end: default 0.9.
-        every: each such step trains on the whole batch; 0 never does. Default 2.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or range.
+        every: each such step trains on the whole batch; 0 never does. Default 2. Raises as all policies.
     """
     check_number("rank_selection_is_due", "progress", progress, "[0, 1]")
     check_integer("rank_selection_is_due", "step", step, 0)

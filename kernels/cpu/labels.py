@@ -17,16 +17,16 @@ from torch import Tensor
 from ..formulas import logits as of_logits
 from ..results import LabelResult, accumulation_dtype, fill_ignored
 from . import lanes, rows, stored, threads
-from .elements import NAMES, address_of, real_of, record_of, strided
+from .elements import NAMES, real_of, record_of, strided
 from .losses import Columns, columns_of, probability
-from .names import int32, int64, real, real_size, record, vector
+from .names import element, int32, int64, narrow, real, real_size, record, vector
 from .tile import END, GAP, MAX, ROWS, SUM_EXP, finish, load_labels, load_upstream, padded, pay, pull
 
 __all__ = ["backward", "count", "forward", "visit"]
 
 FEW = 24  # classes up to which rows go side by side; measured on a server with AVX2, one thread
 
-rows_of_tile = sum_up = exps_again = write_tile = None  # of the layout, bound by `_loop`
+BLOCK = rows_of_tile = sum_up = exps_again = write_tile = None  # of the layout, bound by `_loop`
 
 
 class Plan(NamedTuple):
@@ -54,8 +54,8 @@ class Plan(NamedTuple):
     scores: int
     runner_up: int
     saved: int
-    softmax: int  # whether out is of probabilities
     out: int
+    softmax: int  # whether out is of probabilities
     out_outer_stride: int
     out_inner_stride: int
     out_class_stride: int
@@ -121,6 +121,17 @@ def count_loop(target, n, n_classes, ignore_index, out):
     found[0], found[1], found[2] = counted, bad, one
 
 
+def total_loop(loss, n, divisor, out):
+    """Write the sum of ``n`` losses over a divisor, added up by blocks so that many lose no digits."""
+    x, total = vector(loss, n, real), 0.0
+    for first in range(0, n, BLOCK):
+        part, a = x[first : first + BLOCK], 0.0
+        for i in range(len(part)):
+            a += part[i]
+        total += a
+    vector(out, 1, element)[0] = narrow(total / real(divisor))
+
+
 @functools.cache
 def _loop(body: Any, layout: Any, element: str, of_logit: str, more: bool) -> Any:
     def make() -> Any:
@@ -143,13 +154,14 @@ def bound_options(layout: Any, of_logit: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _count() -> Any:
+def _plain(body: Any, n_integers: int, element: str) -> Any:
     def make() -> Any:
         from .compile import module_of
 
-        return module_of(count_loop, "float32", {})
+        return module_of(body, element, {"BLOCK": rows.BLOCK})
 
-    return stored.entry(5, "count", "count", make)
+    name = f"{body.__name__}_{element}"
+    return stored.entry(n_integers, name, name, make)
 
 
 # --- what the library calls -------------------------------------------------------------------------------------------
@@ -158,8 +170,15 @@ def _count() -> Any:
 def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, int]:
     """Return how many labels count, how many are out of range, and one of these."""
     target, found = target if target.is_contiguous() else target.contiguous(), array("q", (0, 0, 0))
-    _count()(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
+    _plain(count_loop, 5, "float32")(target.data_ptr(), target.numel(), n_classes, ignore_index, found.buffer_info()[0])
     return found[0], found[1], found[2]
+
+
+def total(loss: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+    """Return the sum of losses [N] over a divisor, NaN over 0, in a dtype whose accumulation dtype they have."""
+    out = torch.empty((), dtype=dtype, device="cpu")
+    _plain(total_loop, 4, NAMES[dtype])(loss.data_ptr(), loss.numel(), divisor, out.data_ptr())
+    return out
 
 
 class Visited(NamedTuple):
@@ -177,14 +196,13 @@ def visit(
     logits: Tensor, target: Tensor, ignore_index: int, loss: Any, scores: bool, upstream: Tensor | float | None,
     save: bool, options: Any, z_factor: float, out: Tensor | None = None, of_z: Tensor | None = None,
 ) -> Visited:  # fmt: skip
-    """Return the results of rows [outer, inner, C] and, for an upstream gradient, the gradient.
+    """Return the results of rows [outer, inner, C] or [N, C] and, for an upstream gradient, the gradient.
 
     That is a number, or one for each row [N] or for all [1] in the accumulation dtype. ``z_factor`` times the squared
     logsumexp of every row, times its ``of_z`` [N], is added to what the gradient is of; 0 leaves it out, and ``lse`` of
     the result too. The gradient is written to ``out``, where it is given: it may be the logits.
     """
-    n_rows = logits.shape[0] * logits.shape[1]
-    dtype = accumulation_dtype(logits.dtype)
+    n_rows, dtype = target.numel(), accumulation_dtype(logits.dtype)
     visited = Visited(
         torch.empty(n_rows, dtype=dtype, device="cpu"),
         torch.empty(n_rows, dtype=dtype, device="cpu") if z_factor else None,
@@ -240,9 +258,15 @@ def backward(
 
 def _empty_like(logits: Tensor) -> Tensor:
     out = torch.empty_like(logits)
-    if logits.stride(2) == 1 and out.stride(2) != 1:
+    if logits.stride(-1) == 1 and out.stride(-1) != 1:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return out
+
+
+def _strides(rows: Tensor) -> tuple[int, int, int]:
+    """Return the strides of rows [outer, inner, C], or of [N, C] with one inner row each."""
+    outer, *inner, classes = rows.stride()
+    return outer, inner[0] if inner else 0, classes
 
 
 def _run(
@@ -250,8 +274,7 @@ def _run(
     numbers: tuple[float, ...], result: Visited, out: Tensor | None, upstream: Tensor | float | None,
     grad_lse: Tensor | None, softmax: bool,
 ) -> None:  # fmt: skip
-    n_outer, n_inner, n_classes = logits.shape
-    n_rows, strides, element = n_outer * n_inner, logits.stride(), NAMES[logits.dtype]
+    n_rows, n_classes, strides, element = target.numel(), logits.shape[-1], _strides(logits), NAMES[logits.dtype]
     real_bytes = 8 if element == "float64" else 4
     target = target if target.is_contiguous() else target.contiguous()
     held = array("d" if real_bytes == 8 else "f", (*numbers, upstream if isinstance(upstream, float) else 0.0))
@@ -266,11 +289,11 @@ def _run(
         tile = min(max((1 << 16) // n_classes, 1), 64)
         in_place = int(out is not None and out.data_ptr() != logits.data_ptr() and logits.element_size() == real_bytes)
         kept = 0 if in_place else tile * n_classes
+    made = [0 if x is None else x.data_ptr() for x in (*result[:5], out)]
     plan = array("q", Plan(
-        n_rows, n_inner, n_classes, tile, logits.data_ptr(), *strides, target.data_ptr(), ignore_index,
-        columns.function, columns.params, at, *up, *strided(grad_lse), result.loss.data_ptr(), address_of(result.lse),
-        address_of(result.scores), address_of(result.runner_up), address_of(result.saved), softmax, address_of(out),
-        *((0, 0, 0) if out is None else out.stride()), in_place,
+        n_rows, logits.shape[1] if logits.dim() == 3 else 1, n_classes, tile, logits.data_ptr(), *strides,
+        target.data_ptr(), ignore_index, columns.function, columns.params, at, *up, *strided(grad_lse), *made, softmax,
+        *((0, 0, 0) if out is None else _strides(out)), in_place,
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
     more = not (result.scores is None and result.lse is None and grad_lse is None)

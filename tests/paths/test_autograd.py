@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -372,6 +373,24 @@ def test_launches_follow_the_current_stream():
         actual = step(logits, target)
     torch.cuda.synchronize()
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_call_leaves_nothing_to_the_garbage_collector():
+    """A cycle would hold the gradients of every call until it runs."""
+    logits, target = batch("cpu", torch.float32)
+
+    def call(loss) -> object:
+        return torch.autograd.grad(loss(logits, target, bonus=LogBonus(), implementation="numba"), logits)
+
+    losses = bonus_cross_entropy, lambda *args, **options: bonus_cross_entropy_with_scores(*args, **options)[0]
+    for loss in losses:
+        call(loss)
+    gc.collect()
+    gc.disable()
+    try:
+        assert [call(loss) for loss in losses] and gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @ON_CUDA
