@@ -24,7 +24,7 @@ from bonus_ops import bonus_cross_entropy_with_scores as with_scores
 from bonus_ops import bonus_cross_entropy_with_softmax as with_softmax
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-EACH = {"implementation": "triton", "reduction": "none"}
+EACH = {"implementation": "triton", "reduction": "none", "bonus": None}
 BUILT: list[dict[str, Any]] = []
 
 
@@ -59,12 +59,7 @@ def labels() -> None:
         ("transposed", zeros(FP32, 3000, 600).t(), SubDataBonus(0.5)),
         ("split, four tiles ahead", zeros(BF16, 4, 200000), LogBonus(1.0)),
     ):
-        for step, reduction in (
-            (loss_alone, "mean"),
-            (loss_alone, "none"),
-            (with_scores, "none"),
-            (with_softmax, "none"),
-        ):
+        for step, reduction in ((loss_alone, "mean"), *((f, "none") for f in (loss_alone, with_scores, with_softmax))):
             options = EACH | {"reduction": reduction, "bonus": bonus}
             with torch.autocast("cpu"), with_depth(4) if "ahead" in case else contextlib.nullcontext():
                 launch(case, step, logits.requires_grad_(), zeros(torch.int64, len(logits)), **options)
@@ -77,12 +72,7 @@ def shares() -> None:
     for case, logits, given, options in (
         ("by vectors", zeros(BF16, 600, 50257), None, {"bonus": LogBonus()}),
         ("class weights", zeros(FP32, 600, 10), None, weights | {"bonus": LogBonus()}),
-        (
-            "probabilities by vectors, class weights",
-            zeros(BF16, 600, 50257),
-            BF16,
-            {"bonus": None, "weight": zeros(BF16, 50257)},
-        ),
+        ("probabilities by vectors, class weights", zeros(BF16, 600, 50257), BF16, {"weight": zeros(BF16, 50257)}),
         ("one", zeros(BF16, 1, 1), None, {"bonus": PowerBonus(2.5, start=0.1)}),
         ("z-loss", zeros(FP32, 600, 1003), FP32, {"bonus": SoftmaxSquaredError(1.0), "z_loss": 0.1}),
         ("float64", zeros(FP64, 64, 1000), FP64, {"bonus": Focal()}),
@@ -90,11 +80,11 @@ def shares() -> None:
     ):
         target = zeros(torch.int64, len(logits)) if given is None else zeros(given, *logits.shape)
         for gpu in ("sm_90", "gfx942") if given is None else ("sm_90",):
-            launch(case, with_scores, logits.requires_grad_(), target, gpu=gpu, label_smoothing=0.1, **EACH, **options)
+            launch(case, with_scores, logits.requires_grad_(), target, gpu=gpu, label_smoothing=0.1, **EACH | options)
 
 
 def elements() -> None:
-    each, total = EACH | {"bonus": None, "alpha": 0.25}, {"reduction": "sum"}
+    each, total = EACH | {"alpha": 0.25}, {"reduction": "sum"}
     for case, x, t, options in (
         ("by vectors", zeros(BF16, 5, 1003), zeros(BF16, 5, 1003), {"bonus": LogBonus()}),
         ("by vectors", zeros(FP32, 5, 1003), zeros(FP32, 5, 1003), {"bonus": Focal()}),

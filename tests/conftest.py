@@ -7,11 +7,11 @@ tests/ptx: slower to start, but what runs is the machine's code.
 import gc
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
-
-from tests import compilers
 
 
 def _accelerator() -> str | None:
@@ -125,9 +125,14 @@ def kernel_device(device: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> str:
-    """Return what this file's compiler printed, see `compilers`."""
+    """Return what the ``COMMAND`` of a test file prints: under TRITON_INTERPRET nothing can be compiled."""
     pytest.importorskip("triton")
-    return compilers.output(request.config.rootpath, request.module.__name__)
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EMULATE")}
+    environment |= {"PYTHONPATH": str(request.config.rootpath)} | getattr(request.module, "ENVIRONMENT", {})
+    command = [sys.executable, *request.module.COMMAND]
+    done = subprocess.run(command, cwd=request.config.rootpath, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-5000:]}{done.stderr[-3000:]}"
+    return done.stdout
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from bench.codegen import gates, launches, machine_code, predict, report
 from bench.codegen.predict import MACHINES
 from tests.conftest import of_tested_compiler
 
+COMMAND = ("-m", "bench", "codegen", "--quick", "--json")
+
 
 @pytest.fixture(scope="module")
 def found(compiled):

@@ -8,6 +8,8 @@ pytest.importorskip("triton")
 from bonus_ops.kernels.gpu import launch
 from tests.conftest import of_tested_compiler
 
+COMMAND = ("-m", "tests.compile_launches")
+
 
 @pytest.fixture(scope="module")
 def builds(compiled):

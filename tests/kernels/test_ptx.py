@@ -10,10 +10,25 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests import compilers
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Fault
 from tests.ptx.program import parse
+
+KERNELS, GPU = "tests/kernels/test_kernels.py::", "tests/kernels/test_gpu.py::"
+EMULATED = (  # every kernel, a dtype of each size, rows of each kind of length; any other case may be asked for
+    "tests/kernels/test_emulated.py",
+    *(f"{GPU}test_half_precision_is_rounded_once[{x}]" for x in ("600-10-bf16", "70-1003-fp16", "5-50257-bf16")),
+    *(f"{GPU}test_rows_and_targets_at_any_address[{x}]" for x in ("1000-fp16", "1003-fp32", "5003-bf16")),
+    *(f"{KERNELS}test_every_regime_and_path[fp32-typical-{n}]" for n in (1, 3, 8, 10, 64, 65, 1003, 2056, 16391)),
+    *(f"{KERNELS}test_every_regime_and_path[{x}]" for x in ("bf16-masked-65", "bf16-confident-10", "fp64-masked-65")),
+    *(f"{KERNELS}test_every_layout[{x}-torch.float32-1003]" for x in ("transposed", "padded_rows")),
+    f"{KERNELS}test_a_bad_logit_spoils_its_row_alone[rest-nan-10]",
+    "tests/api/test_soft.py::test_kernels[log_bonus-smoothing-torch.float32-9]",
+    "tests/api/test_soft.py::test_kernels[log_bonus-probabilities-torch.float32-9]",
+    "tests/api/test_sigmoid.py::test_any_layout[triton-none-in order-sliced]",
+)
+COMMAND = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *EMULATED)
+ENVIRONMENT = {"EMULATE": "sm_90", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 SKETCH = """
 .visible .entry sketch(
@@ -48,6 +63,33 @@ def run(body, x=None):
     out = torch.full_like(x, -1)
     Machine(parse(SKETCH.format(body=body)), [x, out], 1024).run((1,), np.arange(1))
     return out
+
+
+NAN, ONE, PREDICATE = "0f7FC00000", "0f3F800000", "selp.b32 %r10, 1, 0, %p1;"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (f"max.f32 %r10, {NAN}, {ONE};", 0x3F800000),
+        (f"setp.ne.f32 %p1, {NAN}, {ONE};{PREDICATE}", 0),
+        (f"setp.neu.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        (f"setp.equ.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        (f"setp.geu.f32 %p1, {NAN}, {ONE};{PREDICATE}", 1),
+        ("fma.rn.f32 %r10, 0f3F800800, 0f3F800800, 0fBF801000;", 0x33800000),  # (1 + 2^-12)^2 - 1 - 2^-11
+        ("cvt.rn.bf16x2.f32 %r10, 0f3F808000, 0f3F818000;", 0x3F803F82),  # ties to even
+        ("add.ftz.f32 %r10, 0f00400000, 0f00200000;", 0),
+        ("shr.s32 %r10, -8, 1;", -4),
+        ("shr.u32 %r10, -8, 32;", 0),
+        ("bfe.s32 %r10, 0xABCD, 4, 8;", 0xBC - 256),
+        ("div.s32 %r10, -7, 2;", -3),
+        ("cvt.s64.s32 %rd9, -1; shr.u64 %rd9, %rd9, 32; cvt.u32.u64 %r10, %rd9;", -1),
+        ("prmt.b32 %r10, 0x33221100, 0x77665544, 0x7531;", 0x77553311),
+    ],
+)
+def test_what_kernels_would_hardly_show(line, expected):
+    """NaN, ties, signs and the smallest numbers."""
+    assert set(run(line + STORE).tolist()) == {expected}
 
 
 @pytest.mark.parametrize("name", ["ex2.approx.ftz", "rsqrt.approx.ftz", "sqrt.approx.ftz", "div.full"])
@@ -139,4 +181,4 @@ def test_what_is_unknown_is_named(line):
 def test_compiled_kernels_pass_the_tests_of_interpreted_ones(compiled):
     """A choice of those tests; with EMULATE=sm_90 in the environment any of them runs so."""
     passed = re.match(r"(\d+) passed in", compiled.splitlines()[-1])  # and none skipped
-    assert passed and int(passed[1]) > len(compilers.EMULATED)
+    assert passed and int(passed[1]) > len(EMULATED)
