@@ -6,14 +6,16 @@ formulas, the bodies that a user's loss brought, the versions, the processor.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ def entry(n_integers: int, name: str, key: str, make: Callable[[], Any]) -> Any:
     except OSError:
         code = None
     if code is None or hashlib.sha256(code[32:]).digest() != code[:32]:  # not there, or cut off
-        made = _compiled(make())
+        with _no_collection():
+            made = _compiled(make())
         code = hashlib.sha256(made).digest() + made
         _keep(path, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())
@@ -49,6 +52,18 @@ def entry(n_integers: int, name: str, key: str, make: Callable[[], Any]) -> Any:
     function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * n_integers)(engine.get_function_address("entry"))
     function.engine = engine  # which owns the code
     return function
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python look for no cycles: to walk all of torch's objects again and again takes a fifth of a compile."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _compiled(module: Any) -> bytes:
