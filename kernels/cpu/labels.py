@@ -214,7 +214,8 @@ def visit(
     if logits.numel():
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         numbers, grad = (*options.numbers(), 2 * z_factor), visited.grad
-        _run(visit_loop, logits, target, ignore_index, columns, options, numbers, visited, grad, upstream, of_z, False)
+        rows_of = (logits, target, ignore_index, columns, options)
+        threads.run(*_planned(visit_loop, *rows_of, numbers, visited, grad, upstream, of_z, False))
     else:
         fill_ignored(visited)
         if visited.lse is not None:
@@ -231,7 +232,8 @@ def forward(
     if probabilities is not None and logits.numel():
         columns = probability(real_of(NAMES[logits.dtype]))
         numbers = (*options.numbers(), 0.0)
-        _run(again_loop, logits, target, ignore_index, columns, options, numbers, out, probabilities, 1.0, None, True)
+        rows_of = (logits, target, ignore_index, columns, options)
+        threads.run(*_planned(again_loop, *rows_of, numbers, out, probabilities, 1.0, None, True))
     given = (out.loss, out.scores, out.runner_up, out.saved, probabilities)
     kinds = (out.loss.dtype, torch.float32, torch.int32, out.loss.dtype, logits.dtype)
     return LabelResult(*(logits.new_empty(0, dtype=k) if x is None else x for x, k in zip(given, kinds, strict=True)))
@@ -252,7 +254,8 @@ def backward(
         columns = columns_of(loss, real_of(NAMES[logits.dtype]))
         grad_loss, numbers = grad_loss.to(saved.dtype), (*options.numbers(), 0.0)
         of_lse = None if grad_lse is None else grad_lse.to(saved.dtype)
-        _run(again_loop, logits, target, ignore_index, columns, options, numbers, known, grad, grad_loss, of_lse, False)
+        rows_of = (logits, target, ignore_index, columns, options)
+        threads.run(*_planned(again_loop, *rows_of, numbers, known, grad, grad_loss, of_lse, False))
     return grad
 
 
@@ -269,11 +272,12 @@ def _strides(rows: Tensor) -> tuple[int, int, int]:
     return outer, inner[0] if inner else 0, classes
 
 
-def _run(
+def _planned(
     body: Any, logits: Tensor, target: Tensor, ignore_index: int, columns: Columns, options: Any,
     numbers: tuple[float, ...], result: Visited, out: Tensor | None, upstream: Tensor | float | None,
     grad_lse: Tensor | None, softmax: bool,
-) -> None:  # fmt: skip
+) -> tuple[Any, int, int, int, int, Any]:  # fmt: skip
+    """Return what `threads.run` takes: a loop, the address of its plan, sizes, and what the plan points to."""
     n_rows, n_classes, strides, element = target.numel(), logits.shape[-1], _strides(logits), NAMES[logits.dtype]
     real_bytes = 8 if element == "float64" else 4
     target = target if target.is_contiguous() else target.contiguous()
@@ -298,4 +302,4 @@ def _run(
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
     more = not (result.scores is None and result.lse is None and grad_lse is None)
     loop = _loop(body, lanes if side_by_side else rows, element, options.kernel, more)
-    threads.run(loop, plan.buffer_info()[0], n_rows, logits.numel(), work)
+    return loop, plan.buffer_info()[0], n_rows, logits.numel(), work, (plan, held, target)

@@ -15,7 +15,7 @@ __all__ = ["run"]
 WORTH_A_THREAD = 1 << 17  # elements: a thread takes some 50 us to start
 
 
-def run(loop: Any, plan: int, n_rows: int, n_elements: int, work_bytes: int) -> None:
+def run(loop: Any, plan: int, n_rows: int, n_elements: int, work_bytes: int, owners: Any = None) -> None:
     """Call ``loop(plan, first, last, work)`` for shares of the rows, on as many threads as torch may use.
 
     Args:
@@ -24,6 +24,7 @@ def run(loop: Any, plan: int, n_rows: int, n_elements: int, work_bytes: int) -> 
         n_rows: how many there are.
         n_elements: how much work that is.
         work_bytes: how much memory of its own a thread needs.
+        owners: what holds the memory that the plan's addresses point to, until all threads are done.
     """
     n = min(torch.get_num_threads(), n_elements // WORTH_A_THREAD, n_rows)
     if n < 2:
