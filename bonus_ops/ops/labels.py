@@ -53,9 +53,8 @@ def _by_loops(call: Call) -> Result:
     eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
-    weight = call.row_weight()
-    loss = cast(GapLoss, call.loss).current
-    of = _Labels(call.ignore_index, loss, call.scores, call.reduction == "mean", call.options, call.dtype)
+    weight, mean = call.row_weight(), call.reduction == "mean"
+    of = _Labels(call.ignore_index, call.loss.current, call.scores, mean, call.options, call.dtype)
     total, *columns = _ReducedByLoops.apply(call.input, of, call.target, weight)  # type: ignore[no-untyped-call]
     return _result(call, total, (*columns[0].unbind(), columns[1]) if columns else None, None)
 

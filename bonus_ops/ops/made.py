@@ -38,7 +38,8 @@ class MadeInForward(torch.autograd.Function):
         ctx.save_for_backward(input, grad, *kept, *operands)
         ctx.kind, ctx.n_operands, ctx.scale = kind, len(operands), scale
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*others)
+        if others:
+            ctx.mark_non_differentiable(*others)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:

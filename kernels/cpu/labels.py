@@ -176,7 +176,7 @@ def count(target: Tensor, n_classes: int, ignore_index: int) -> tuple[int, int, 
 
 def total(loss: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
     """Return the sum of losses [N] over a divisor, NaN over 0, in a dtype whose accumulation dtype they have."""
-    out = torch.empty((), dtype=dtype, device="cpu")
+    out = loss.new_empty((), dtype=dtype)
     _plain(total_loop, 4, NAMES[dtype])(loss.data_ptr(), loss.numel(), divisor, out.data_ptr())
     return out
 
@@ -204,11 +204,11 @@ def visit(
     """
     n_rows, dtype = target.numel(), accumulation_dtype(logits.dtype)
     visited = Visited(
-        torch.empty(n_rows, dtype=dtype, device="cpu"),
-        torch.empty(n_rows, dtype=dtype, device="cpu") if z_factor else None,
-        torch.empty((5, n_rows), dtype=torch.float32, device="cpu") if scores else None,
-        torch.empty(n_rows, dtype=torch.int32, device="cpu") if scores else None,
-        torch.empty((3, n_rows), dtype=dtype, device="cpu") if save else None,
+        logits.new_empty(n_rows, dtype=dtype),
+        logits.new_empty(n_rows, dtype=dtype) if z_factor else None,
+        logits.new_empty((5, n_rows), dtype=torch.float32) if scores else None,
+        logits.new_empty(n_rows, dtype=torch.int32) if scores else None,
+        logits.new_empty((3, n_rows), dtype=dtype) if save else None,
         None if upstream is None else _empty_like(logits) if out is None else out,
     )
     if logits.numel():
@@ -279,7 +279,7 @@ def _planned(
 ) -> tuple[Any, int, int, int, int, Any]:  # fmt: skip
     """Return what `threads.run` takes: a loop, the address of its plan, sizes, and what the plan points to."""
     n_rows, n_classes, strides, element = target.numel(), logits.shape[-1], _strides(logits), NAMES[logits.dtype]
-    real_bytes = 8 if element == "float64" else 4
+    of_logit, real_bytes = options.kernel, 8 if element == "float64" else 4
     target = target if target.is_contiguous() else target.contiguous()
     held = array("d" if real_bytes == 8 else "f", (*numbers, upstream if isinstance(upstream, float) else 0.0))
     at = held.buffer_info()[0]
@@ -288,7 +288,7 @@ def _planned(
     in_place = 0
     if side_by_side:
         tile = min(max(4096 // n_classes // 64 * 64, 64), ROWS)
-        kept = (tile + lanes.BETWEEN) * n_classes * (2 if options.kernel == "capped" else 1)
+        kept = (tile + lanes.BETWEEN) * n_classes * (2 if of_logit == "capped" else 1)
     else:
         tile = min(max((1 << 16) // n_classes, 1), 64)
         in_place = int(out is not None and out.data_ptr() != logits.data_ptr() and logits.element_size() == real_bytes)
@@ -301,5 +301,5 @@ def _planned(
     ))  # fmt: skip
     work = END * real_bytes + 2 * ROWS * 4 + kept * real_bytes
     more = not (result.scores is None and result.lse is None and grad_lse is None)
-    loop = _loop(body, lanes if side_by_side else rows, element, options.kernel, more)
+    loop = _loop(body, lanes if side_by_side else rows, element, of_logit, more)
     return loop, plan.buffer_info()[0], n_rows, logits.numel(), work, (plan, held, target)

@@ -12,6 +12,7 @@ import torch
 
 __all__ = ["run"]
 
+CPU = torch.device("cpu")
 WORTH_A_THREAD = 1 << 17  # elements: a thread takes some 50 us to start
 
 
@@ -26,13 +27,14 @@ def run(loop: Any, plan: int, n_rows: int, n_elements: int, work_bytes: int, own
         work_bytes: how much memory of its own a thread needs.
         owners: what holds the memory that the plan's addresses point to, until all threads are done.
     """
-    n = min(torch.get_num_threads(), n_elements // WORTH_A_THREAD, n_rows)
-    if n < 2:
-        work = torch.empty(work_bytes, dtype=torch.uint8, device="cpu")
+    n = min(n_elements // WORTH_A_THREAD, n_rows)
+    n = min(n, torch.get_num_threads()) if n > 1 else 1
+    if n == 1:
+        work = torch.empty(work_bytes, dtype=torch.uint8, device=CPU)
         loop(plan, 0, n_rows, work.data_ptr())
         return
     work_bytes = -(-work_bytes // 64) * 64  # no line of the cache belongs to two threads
-    work = torch.empty(n * work_bytes, dtype=torch.uint8, device="cpu")
+    work = torch.empty(n * work_bytes, dtype=torch.uint8, device=CPU)
     ends = [n_rows * i // n for i in range(n + 1)]
     shares = [(plan, ends[i], ends[i + 1], work.data_ptr() + i * work_bytes) for i in range(n)]
     others = [threading.Thread(target=loop, args=share) for share in shares[1:]]
