@@ -68,7 +68,7 @@ class ExampleTracker:
             The default is what `report` needs and the three best-known means.
         device: where the state lives; the device of the logits.
 
-    Memory: 12 bytes an example, 4 of workspace, and what each field states; 108 + 4 with all of `FIELDS`. Loading a
+    Memory: 12 bytes an example, 4 of workspace, and what each field states, some 100 with all of `FIELDS`. Loading a
     state and merging processes keep one copy of what is summed.
 
     Attributes:
