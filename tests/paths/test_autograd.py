@@ -385,11 +385,20 @@ def test_a_call_leaves_nothing_to_the_garbage_collector():
     losses = bonus_cross_entropy, lambda *args, **options: bonus_cross_entropy_with_scores(*args, **options)[0]
     for loss in losses:
         call(loss)
-    gc.collect()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what other tests have left
     try:
-        assert [call(loss) for loss in losses] and gc.collect() == 0
+        for loss in losses:
+            call(loss)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        held = (Tensor, torch.autograd.function.BackwardCFunction)
+        assert [x for x in gc.garbage if isinstance(x, held)] == []
     finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.unfreeze()
         gc.enable()
 
 
