@@ -37,7 +37,8 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
         # others may have no memory here, or want results of their class
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return False
-        if torch._C._functorch.is_legacy_batchedtensor(x):
+        # batched, or left over from a transform that has ended
+        if torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
     return True
 

@@ -50,12 +50,13 @@ def _by_formula(call: Call) -> Result:
 
 
 def _by_loops(call: Call) -> Result:
-    eager = call.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*call.tensors())
+    input, target, weight = call.input, call.target, call.weight
+    eager = input.requires_grad and torch.is_grad_enabled() and is_plain_eager(input, target, weight)
     if not eager or call.reduction == "none" or call.softmax:
         return _by_rows(call)
-    weight, mean = call.row_weight(), call.reduction == "mean"
-    of = _Labels(call.ignore_index, call.loss.current, call.scores, mean, call.options, call.dtype)
-    total, *columns = _ReducedByLoops.apply(call.input, of, call.target, weight)  # type: ignore[no-untyped-call]
+    weight = None if weight is None else call.row_weight()
+    of = _Labels(call.ignore_index, call.loss.current, call.scores, call.reduction == "mean", call.options, call.dtype)
+    total, *columns = _ReducedByLoops.apply(input, of, target, weight)
     return _result(call, total, (*columns[0].unbind(), columns[1]) if columns else None, None)
 
 

@@ -53,7 +53,7 @@ def _total_by_loops(of: Elements, divisor: float | Tensor, implementation: str) 
     if not (known and of.input.requires_grad and torch.is_grad_enabled() and is_plain_eager(*of[:4])):
         return _total_by_operators(of, divisor, implementation)
     options = _Sum(of.loss.current, of.scales, float(divisor))
-    out: Tensor = _SumByLoops.apply(of.input, options, *of[1:4])  # type: ignore[no-untyped-call]
+    out: Tensor = _SumByLoops.apply(of.input, options, *of[1:4])
     return out
 
 

@@ -74,7 +74,7 @@ def _by_loops(call: Call) -> Result:
         _z_factor(call),
     )  # fmt: skip
     operands = (of.label, *of.targets[:3], of.divisor, None if given is None else call.target)
-    loss, *columns = _ReducedByLoops.apply(of.logits, options, *operands)  # type: ignore[no-untyped-call]
+    loss, *columns = _ReducedByLoops.apply(of.logits, options, *operands)
     loss = loss if call.reduction == "mean" else loss / _classes_of_mean(call)
     return _result(call, of, loss, (*columns[0], columns[1]) if columns else None)
 

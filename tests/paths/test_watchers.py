@@ -91,3 +91,13 @@ def test_fake_tensors_pass_forward_and_backward(loss):
         x = torch.empty(4, 9, requires_grad=True)
         loss(x).backward()
         assert x.grad is not None and x.grad.shape == (4, 9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_that_a_transform_has_left_behind_are_labels(smoothing):
+    left = []
+    torch.func.grad(lambda x, label: (left.append(label), x.sum())[1])(logits(), LABEL)
+    x = logits(requires_grad=True)
+    leftover, own = (bonus_cross_entropy(x, label, label_smoothing=smoothing) for label in (left[0], LABEL))
+    assert torch.equal(leftover, own)
+    assert torch.equal(torch.autograd.grad(leftover, x)[0], torch.autograd.grad(own, x)[0])
