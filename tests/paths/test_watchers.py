@@ -97,7 +97,7 @@ def test_fake_tensors_pass_forward_and_backward(loss):
 def test_labels_that_a_transform_has_left_behind_are_labels(smoothing):
     left = []
     torch.func.grad(lambda x, label: (left.append(label), x.sum())[1])(logits(), LABEL)
-    x = logits(requires_grad=True)
+    x = logits().requires_grad_()
     leftover, own = (bonus_cross_entropy(x, label, label_smoothing=smoothing) for label in (left[0], LABEL))
     assert torch.equal(leftover, own)
     assert torch.equal(torch.autograd.grad(leftover, x)[0], torch.autograd.grad(own, x)[0])
