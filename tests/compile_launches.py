@@ -63,8 +63,7 @@ def labels() -> None:
             options = EACH | {"reduction": reduction, "bonus": bonus}
             with torch.autocast("cpu"), with_depth(4) if "ahead" in case else contextlib.nullcontext():
                 launch(case, step, logits.requires_grad_(), zeros(torch.int64, len(logits)), **options)
-    for way in ("held", "from L2"):
-        launch(way, InForward.apply, zeros(BF16, 8, 50257)[:, :32000], zeros(torch.int64, 8), way)
+    launch("held", InForward.apply, zeros(BF16, 8, 50257)[:, :32000], zeros(torch.int64, 8))
 
 
 def shares() -> None:

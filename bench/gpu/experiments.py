@@ -1,8 +1,8 @@
 """What a GPU has to decide before the library takes it: deeper prefetch, and gradients made in the forward visit.
 
 `Deep` holds several tiles in flight in the forward of split rows, where the library holds one. `InForward` makes the
-gradient, for an upstream gradient of 1, in the launch of the loss: "held" keeps a row of up to some 32000 classes in
-registers, R + W; "from L2" reads it a second time while the cache has it, hence one long row a multiprocessor.
+gradient, for an upstream gradient of 1, in the launch of the loss: a row of up to some 32000 classes stays in
+registers, so that R + W are moved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bonus_ops.kernels.formulas.logits import as_given_slope
 from bonus_ops.kernels.formulas.rest import merge
 from bonus_ops.kernels.formulas.scores import pulls
 from bonus_ops.kernels.gpu import labels, launch
-from bonus_ops.kernels.gpu.labels import Numbers, finish, options_of, summary
+from bonus_ops.kernels.gpu.labels import Numbers, finish, options_of
 from bonus_ops.kernels.gpu.launching import WARP_SIZE, array, device_guard, gap_kernel, logit_kernel, vector
 from bonus_ops.kernels.gpu.params import widen
 from bonus_ops.kernels.gpu.rest import absorb, across, empty
@@ -38,7 +38,7 @@ from bonus_ops.kernels.gpu.rows import (
     store_chunks,
     zeros,
 )
-from bonus_ops.kernels.gpu.spread import Spread, spread_of, with_label, write_edge, write_rows
+from bonus_ops.kernels.gpu.spread import Spread, spread_of, with_label, write_edge
 from bonus_ops.kernels.gpu.sweep import absorb_in_any_order, exact_argmax, sweep_edge, without_target
 from bonus_ops.kernels.gpu.tiles import chunks_of, n_all, n_plain, tiles_of_part
 
@@ -110,26 +110,11 @@ def with_launch(kernel: str, shape: launch.Launch) -> contextlib.AbstractContext
 
 
 @triton.jit
-def from_l2_kernel(
-    logits, target_ptr, grad, outputs, n_rows, ignore_index, numbers, upstream,
-    VALUE: tl.constexpr, SLOPE: tl.constexpr, LOGIT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """As `labels.forward_kernel`, then a second sweep of the same rows, still in cache, writes their gradient."""
-    row, options = row_index(TILE.rows), options_of(numbers, logits)
-    rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
-    rest, z_target = summary(rows, options, LOGIT, TILE)
-    gap = finish(rest, z_target, rows, row, n_rows, outputs, numbers, VALUE, False)
-    out = row_ptr(grad, row), grad.class_stride
-    spread = spread_as(gap, rest, rows, numbers, upstream, SLOPE)
-    write_rows(out, rows, row < n_rows, spread, 0, 1, options, LOGIT, as_given_slope, TILE)
-
-
-@triton.jit
 def held_kernel(
     logits, target_ptr, grad, outputs, n_rows, ignore_index, numbers, upstream,
     VALUE: tl.constexpr, SLOPE: tl.constexpr, LOGIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The same from one read: a row is one tile, and stays in the registers of its program."""
+    """As `labels.forward_kernel`, with the gradient: a row is one tile, and stays in the registers of its program."""
     row, options = row_index(1), options_of(numbers, logits)
     rows = rows_at(logits, target_ptr, row, n_rows, ignore_index, TILE.vector)
     chunk = tl.arange(0, TILE.lanes)[None, :]
@@ -139,7 +124,9 @@ def held_kernel(
     rest = across(absorb(nothing, without_target(z, rows, chunk), chunk, is_spread(TILE.vector)))
     rest = merge(exact_argmax(rest, rows, options, LOGIT), sweep_edge(rows, 0, options, LOGIT))
     gap = finish(rest, load_label(rows, options, LOGIT), rows, row, n_rows, outputs, numbers, VALUE, False)
-    spread, inside = spread_as(gap, rest, rows, numbers, upstream, SLOPE), row < n_rows
+    slope = SLOPE(gap, widen(numbers.loss, gap)) * upstream
+    scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), rest.sum_exp)
+    spread, inside = Spread(rest.max, scale, at_target), row < n_rows
     x = spread_of(numbers_of(raw, rows), spread, options, LOGIT)
     out = row_ptr(grad, row), grad.class_stride
     x = with_label(x, chunk_classes(rows, chunk), rows, spread)
@@ -147,38 +134,20 @@ def held_kernel(
     write_edge(out, rows, inside, spread, options, LOGIT, as_given_slope)
 
 
-@triton.jit
-def spread_as(gap, rest, rows, numbers, upstream, SLOPE: tl.constexpr):
-    slope = SLOPE(gap, widen(numbers.loss, gap)) * upstream
-    scale, at_target = pulls(tl.where(rows.ignored, 0.0, slope), rest.sum_exp)
-    return Spread(rest.max, scale, at_target)
-
-
-def launch_of(way: str, n_rows: int, n_classes: int, num_warps: int | None = None) -> launch.Launch:
-    """Return the shape of a program: short rows from L2 as in `launch.forward`, long ones by up to 1024 threads."""
-    n_chunks = max(n_classes // launch.CHUNK, 1)
-    if way == "held":
-        lanes = max(1 << (n_chunks - 1).bit_length(), WARP_SIZE)  # all chunks of a row
-        return launch.Launch(1, lanes, 1, num_warps or max(lanes // (8 * WARP_SIZE), 1))
-    if n_chunks < 256:
-        return launch.forward(n_rows, n_classes)
-    lanes = min(1 << (n_chunks.bit_length() - 1), 1024)
-    return launch.Launch(1, lanes, 1, lanes // WARP_SIZE)
-
-
 class InForward(torch.autograd.Function):
     """Mean bonus loss of [n_rows, n_classes] and all scores, with the gradient from the same launch."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, way: str, num_warps: int | None = None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         n_rows, n_classes = logits.shape
         z, grad = logits[:, None], torch.empty_like(logits)[:, None]
         loss = logits.new_empty(n_rows, dtype=torch.float32)
         scores, runner_up = loss.new_empty(5, n_rows), target.new_empty(n_rows, dtype=torch.int32)
-        kernel, made, how = gap_kernel(BONUS), logit_kernel(None), launch_of(way, n_rows, n_classes, num_warps)
-        jit = held_kernel if way == "held" else from_l2_kernel
+        kernel, made = gap_kernel(BONUS), logit_kernel(None)
+        lanes = max(triton.next_power_of_2(max(n_classes // launch.CHUNK, 1)), WARP_SIZE)  # all chunks of a row
+        how = launch.Launch(1, lanes, 1, max(lanes // (8 * WARP_SIZE), 1))
         with device_guard(logits):
-            jit[(-(-n_rows // how.rows),)](
+            held_kernel[(n_rows,)](
                 logits=array(z), target_ptr=target, grad=array(grad), outputs=(loss, scores, runner_up, None),
                 n_rows=n_rows, ignore_index=-100, numbers=Numbers(kernel.params, made.options), upstream=1.0 / n_rows,
                 VALUE=kernel.value, SLOPE=kernel.slope, LOGIT=made.value, TILE=how.tile(vector(z, grad)),
@@ -188,6 +157,6 @@ class InForward(torch.autograd.Function):
         return loss.mean().to(logits.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         grad, ctx.grad = ctx.grad, None
-        return grad, None, None, None
+        return grad, None

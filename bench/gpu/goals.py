@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .cases import CLASSES_1000, CUT, FEW_ROWS, GPT2_PADDED, LAYERS, LLAMA2, LLAMA3, PIXELS, ROWS, Case
-from .losses import BARE, FROM_L2, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS
+from .losses import BARE, HELD, LOSS_ONLY, OF_LAYERS, OF_LOGITS, OURS
 
 NOT_MEASURED = "not measured"
 DEPTHS = (1, 2, 3, 4)  # tiles in flight
@@ -71,9 +71,8 @@ def goals(times: Times) -> Iterator[Goal]:
     for case in (LLAMA2, LLAMA3, FEW_ROWS):  # kept if they win that much
         deeper = min(filter(None, (ms(case, f"depth {depth}", "forward") for depth in DEPTHS[1:])), default=None)
         yield Goal("deeper prefetch / one tile", str(case), ratio(deeper, ms(case, "depth 1", "forward")), "<= 0.95")
-    for way, cases in ((HELD, (CLASSES_1000, LLAMA2)), (FROM_L2, (LLAMA2, LLAMA3))):
-        for case in cases:
-            yield over(f"{way} / forward and backward", case, way, OURS, "train", 0.80)
+    for case in (CLASSES_1000, LLAMA2):
+        yield over(f"{HELD} / forward and backward", case, HELD, OURS, "train", 0.80)
     for layer in LAYERS:
         yield over("last layer with all scores / three bare products", layer, OURS, BARE, "train", 1.07)
         for peer in list(OF_LAYERS)[1:]:

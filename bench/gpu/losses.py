@@ -24,7 +24,7 @@ from bonus_ops import (
 from .cases import BONUS
 
 OURS, LOSS_ONLY, EAGER, COMPILED = "ours", "ours, loss only", "F.cross_entropy", "F.cross_entropy, compiled"
-HELD, FROM_L2 = "ours, row held in registers", "ours, gradient in forward"
+HELD = "ours, row held in registers"
 BARE = "three bare products"
 BUDGET = 1 << 30  # bytes, of our last layer
 Loss = Callable[..., Tensor]
@@ -58,10 +58,6 @@ def _ours(z: Tensor, y: Tensor, **options: float) -> Tensor:
     return bonus_cross_entropy_with_scores(z, y, bonus=BONUS, **options)[0]
 
 
-def _in_forward(z: Tensor, y: Tensor, way: str, num_warps: int | None = None) -> Tensor:
-    return resolve_name("bench.gpu.experiments:InForward.apply")(z, y, way, num_warps)
-
-
 def _our_layer(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return linear_bonus_cross_entropy_with_scores(x, w, y, bonus=BONUS, budget=BUDGET)[0]
 
@@ -70,13 +66,7 @@ def _eager_layer(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(x @ w.t(), y)
 
 
-IN_FORWARD = {
-    name: Named(_in_forward, REFERENCE, options, TRAIN, upstream=1.0)
-    for name, options in {
-        HELD: {"way": "held"}, FROM_L2: {"way": "from L2"},
-        **{f"{HELD}, {warps} warps": {"way": "held", "num_warps": warps} for warps in (8, 32)},
-    }.items()
-}  # fmt: skip
+IN_FORWARD = {HELD: Named("bench.gpu.experiments:InForward.apply", REFERENCE, modes=TRAIN, upstream=1.0)}
 LIGER = "liger_kernel.transformers.functional"
 OF_LOGITS = {
     OURS: Named(_ours, REFERENCE),

@@ -146,7 +146,6 @@ def variants(timer: Timer) -> None:
         for case in (LLAMA2, LLAMA3, cases.FEW_ROWS):
             under(with_depth(depth), case, f"depth {depth}", "forward")
     timer.losses(losses.IN_FORWARD, (LLAMA2, cases.CLASSES_1000), CHECKED)
-    timer.losses({losses.FROM_L2: losses.IN_FORWARD[losses.FROM_L2]}, (LLAMA3,), CHECKED)
     # rows, lanes, programs a row, warps
     short = [Launch(32 * w // n, n, 1, w) for n in (4, 8, 16) for w in (1, 4)]
     few = [Launch(1, lanes, parts, lanes // 32) for lanes in (64, 128) for parts in (8, 16, 32)]

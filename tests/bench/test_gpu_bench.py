@@ -33,7 +33,7 @@ def test_a_dry_run_passes_every_step_and_is_never_a_measurement():
         assert {(str(case), losses.OURS, mode) for mode in ("forward", "train")} <= timed
     for layer in cases.LAYERS:
         assert {(str(layer), name, "train") for name in (losses.OURS, losses.BARE, losses.EAGER)} <= timed
-    assert {losses.HELD, losses.FROM_L2, "depth 1", losses.COMPILED} <= {name for _, name, _ in timed}
+    assert {losses.HELD, "depth 1", losses.COMPILED} <= {name for _, name, _ in timed}
     why = {row["loss"]: row["skipped"] for row in rows if "skipped" in row}
     assert set(why) <= {"Liger-Kernel", "QuACK", "Cut Cross-Entropy"}, why
     assert all("No module named" in x for x in why.values())
