@@ -225,9 +225,12 @@ def raise_as_torch(fault: str, function: Callable[..., Tensor], *inputs: Any, **
     raise RuntimeError(fault)
 
 
+_TENSORS = ("input", "target", "weight")
+
+
 def _tensors(input: Any, target: Any, weight: Any) -> str | None:
-    given = {"input": input, "target": target} | ({} if weight is None else {"weight": weight})
-    for name, x in given.items():
+    given = (input, target) if weight is None else (input, target, weight)
+    for name, x in zip(_TENSORS, given, strict=False):
         if not isinstance(x, Tensor):
             return f"Expected {name} to be a Tensor, got {type(x).__name__}.{by_keyword(x)}"
         if x.layout is not torch.strided:
@@ -236,7 +239,7 @@ def _tensors(input: Any, target: Any, weight: Any) -> str | None:
         swapped = " It looks as if input and target were swapped." if target.is_floating_point() else ""
         return f"Expected input of float16, bfloat16, float32 or float64, got {input.dtype}.{swapped}"
     device = input.device
-    for name, x in given.items():
+    for name, x in zip(_TENSORS, given, strict=False):
         if x.device != device:
             return f"Expected {name} on the device of input, {device}, got {x.device}."
     return None

@@ -42,8 +42,8 @@ class MadeInForward(torch.autograd.Function):
         # all of it saved, also the gradient: what checkpoints and offloading know nothing of would never be freed
         ctx.save_for_backward(input, grad, *kept, *operands)
         ctx.kind, ctx.n_operands, ctx.scale = kind, len(operands), scale
-        ctx.set_materialize_grads(False)
         if others:
+            ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*others)
 
     @staticmethod

@@ -261,7 +261,7 @@ def backward(
 
 def _empty_like(logits: Tensor) -> Tensor:
     out = torch.empty_like(logits)
-    if logits.stride(-1) == 1 and out.stride(-1) != 1:
+    if not logits.is_contiguous() and logits.stride(-1) == 1 and out.stride(-1) != 1:
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return out
 
