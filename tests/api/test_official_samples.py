@@ -90,25 +90,21 @@ def assert_no_further(ours, theirs, truth, dtype: torch.dtype, what: str) -> Non
 @pytest.mark.slow
 @EVERY_DTYPE
 def test_operator_samples(dtype):
-    ours = functools.partial(bonus_cross_entropy, bonus=None)
-    for sample in operator_samples(dtype):
+    ours, ran = functools.partial(bonus_cross_entropy, bonus=None), 0
+    for ran, sample in enumerate(operator_samples(dtype), 1):
         theirs, truth = results(F.cross_entropy, sample), results(F.cross_entropy, sample, wide=True)
         assert_no_further(results(ours, sample), theirs, truth, dtype, sample.name)
+    assert ran >= 20
 
 
 @pytest.mark.slow
 @EVERY_DTYPE
 def test_module_samples(dtype):
-    ours, theirs = by_module(BonusCrossEntropyLoss, bonus=None), by_module(nn.CrossEntropyLoss)
-    for sample in module_samples(dtype):
+    ours, theirs, ran = by_module(BonusCrossEntropyLoss, bonus=None), by_module(nn.CrossEntropyLoss), 0
+    for ran, sample in enumerate(module_samples(dtype), 1):
         truth = results(theirs, sample, wide=True)
         assert_no_further(results(ours, sample), results(theirs, sample), truth, dtype, sample.name)
-
-
-def test_there_are_as_many_samples_as_there_were():
-    for dtype in FLOATS:
-        counts = len(list(operator_samples(dtype))), len(list(module_samples(dtype)))
-        assert counts == (21, 105) if torch.__version__.startswith("2.13.") else counts >= (20, 100)
+    assert ran >= 100
 
 
 @pytest.mark.slow
