@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bounds import Bounds, bound
 from .command import Tell
 from .measure import Effort
 from .record import ROOT
@@ -39,23 +40,20 @@ def run(effort: Effort, tell: Tell) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.host", effort.value]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
-    return found | {"bounds": [] if effort is Effort.QUICK else _verdicts(found)}
+    return found | {"bounds": [] if effort is Effort.QUICK else _bounds(found)}
 
 
-def _verdicts(found: dict[str, Any]) -> list[dict[str, Any]]:
+def _bounds(found: dict[str, Any]) -> Bounds:
     shape = "x".join(map(str, found["shape"]))
     ratio = next(row["ratio"] for row in found["rows"] if row["call"] == "loss")
-    held = [_verdict(f"host time / F.cross_entropy <= {AT_MOST:g}", shape, "float32", ratio, AT_MOST)]
+    held = [bound("host time / F.cross_entropy", ratio, at_most=AT_MOST, case=shape, dtype="float32")]
     for row in found["launches"]:
         if row["call"] in ("loss", "loss and scores"):
             for which, most in (("forward", 3 + (row["dtype"] != "float32")), ("backward", 2)):
                 n = row[which]["kernels"] + len(row[which]["operators"])
-                held.append(_verdict(f"launches {which} <= {most}", f"{row['call']}, {shape}", row["dtype"], n, most))
+                where = {"case": f"{row['call']}, {shape}", "dtype": row["dtype"]}
+                held.append(bound(f"launches {which}", n, at_most=most, **where))
     return held
-
-
-def _verdict(bound: str, case: str, dtype: str, value: float, most: float) -> dict[str, Any]:
-    return {"bound": bound, "case": case, "dtype": dtype, "value": value, "passed": value <= most}
 
 
 # --- in the process of its own ----------------------------------------------------------------------------------------
