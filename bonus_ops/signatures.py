@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -16,9 +17,19 @@ def takes_what(function: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Cal
     """Give a twin, which returns something else, the parameters of ``function``, which stand written there once."""
 
     def shown(twin: Callable[..., _R]) -> Callable[_P, _R]:
-        returned = inspect.signature(twin).return_annotation
-        twin.__dict__["__signature__"] = inspect.signature(function).replace(return_annotation=returned)
-        return twin
+        signature = inspect.signature(function).replace(return_annotation=inspect.signature(twin).return_annotation)
+        known = tuple(signature.parameters)
+        takes_any = any(x.kind is x.VAR_KEYWORD for x in signature.parameters.values())
+
+        @functools.wraps(twin)
+        def named(*args: _P.args, **options: _P.kwargs) -> _R:
+            for name in options:
+                if not takes_any and name not in known:  # by the name that was called, not by what it hands them to
+                    raise TypeError(f"{twin.__name__}() got an unexpected keyword argument {name!r}")
+            return twin(*args, **options)
+
+        named.__dict__["__signature__"] = signature
+        return named
 
     return shown
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bonus_ops
 from bonus_ops import (
     BonusCrossEntropyLoss,
     CosineBonus,
@@ -30,6 +31,7 @@ from bonus_ops import (
     bonus_cross_entropy_with_scores,
     bonus_cross_entropy_with_softmax,
     difficulty_scores,
+    vocab_parallel,
 )
 
 pytestmark = pytest.mark.every_case
@@ -568,3 +570,19 @@ def test_there_are_forty_of_them():
 def test_a_score_takes_the_target_of_one_row_either_way():
     scores = difficulty_scores(logits(5), labels(1))
     assert scores.correct(labels(1)).tolist() == [scores.correct(labels(1)[0]).item()]
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        bonus_ops.linear_bonus_cross_entropy_with_scores,
+        bonus_ops.mixup_cross_entropy_with_scores,
+        bonus_ops.bonus_binary_cross_entropy_with_logits_and_scores,
+        vocab_parallel.bonus_cross_entropy_with_scores,
+        vocab_parallel.linear_bonus_cross_entropy_with_scores,
+    ],
+)
+@pytest.mark.parametrize("unknown", ["reductoin", "scores"])
+def test_a_twin_names_itself_where_an_argument_is_unknown(twin, unknown):
+    with pytest.raises(TypeError, match=rf"^{twin.__name__}\(\) got an unexpected keyword argument '{unknown}'"):
+        twin(torch.zeros(2, 3), torch.zeros(2), **{unknown: True})
