@@ -202,6 +202,10 @@ FAULTS = (
         "tests/api/test_errors.py::test_class_and_first_line_are_those_of_torch[plain-label C]", (1, 1),
         "pytorch/pytorch #135546, #66872",
     ),
+    Fault(
+        "blocks of losses are not added up", "kernels/cpu/labels.py", "total_loop", (operator, Add, Mult),
+        f"{LOOPS}::test_a_mean_of_many_rows_is_that_of_float64", (3, 3),
+    ),
     # derivatives
     Fault(
         "a second derivative goes through the opaque operator", "bonus_ops/ops/labels.py", "_Rows.backward",

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bonus_ops import (
     LogBonus,
@@ -375,3 +376,16 @@ def test_a_label_out_of_range_raises_before_a_loop_reads_by_it(label, options):
     logits, target = torch.zeros(5, 7, requires_grad=True), torch.tensor([0, 1, label, -100, 6])
     with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         bonus_cross_entropy(logits, target, implementation="numba", **options)
+
+
+@pytest.mark.parametrize("n_rows", [1, 64, 1024, 5000])
+def test_a_mean_of_many_rows_is_that_of_float64(n_rows):
+    """In blocks, so that many rows lose no digits; rounded once to the dtype of the logits."""
+    logits, target = torch.randn(n_rows, 3).mul(4).requires_grad_(), torch.randint(3, (n_rows,))
+    target[: n_rows // 3] = -100
+    loss = bonus_cross_entropy(logits, target, bonus=None, implementation="numba")
+    true = F.cross_entropy(logits.double(), target)
+    assert abs(loss.item() - true.item()) <= 4 * torch.finfo(torch.float32).eps * true.item()
+    half = bonus_cross_entropy(logits.bfloat16(), target, bonus=None, implementation="numba")
+    true = F.cross_entropy(logits.bfloat16().double(), target)
+    assert half.dtype == torch.bfloat16 and abs(half.item() - true.item()) <= 0.51 * 2.0**-7 * true.item()
