@@ -168,8 +168,11 @@ class Scheduled(GapLoss):
         -1.782...
 
     References:
-        Zhao et al. 2022, https://arxiv.org/abs/2110.06537. The formulas are those of the paper's code, parts of which
-        never move the epoch on. Here the caller counts, and every form of the loss follows.
+        Zhao et al. 2022, https://arxiv.org/abs/2110.06537. The formulas are those of the paper's code, which differs
+        in this: its copies count epochs from 0 or 1 and schedule ``log_end`` only for CIFAR; its translation code never
+        moves the epoch on, so that the factor stays 1 / T or the first of a list; its EfficientNet-B0 code never
+        sets it, so that linear and cosine leave no bonus and a deferred one never starts; its smoothed bonus ignores
+        the schedule. Here the caller counts, and every form of the loss follows.
     """
 
     def __init__(self, loss: GapLoss, **schedules: Schedule) -> None:

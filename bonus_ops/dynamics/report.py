@@ -103,7 +103,8 @@ class Report:
     @property
     def suspects(self) -> Tensor:
         """Examples to look at first, of either kind, worst first: int64 indices by falling mean EL2N."""
-        return self._worst_first((self.kind == 2) | (self.kind == 3))  # of `KINDS`
+        suspect_label, suspect_input = map(KINDS.index, ("suspect_label", "suspect_input"))
+        return self._worst_first((self.kind == suspect_label) | (self.kind == suspect_input))
 
     def of_kind(self, kind: str) -> Tensor:
         """Return the indices of the examples of a kind, by falling mean EL2N, int64.

@@ -52,7 +52,8 @@ class ExampleTracker:
     - A row whose ``loss`` alone is NaN has no label (`label_free_scores`): only label-free statistics take it.
     - Rows are otherwise observed in the order of the updates. The order of examples within an epoch changes nothing
       but rounding; the order of the epochs does where a statistic is about order (forgetting, streaks, last losses).
-    - Give forward-only passes (an evaluation, a second split) a tracker of their own.
+    - Scores are of the model before the step, in training mode, on augmented input. Give forward-only passes (an
+      evaluation, a second split) a tracker of their own.
     - Epochs are counted by `end_epoch`, on the host: a CUDA graph that holds an update goes on in the epoch it was
       captured in.
     - Token-level scores: reduce them by `Scores.to_sequences` first; an index repeated over tokens counts the last one.
@@ -224,9 +225,10 @@ class ExampleTracker:
         """Make the state of every process the one that a single process would have; collective, at each epoch's end.
 
         What each process has added since the last merge is summed, so that nothing counts twice; see `Column` for the
-        rules. Every process needs its own rows: `DistributedSampler` repeats a few examples to even out the ranks, and
-        those are observed twice in that epoch; pad with index -1 where that matters. Without `torch.distributed` this
-        does nothing.
+        rules. An example that several processes observed between two merges keeps the streak, the last losses and the
+        learning state of the one that did so at the latest step. Every process needs its own rows:
+        `DistributedSampler` repeats a few examples to even out the ranks, and those are observed twice in that epoch;
+        pad with index -1 where that matters. Without `torch.distributed` this does nothing.
 
         Args:
             group: of the processes that share the tracker; None is all.
@@ -308,7 +310,14 @@ class ExampleTracker:
         epoch 6: a shorter training needs a window of its own, given to the tracker before it,
         ``fields=("mean_el2n", Mean("entropy", (first, last)))``.
 
-        Args and errors: as in `Report.of`.
+        Args:
+            suspect: share of the examples with the largest mean EL2N to suspect, in [0, 1]; about the share of damage
+                expected, or of what there is time to look at.
+            uncertain: share with the largest early entropy to call hard or bad input, in [0, 1].
+
+        Raises:
+            TypeError: a share is no number.
+            ValueError: a share is out of range, a field is missing, or no example was observed in the early window.
         """
         columns = {name: self.statistic(name).cpu() for name in self.statistics}
         labels = Labels._make(x.cpu() for x in self.labels()) if "suggested" in self._state else None

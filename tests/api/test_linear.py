@@ -84,7 +84,7 @@ class Layer:
         return list(torch.autograd.grad(loss, [*self.parameters(), *others], upstream))
 
 
-def close(actual: Any, truth: Any, eager: Any, floor: float = 2 * FLOAT32_FLOOR) -> None:
+def assert_budget(actual: Any, truth: Any, eager: Any, floor: float = 2 * FLOAT32_FLOOR) -> None:
     """Sums of products are as exact as their largest."""
     for what, a, b, c in zip(("loss", "hidden", "weight", "bias", "row_weight"), actual, truth, eager, strict=False):
         unit = float(b.detach().abs().nan_to_num().max()) if b.numel() else 1.0
@@ -96,11 +96,11 @@ def outcome(layer: Layer, *others: Tensor, **options: Any) -> list[Tensor]:
     return [loss.detach(), *layer.gradients(loss, *others)]
 
 
-def compared(layer: Layer, floor: float = 2 * FLOAT32_FLOOR, **options: Any) -> None:
+def assert_right(layer: Layer, floor: float = 2 * FLOAT32_FLOOR, **options: Any) -> None:
     """Compare with float64 of the rounded inputs, by the reference, which `test_the_reference...` compares."""
     plain = {name: x for name, x in options.items() if name not in ("implementation", "budget")}
     plain["implementation"] = "reference"
-    close(outcome(layer, **options), outcome(layer.to(torch.float64), **plain), outcome(layer, **plain), floor)
+    assert_budget(outcome(layer, **options), outcome(layer.to(torch.float64), **plain), outcome(layer, **plain), floor)
 
 
 # --- the same loss ----------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_the_reference_is_the_loss_of_the_logits(reduction, smoothing, weight, b
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize(("weight", "row_weight"), [(None, None), (None, True), (True, None), (True, True)])
 def test_chunks_are_right(reduction, smoothing, weight, row_weight):
-    compared(
+    assert_right(
         Layer(), reduction=reduction, label_smoothing=smoothing, weight=weight, row_weight=row_weight,
         budget=4 * ROW, implementation="numba",
     )  # fmt: skip
@@ -130,12 +130,12 @@ def test_chunks_are_right(reduction, smoothing, weight, row_weight):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_of_the_gap(name):
-    compared(Layer(), bonus=LOSSES[name], budget=4 * ROW, implementation="numba")
+    assert_right(Layer(), bonus=LOSSES[name], budget=4 * ROW, implementation="numba")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_loss_of_all_classes(reduction):
-    compared(Layer(), bonus=SoftmaxSquaredError(strength=1.0), reduction=reduction, budget=4 * ROW)
+    assert_right(Layer(), bonus=SoftmaxSquaredError(strength=1.0), reduction=reduction, budget=4 * ROW)
 
 
 @pytest.mark.parametrize("weight", [None, True])
@@ -148,7 +148,7 @@ def test_a_bonus_of_its_own(weight):
         loss = of.loss(budget=8 * ROW, **options)
         options["weight"] = None if weight is None else of.class_weight
         other = bonus_cross_entropy(of.logits(), of.target, **options)
-        close([loss, *of.gradients(loss)], [x.double() for x in (other, *of.gradients(other))], [None] * 4,
+        assert_budget([loss, *of.gradients(loss)], [x.double() for x in (other, *of.gradients(other))], [None] * 4,
               floor=1e-5 if dtype == torch.float32 else 1e-13)  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_a_weight_in_halves_is_widened_by_tiles(monkeypatch):
 
 @pytest.mark.parametrize("n_classes", [1, 2, 10, 64, 2500])
 def test_few_classes_and_many(n_classes):
-    compared(Layer(c=n_classes), budget=2 * 4 * max(n_classes + 63, 64), implementation="numba")
+    assert_right(Layer(c=n_classes), budget=2 * 4 * max(n_classes + 63, 64), implementation="numba")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -577,7 +577,7 @@ def test_autocast_rounds_as_it_does_a_linear_layer():
     rounded = layer.to(torch.bfloat16).to(torch.float64)
     found, true = [loss, *layer.gradients(loss)], outcome(rounded, implementation="reference")
     assert all(x.dtype == torch.float32 for x in found)  # and nothing is rounded on its way back
-    close(found, true, [x.float() for x in true])
+    assert_budget(found, true, [x.float() for x in true])
 
 
 def test_checkpointing_gives_the_same_bits():
@@ -664,7 +664,7 @@ def test_scores_alone_are_those_of_the_logits(dtype, n_classes):
 @pytest.mark.skipif(not INTERPRETED, reason="the products of a GPU are tested where there is one")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "row_weight": True}], ids=str)
 def test_kernels_write_the_gradient_over_the_logits(options):
-    compared(Layer(n=6), budget=4 * ROW, implementation="triton", **options)
+    assert_right(Layer(n=6), budget=4 * ROW, implementation="triton", **options)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
